@@ -1,0 +1,55 @@
+# Everything runs in $(VENV), which is made from the lock on first use and kept after. `make help` lists the targets.
+SHELL := /bin/bash
+VENV ?= .venv
+PYTHON ?= python3.11
+BIN := $(VENV)/bin
+VERSION := $(shell p=$(BIN)/python; [ -x $$p ] || p=$(PYTHON); $$p -c 'import sys; print("%d%d" % sys.version_info[:2])')
+LOCK := requirements/py$(VERSION)-cpu.txt
+INSTALLED := $(VENV)/.installed-$(shell cat $(LOCK) pyproject.toml 2>/dev/null | sha256sum | cut -c1-16)
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+CODE := rlmm rewards rollouts tests examples
+
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart check lint types format test test-long lock
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
+
+quickstart: install  ## train, compare and export on this machine; about ten minutes on two cores
+	$(BIN)/rlmm run configs/quickstart.yaml
+
+check: lint types test  ## what a change must pass
+
+lint: install  ## style
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff format --check $(CODE)
+
+types: install  ## static types
+	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
+
+format: install  ## rewrite the code in the house style
+	$(BIN)/ruff check --fix $(CODE)
+	$(BIN)/ruff format $(CODE)
+
+test: install  ## every test but the long ones
+	$(BIN)/python -m pytest
+
+test-long: install  ## the tests that take minutes, the README's commands among them
+	$(BIN)/python -m pytest -m long
+
+lock: install  ## write the installed versions into the lock, under the header it has
+	{ grep '^#' $(LOCK); $(BIN)/pip freeze --all --exclude pip --exclude rlmm; } > $(LOCK).new
+	mv $(LOCK).new $(LOCK)
+
+install: $(INSTALLED)  ## the locked versions and rlmm itself (editable) in the virtual environment
+
+# torch comes first and alone: its CPU build is in no index but PyTorch's own, unless pip is configured to see another.
+$(INSTALLED):
+	@[ -f $(LOCK) ] || { echo "No lock for this Python ($(LOCK)). Install Python 3.11, or name one: make PYTHON=..."; exit 1; }
+	[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
+	torch=$$(grep '^torch==' $(LOCK)); $(BIN)/pip install --no-deps $$torch \
+	    || $(BIN)/pip install --no-deps --index-url $(TORCH_INDEX) $$torch
+	$(BIN)/pip install --no-deps -r $(LOCK)
+	$(BIN)/pip install --no-deps --no-build-isolation -e .
+	rm -f $(VENV)/.installed-*
+	touch $@

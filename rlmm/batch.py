@@ -1,0 +1,33 @@
+"""The batch equation: what a step is made of, printed before anything runs."""
+
+from rlmm.config.recipe import Recipe
+from rlmm.config.stages import CodecStage, GrpoStage, SftStage
+
+
+def batch_equations(recipe: Recipe, processes: int = 1) -> list[str]:
+    """One line a training stage."""
+    return [
+        f"{name}: {line}"
+        for name, stage in recipe.stages.items()
+        if (line := _equation(stage, processes)) is not None
+    ]
+
+
+def _equation(stage: object, processes: int) -> str | None:
+    if isinstance(stage, GrpoStage):
+        updates, micro = stage.objective.updates_per_rollout, stage.micro_batch_size
+        accumulation = stage.rollouts // updates // micro // processes
+        return (
+            f"{stage.prompts_per_step} prompts x {stage.samples_per_prompt} samples = {stage.rollouts} rollouts a step; "
+            f"{updates} update(s) a rollout, each {processes} process(es) x {accumulation} micro-batch(es) x {micro} rows; "
+            f"{stage.steps} updates = {-(-stage.steps // updates) * stage.rollouts} images"
+        )
+    if isinstance(stage, SftStage):
+        accumulation = stage.batch_size // stage.micro_batch_size // processes
+        return (
+            f"{processes} process(es) x {accumulation} micro-batch(es) x {stage.micro_batch_size} rows = "
+            f"{stage.batch_size} rows a step; {stage.steps} steps"
+        )
+    if isinstance(stage, CodecStage):
+        return f"{stage.batch_size} images a step; {stage.steps} steps"
+    return None

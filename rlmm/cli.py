@@ -1,0 +1,152 @@
+"""The `rlmm` command: thin, every line of work lies elsewhere."""
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(
+    help="SFT, then GRPO, of models that generate images as discrete tokens.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+reward_app = typer.Typer(help="Rewards: which there are, and whether one tells good from bad.", no_args_is_help=True)
+app.add_typer(reward_app, name="reward")
+console = Console()
+
+Config = Annotated[Path, typer.Argument(help="A recipe, e.g. configs/quickstart.yaml")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key.subkey=value, any number of them")]
+RunDir = Annotated[Path, typer.Argument(help="A run folder, e.g. runs/quickstart")]
+
+
+def say(line: str) -> None:
+    """A line for the person at the terminal, from the first process alone."""
+    if os.environ.get("RANK", "0") == "0":
+        console.print(line, markup=False, highlight=False)
+
+
+@app.command()
+def run(config: Config, overrides: Overrides = None) -> None:
+    """Run a recipe's stages in order. A second call resumes where the first one stopped."""
+    from rlmm.config.recipe import read_recipe
+    from rlmm.pipeline import run_recipe
+    from rlmm.train.launch import distributed
+
+    recipe = read_recipe(config, overrides)
+    with distributed():
+        folder = run_recipe(recipe, say)
+    say(f"report: {folder.path / 'report.html'}")
+
+
+@app.command()
+def check(config: Config, overrides: Overrides = None) -> None:
+    """Read and resolve a recipe; print it, its batch equation and a memory plan. Nothing runs."""
+    from rlmm.batch import batch_equations
+    from rlmm.config.recipe import read_recipe
+    from rlmm.memory import memory_plans, readable
+
+    recipe = read_recipe(config, overrides)
+    say(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+    for line in batch_equations(recipe):
+        say(line)
+    table = Table(title="Memory plan (estimate)")
+    parts = ("weights", "gradients", "optimizer", "reference", "activations", "logits", "kv_cache", "total")
+    for column in ("stage", *parts):
+        table.add_column(column, justify="left" if column == "stage" else "right")
+    for plan in memory_plans(recipe):
+        table.add_row(plan.stage, *[readable(getattr(plan, part)) for part in parts])
+    console.print(table)
+
+
+@app.command()
+def sample(
+    model: Annotated[Path, typer.Argument(help="A model folder: stages/<nn-name>/model or merged/")],
+    prompts: Annotated[list[str], typer.Argument(help="Prompts, each quoted")],
+    out: Annotated[Path, typer.Option(help="The picture to write")] = Path("samples.png"),
+    samples: Annotated[int, typer.Option(min=1, help="Samples a prompt")] = 4,
+    temperature: float = 1.0,
+    guidance_scale: float = 1.0,
+    seed: int = 0,
+) -> None:
+    """Draw a grid of images, one row a prompt, from a checkpoint."""
+    from rlmm.sampling import sample_grid
+
+    sample_grid(model, prompts, samples, temperature=temperature, guidance_scale=guidance_scale, seed=seed).save(out)
+    say(f"wrote {out}")
+
+
+@app.command()
+def report(run_dir: RunDir) -> None:
+    """Write report.html of a run, finished or not."""
+    from rlmm.report import write_report
+
+    say(f"wrote {write_report(run_dir)}")
+
+
+@app.command()
+def export(
+    run_dir: RunDir,
+    stage: Annotated[str, typer.Option(help="The policy stage to export")],
+) -> None:
+    """Write adapter/, base/ and merged/ of a finished policy stage into the run folder."""
+    from rlmm.export import export_stage
+
+    export_stage(run_dir, stage, say)
+
+
+@app.command()
+def doctor() -> None:
+    """Versions, devices and optional parts, and the fix for what does not fit."""
+    from rlmm.doctor import print_report
+
+    raise typer.Exit(print_report())
+
+
+@reward_app.command("list")
+def reward_list() -> None:
+    """The rewards there are."""
+    from rewards import REWARDS
+
+    for name in sorted(REWARDS):
+        say(name)
+
+
+@reward_app.command("check")
+def reward_check(
+    config: Config,
+    overrides: Overrides = None,
+    good: Annotated[Path | None, typer.Option(help="An image that should score high")] = None,
+    bad: Annotated[Path | None, typer.Option(help="An image that should score low")] = None,
+    prompt: Annotated[str, typer.Option(help="The prompt both images answer")] = "",
+    row: Annotated[str, typer.Option(help="The data row's other columns, as YAML")] = "{}",
+) -> None:
+    """Score a known good and a known bad sample with a recipe's rewards; exit 1 where the order is wrong."""
+    from rlmm.config.recipe import read_recipe
+    from rlmm.rewarding import check_rewards
+
+    columns: dict[str, Any] = yaml.safe_load(row) or {}
+    pair = (good, bad) if good and bad else None
+    passed = check_rewards(read_recipe(config, overrides), say, pair=pair, prompt=prompt, row=columns)
+    raise typer.Exit(0 if passed else 1)
+
+
+def main() -> None:
+    """Run the command; an error a person can mend is one message without a traceback."""
+    from rlmm.errors import MENDABLE
+
+    try:
+        app()
+    except MENDABLE as error:
+        if os.environ.get("RLMM_TRACEBACK"):
+            raise
+        Console(stderr=True).print(f"error: {error}", style="bold red", markup=False, highlight=False)
+        raise SystemExit(2) from error
+
+
+if __name__ == "__main__":
+    main()

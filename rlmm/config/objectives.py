@@ -1,0 +1,94 @@
+"""The objective of a policy-gradient stage; what is not given takes the named objective's value."""
+
+from dataclasses import replace
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from rlmm.config.base import Strict, nearest
+from rlmm.objectives.records import OBJECTIVES, Baseline, FlatGroups, KLKind, Level, Objective, Scale
+
+
+class KLConfig(Strict):
+    """The penalty that holds the policy near the reference, under the objective's token weights."""
+
+    kind: KLKind = "k3"
+    """k3 as published: its gradient is that of KL(reference || policy). k2: the gradient of KL(policy ||
+    reference)."""
+    coefficient: float = Field(default=0.0, ge=0)
+    """0 turns it off: no reference is kept."""
+    importance_weighted: bool = False
+    """Weigh by the ratio to the sampling policy: k1 and k3 then have KL(policy || reference)'s value and
+    gradient, in later updates of a rollout too."""
+
+    @model_validator(mode="after")
+    def _refuse_wrong_gradients(self) -> "KLConfig":
+        if self.coefficient and self.kind == "k1" and not self.importance_weighted:
+            raise ValueError(
+                "kl.kind k1 has an expected gradient of 0 as a loss: it adds noise and holds the policy"
+                " nowhere; set importance_weighted: true, or use k2 or k3"
+            )
+        if self.kind == "k2" and self.importance_weighted:
+            raise ValueError(
+                "kl.kind k2 weighted by the ratio has neither the value nor the gradient of the KL;"
+                " use k1 or k3 with importance_weighted, or k2 without"
+            )
+        return self
+
+
+class AdvantageConfig(Strict):
+    """Rewards of a group -> advantages."""
+
+    baseline: Baseline
+    scale: Scale
+    flat_groups: FlatGroups
+    """Whether a group without spread leaves the loss's denominators (drop) or stays in them (count)."""
+    std_floor: float = Field(default=1e-6, ge=0)
+    """A group with a standard deviation at or below this (in units of the reward) is flat and gives no
+    gradient."""
+    clip: float | None = Field(default=None, gt=0)
+    """Bound on the advantage's absolute value."""
+
+
+class ObjectiveConfig(Strict):
+    """A named objective, any part of it replaceable."""
+
+    name: str = "grpo"
+    level: Level
+    """The ratio's level. At `sequence` (GSPO) ratios are geometric means: clips belong near 3e-4."""
+    clip_low: float = Field(gt=0, le=1)
+    """The ratio is clipped below 1 - clip_low."""
+    clip_high: float = Field(gt=0)
+    """The ratio is clipped above 1 + clip_high."""
+    advantage: AdvantageConfig
+    kl: KLConfig = KLConfig()
+    updates_per_rollout: int = Field(default=1, ge=1)
+    """Optimiser steps on each set of rollouts; with 1 the ratio is 1 and the clip is idle."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_name(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        name = data.get("name", "grpo")
+        if name not in OBJECTIVES:
+            raise ValueError(f"unknown objective {name!r}.{nearest(str(name), list(OBJECTIVES))}")
+        named = OBJECTIVES[name]
+        filled = {"level": named.level, "clip_low": named.clip_low, "clip_high": named.clip_high} | data
+        given = data.get("advantage", {})
+        if isinstance(given, dict):
+            parts = {"baseline": named.baseline, "scale": named.scale, "flat_groups": named.flat_groups}
+            filled["advantage"] = parts | given
+        return filled
+
+    def objective(self) -> Objective:
+        """The named objective with this config's values in it."""
+        return replace(
+            OBJECTIVES[self.name],
+            level=self.level,
+            clip_low=self.clip_low,
+            clip_high=self.clip_high,
+            baseline=self.advantage.baseline,
+            scale=self.advantage.scale,
+            flat_groups=self.advantage.flat_groups,
+        )

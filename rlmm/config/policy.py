@@ -1,0 +1,43 @@
+"""What is trained: a new small transformer, or a checkpoint folder."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from rlmm.config.base import Strict
+
+
+class Lora(Strict):
+    """LoRA (Hu et al. 2021, arXiv 2106.09685). Without it a stage trains all weights."""
+
+    rank: int = Field(16, ge=1)
+    alpha: float = 32.0
+    dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: tuple[str, ...] = (
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+    )  # fmt: skip
+
+
+class NewPolicy(Strict):
+    """A Llama-style transformer from scratch, text and image codes in one vocabulary; its grid is the codec's."""
+
+    kind: Literal["new"] = "new"
+    family: str = "llama"
+    hidden_size: int = Field(128, ge=8)
+    num_layers: int = Field(4, ge=1)
+    num_heads: int = Field(4, ge=1)
+    intermediate_size: int = Field(384, ge=8)
+    max_positions: int = Field(256, ge=8)
+    tie_embeddings: bool = False
+    row_ends: bool = False
+    """Force an end-of-row token after each row of the grid, as Emu3-style layouts do."""
+
+
+class CheckpointPolicy(Strict):
+    """A folder written by `rlmm export` or by a stage: model, tokenizer, layout.json and codec/."""
+
+    kind: Literal["checkpoint"] = "checkpoint"
+    path: str
+
+
+Policy = Annotated[NewPolicy | CheckpointPolicy, Field(discriminator="kind")]

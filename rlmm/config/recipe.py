@@ -1,0 +1,122 @@
+"""A recipe: everything a run is made of. YAML in, overrides on top, unknown key = error."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import Field, ValidationError, model_validator
+
+from rlmm.config.base import Strict, nearest
+from rlmm.config.codec import CodecConfig
+from rlmm.config.data import Data
+from rlmm.config.policy import NewPolicy, Policy
+from rlmm.config.rewards import Rewards
+from rlmm.config.stages import EvalStage, ExportStage, GrpoStage, SftStage, Stage
+from rlmm.objectives.legality import LogProbKind, check_legal
+
+
+class Runtime(Strict):
+    """How a run uses the machine."""
+
+    threads: int = Field(1, ge=1)
+    """Torch threads a process. Two threads on a shared machine were seen many times slower than one."""
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
+
+
+class Recipe(Strict):
+    """The whole recipe, stages by name in the order they run."""
+
+    name: str = Field(..., pattern=r"^[A-Za-z0-9._-]+$")
+    description: str = ""
+    seed: int = Field(0, ge=0)
+    run_dir: str = ""
+    """Where the run goes; runs/<name> by default."""
+    data: Data
+    codec: CodecConfig
+    policy: Policy = NewPolicy()
+    rewards: Rewards
+    """What GRPO trains on."""
+    held_out: Rewards
+    """The judge that is scored and never trained on."""
+    stages: dict[str, Stage]
+    runtime: Runtime = Runtime()
+
+    @model_validator(mode="after")
+    def _stages_fit_together(self) -> "Recipe":
+        before: list[str] = []
+        for name, stage in self.stages.items():
+            wanted = _references(stage)
+            unknown = [other for other in wanted if other not in before]
+            if unknown:
+                raise ValueError(
+                    f"stage {name!r} refers to {unknown[0]!r}, which is no policy stage before it."
+                    f"{nearest(unknown[0], before)}"
+                )
+            if isinstance(stage, GrpoStage):
+                check_legal(stage.objective.objective().family, LogProbKind.EXACT)
+            if isinstance(stage, SftStage | GrpoStage):
+                before.append(name)
+        return self
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.run_dir or f"runs/{self.name}")
+
+
+def _references(stage: Any) -> list[str]:
+    if isinstance(stage, EvalStage):
+        return list(stage.arms)
+    if isinstance(stage, ExportStage):
+        return [stage.start_from]
+    start = getattr(stage, "start_from", None)
+    return [start] if start else []
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be read; the text names the key, what was given and what to do."""
+
+
+def read_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
+    """Read and validate a recipe, with `key.subkey=value` overrides (values are YAML).
+
+    Raises:
+        RecipeError: no such file, no mapping, a broken override, or a value that does not fit.
+    """
+    if not path.is_file():
+        near = [str(p) for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+        raise RecipeError(f"no recipe at {path}.{nearest(str(path), near) if near else ''}")
+    try:
+        config = OmegaConf.load(path)
+        for override in overrides or []:
+            if "=" not in override:
+                raise RecipeError(f"override {override!r} has no '='; write key.subkey=value")
+            key, value = override.split("=", 1)
+            OmegaConf.update(config, key, yaml.safe_load(value), force_add=True)
+        raw = OmegaConf.to_container(config, resolve=True)
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise RecipeError(f"{path} cannot be read as YAML with these overrides: {error}") from error
+    if not isinstance(raw, dict):
+        raise RecipeError(f"{path} holds a {type(raw).__name__}; a recipe is a mapping of keys")
+    return validate_recipe(raw, str(path))
+
+
+def validate_recipe(raw: dict[Any, Any], source: str) -> Recipe:
+    """A Recipe from plain data; every fault is listed with its key path."""
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        lines = [f"  {_place(fault['loc'])}: {_reason(fault)}" for fault in error.errors()]
+        raise RecipeError(f"{source} is not a valid recipe:\n" + "\n".join(dict.fromkeys(lines))) from error
+
+
+def _place(location: tuple[int | str, ...]) -> str:
+    return ".".join(str(part) for part in location) or "recipe"
+
+
+def _reason(fault: Any) -> str:
+    message = str(fault["msg"]).removeprefix("Value error, ")
+    given = fault.get("input")
+    shown = "" if isinstance(given, dict | list) or fault["type"] == "value_error" else f" (given: {given!r})"
+    return message + shown

@@ -1,0 +1,158 @@
+"""What a recipe's stages may say. A stage has a name (its key in the recipe), a kind and its own settings."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from rlmm.config.base import Strict
+from rlmm.config.objectives import ObjectiveConfig
+from rlmm.config.policy import Lora
+
+
+class Optimization(Strict):
+    """AdamW and its schedule."""
+
+    steps: int = Field(..., ge=1)
+    learning_rate: float = Field(..., gt=0)
+    schedule: Literal["constant", "constant_with_warmup", "cosine", "linear"] = "cosine"
+    warmup_steps: int = Field(0, ge=0)
+    weight_decay: float = Field(0.0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    max_grad_norm: float = Field(1.0, ge=0)
+    """0 switches clipping off."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16 runs the transformer's body under autocast, in sampler and trainer alike."""
+    gradient_checkpointing: bool = False
+    checkpoint_every: int = Field(50, ge=1)
+    checkpoints_kept: int = Field(2, ge=2)
+    """At least two: should the newest be torn, the one before it is used."""
+    deepspeed: str | None = None
+    """Path of a DeepSpeed configuration file."""
+
+
+class CodecStage(Optimization):
+    """Train the image tokenizer."""
+
+    kind: Literal["codec"] = "codec"
+    batch_size: int = Field(64, ge=1)
+    images: int | None = None
+    """How many training images to use; all by default."""
+
+
+class SftStage(Optimization):
+    """Supervised fine-tuning on (prompt, image) pairs."""
+
+    kind: Literal["sft"] = "sft"
+    start_from: str | None = None
+    """A stage's name, by default the policy stage before this one, or the recipe's policy."""
+    batch_size: int = Field(64, ge=1)
+    micro_batch_size: int = Field(64, ge=1)
+    prompt_dropout: float = Field(0.1, ge=0, lt=1)
+    """Share of rows that see the null prompt, which guidance needs."""
+    image_weight: float = Field(1.0, ge=0)
+    text_weight: float = Field(0.0, ge=0)
+    lora: Lora | None = None
+
+    @model_validator(mode="after")
+    def _whole_batches(self) -> "SftStage":
+        _divides(self.batch_size, self.micro_batch_size, "batch_size", "micro_batch_size")
+        if self.image_weight + self.text_weight == 0:
+            raise ValueError("image_weight and text_weight are both 0: nothing would be trained; raise one of them")
+        return self
+
+
+class Sampling(Strict):
+    """The law rollouts are sampled from and the loss differentiates."""
+
+    temperature: float = Field(1.0, gt=0)
+    guidance_scale: float = 1.0
+    guidance: Literal["none", "guided", "conditional_only", "rescaled"] = "guided"
+    top_k: int = Field(0, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+
+
+class Gates(Strict):
+    """What stops a run. Shares are of one rollout; a ceiling stops after `patience` rollouts in a row above it."""
+
+    off_policy: Literal["refuse", "allow"] = "refuse"
+    """allow: the mismatch is still measured and no longer stops."""
+    mismatch_mean: float | None = None
+    """Largest mean |trainer - sampler| log-prob in nats; by default 1e-5 in float32 and 0.02 in bfloat16."""
+    mismatch_max: float | None = None
+    """Largest single one; by default 100 times the mean's."""
+    flat_share: float = 0.98
+    unavailable_share: float = 0.5
+    duplicate_share: float = 0.98
+    patience: int = Field(5, ge=1)
+
+
+class TorchEngineConfig(Strict):
+    kind: Literal["torch"] = "torch"
+    max_rows: int = Field(512, ge=1)
+    """Most decode rows (samples x streams) in one batch."""
+
+
+class GrpoStage(Optimization):
+    """Group-relative policy optimisation on generated images."""
+
+    kind: Literal["grpo"] = "grpo"
+    start_from: str | None = None
+    objective: ObjectiveConfig = ObjectiveConfig.model_validate({})
+    prompts_per_step: int = Field(16, ge=1)
+    samples_per_prompt: int = Field(8, ge=2)
+    micro_batch_size: int = Field(64, ge=1)
+    sampling: Sampling = Sampling()
+    engine: TorchEngineConfig = TorchEngineConfig()
+    gates: Gates = Gates()
+    held_out_every: int = Field(10, ge=0)
+    """Score every n-th rollout with the held-out judge too; 0 never does."""
+    store_every: int = Field(1, ge=1)
+    """Keep every n-th rollout file with its images; the others are deleted once their updates are checkpointed."""
+    lora: Lora | None = None
+
+    @property
+    def rollouts(self) -> int:
+        """Samples a rollout step makes, over all processes."""
+        return self.prompts_per_step * self.samples_per_prompt
+
+    @model_validator(mode="after")
+    def _whole_batches(self) -> "GrpoStage":
+        updates = self.objective.updates_per_rollout
+        _divides(self.rollouts, updates, "prompts_per_step x samples_per_prompt", "objective.updates_per_rollout")
+        each = self.rollouts // updates
+        _divides(each, self.micro_batch_size, "rollouts an update", "micro_batch_size")
+        return self
+
+
+class EvalStage(Strict):
+    """Held-out prompts, several temperatures and sampling seeds, the held-out judge, intervals."""
+
+    kind: Literal["eval"] = "eval"
+    arms: tuple[str, ...]
+    """Names of the policy stages to compare; the first is the baseline the others are measured against."""
+    prompts: int = Field(256, ge=1)
+    sampling_seeds: int = Field(2, ge=1)
+    temperatures: tuple[float, ...] = (1.0, 0.7, 0.4)
+    guidance_scale: float = 1.0
+    batch_prompts: int = Field(64, ge=1)
+
+
+class ExportStage(Strict):
+    """The adapter as plain PEFT files, merged weights as a transformers folder, both with card and codec."""
+
+    kind: Literal["export"] = "export"
+    start_from: str
+
+
+Stage = Annotated[
+    CodecStage | SftStage | GrpoStage | EvalStage | ExportStage,
+    Field(discriminator="kind"),
+]
+
+
+def _divides(total: int, part: int, total_name: str, part_name: str) -> None:
+    if total % part:
+        raise ValueError(
+            f"{total_name} = {total} is not a multiple of {part_name} = {part}; choose {part_name} among its divisors "
+            f"{[d for d in range(1, total + 1) if total % d == 0]}"
+        )

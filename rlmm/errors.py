@@ -1,0 +1,7 @@
+"""Errors a person can mend: shown as one message, without a traceback (RLMM_TRACEBACK=1 shows it)."""
+
+from rewards.runner import RewardContractError
+from rlmm.config.recipe import RecipeError
+from rlmm.train.gates import GateError
+
+MENDABLE: tuple[type[Exception], ...] = (RecipeError, GateError, RewardContractError, ValueError, OSError)

@@ -1,0 +1,222 @@
+"""Held-out evaluation: every arm at several temperatures and sampling seeds, by judges with intervals.
+
+An arm is a finished policy stage. All arms see the same prompts and the same sampling seeds, so differences are
+paired. Shapes: P prompts, S sampling seeds.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from rewards.base import Sample, Score
+from rewards.compose import CompositeReward
+from rlmm.codecs import Codec
+from rlmm.config.stages import EvalStage, GrpoStage, Sampling, SftStage, TorchEngineConfig
+from rlmm.data import Example, build_dataset
+from rlmm.evaluation.statistics import bootstrap_mean, diversity, paired_difference
+from rlmm.policies.causal import CausalPolicy
+from rlmm.policies.families import llama
+from rlmm.rewarding import build_composite
+from rlmm.seeds import derive
+from rlmm.train import experience as phases
+from rlmm.train.checkpoint import write_json_atomically
+from rlmm.train.context import StageContext, policy_stage_before, run_codec
+from rlmm.train.engines import build_engine
+from rlmm.train.metrics import MetricsFile
+from rollouts.trajectory import Trajectory
+
+BEST = "best"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One arm at one temperature: judge -> metric -> values [P, S] (NaN where unavailable), and its samples."""
+
+    arm: str
+    temperature: float
+    values: dict[str, dict[str, np.ndarray]]
+    diversity: float
+    rows: list[dict[str, Any]]
+
+
+def run_eval(context: StageContext) -> None:
+    """Score every arm; leaves eval.json and samples.parquet in the stage's folder, and prints the contrasts."""
+    config: EvalStage = context.config
+    data = build_dataset(context.recipe.data, "held_out", context.recipe.seed)
+    if len(data) < config.prompts:
+        raise ValueError(f"the held-out split has {len(data)} prompts and the stage asks for {config.prompts}")
+    judges = {"held_out": build_composite(context.recipe.held_out), "trained": build_composite(context.recipe.rewards)}
+    cells = list(_cells(context, config, [data[i] for i in range(config.prompts)], judges))
+    record = {
+        "rows": [row for cell in cells for row in _rows(cell, config)],
+        "contrasts": contrasts(cells, config.arms, set(_terms(judges["held_out"]))),
+        "diversity": [{"arm": c.arm, "temperature": c.temperature, "value": c.diversity} for c in cells],
+        "compute": [compute(context, arm) for arm in config.arms],
+    }
+    context.folder.mkdir(parents=True, exist_ok=True)
+    partial = context.folder / "samples.partial"
+    pq.write_table(pa.Table.from_pylist([row for cell in cells for row in cell.rows]), partial)
+    partial.replace(context.folder / "samples.parquet")
+    write_json_atomically(context.folder / "eval.json", record)
+    for line in contrast_lines(record["contrasts"]):
+        context.say(line)
+
+
+def _cells(
+    context: StageContext, config: EvalStage, examples: list[Example], judges: dict[str, CompositeReward]
+) -> Iterator[Cell]:
+    codec = run_codec(context)
+    codec.eval()
+    for arm in config.arms:
+        policy = llama.load(context.run.stage(arm) / "model")
+        policy.model.eval()
+        for temperature in config.temperatures:
+            context.say(f"evaluating {arm} at temperature {temperature:g} on {config.prompts} held-out prompts")
+            sampling = Sampling(temperature=temperature, guidance_scale=config.guidance_scale)
+            yield _cell(context, config, (arm, temperature), policy, codec, sampling, examples, judges)
+
+
+def _cell(
+    context: StageContext,
+    config: EvalStage,
+    name: tuple[str, float],
+    policy: CausalPolicy,
+    codec: Codec,
+    sampling: Sampling,
+    examples: list[Example],
+    judges: dict[str, CompositeReward],
+) -> Cell:
+    made, samples = sample_held_out(context, config, policy, codec, sampling, examples)
+    scores: dict[str, list[Score]] = {}
+    for judge in judges.values():
+        for one in judge.score(samples):
+            for term, score in one.terms.items():
+                scores.setdefault(term, []).append(score)
+    shape = (len(examples), config.sampling_seeds)
+    values = {term: {m: np.array(v).reshape(shape) for m, v in _metrics(column).items()} for term, column in scores.items()}
+    rows = [
+        {"arm": name[0], "temperature": name[1], "seed": i % config.sampling_seeds, "prompt": sample.prompt}
+        | {"image": phases.png_bytes(sample.images[0])}
+        | {f"score/{term}": column[i].value for term, column in scores.items()}
+        for i, sample in enumerate(samples)
+    ]
+    spread = diversity(made.ids.numpy(), made.target_mask.numpy(), list(made.group_id))
+    return Cell(*name, values, spread, rows)
+
+
+def sample_held_out(
+    context: StageContext,
+    config: EvalStage,
+    policy: CausalPolicy,
+    codec: Codec,
+    sampling: Sampling,
+    examples: Sequence[Example],
+) -> tuple[Trajectory, list[Sample]]:
+    """All held-out samples, prompt-major; a sample's seed depends on its prompt's place and its sampling seed alone."""
+    engine = build_engine(TorchEngineConfig(max_rows=config.batch_prompts * config.sampling_seeds), policy)
+    law = phases.law_of(policy.layout, sampling)
+    seed = derive(context.recipe.seed, "evaluation")
+    requests = [
+        phases.request_for(
+            policy, law, example.prompt, f"eval/{p:05d}", [derive(seed, p, s) for s in range(config.sampling_seeds)]
+        )
+        for p, example in enumerate(examples)
+    ]
+    made = phases.generate(engine, policy, law, requests, policy.model)
+    images = phases.decode_images(codec, policy.layout, made)
+    rows = [example for example in examples for _ in range(config.sampling_seeds)]
+    return made, phases.samples_of(made, rows, images)
+
+
+def _metrics(column: Sequence[Score]) -> dict[str, list[float]]:
+    """`value` and every part, NaN where a sample's score is unavailable; invalid output counts as 0."""
+    parts = sorted({part for score in column for part in score.parts})
+    missing = [0.0 if score.status == "invalid_output" else np.nan for score in column]
+    table = {"value": [m if s.value is None else s.value for s, m in zip(column, missing, strict=True)]}
+    for part in parts:
+        table[part] = [s.parts.get(part, m) for s, m in zip(column, missing, strict=True)]
+    return table
+
+
+def _rows(cell: Cell, config: EvalStage) -> Iterator[dict[str, Any]]:
+    for judge, metrics in cell.values.items():
+        for metric, values in metrics.items():
+            interval = bootstrap_mean(values)
+            yield {
+                "arm": cell.arm, "temperature": cell.temperature, "judge": judge, "metric": metric,
+                "mean": interval.mean, "low": interval.low, "high": interval.high,
+                "n_prompts": interval.prompts, "n_seeds": config.sampling_seeds, "excluded": interval.excluded,
+            }  # fmt: skip
+
+
+def contrasts(cells: Sequence[Cell], arms: Sequence[str], held_out: set[str]) -> list[dict[str, Any]]:
+    """Every later arm against every earlier one by the held-out judge: at each temperature, and best against best.
+
+    "Best" is each arm's temperature with the highest mean of the metric, so that a policy which merely became sharper
+    gains nothing over one sampled colder.
+    """
+    found = []
+    by_place = {(cell.arm, cell.temperature): cell for cell in cells}
+    temperatures = sorted({cell.temperature for cell in cells}, reverse=True)
+    for i, arm in enumerate(arms):
+        for baseline in arms[:i]:
+            for judge, metric in _judged(cells[0], held_out):
+                pairs = [(t, t, str(t)) for t in temperatures]
+                best = [max(temperatures, key=lambda t, a=a: _mean(by_place[a, t], judge, metric)) for a in (arm, baseline)]
+                pairs.append((best[0], best[1], BEST))
+                for mine, theirs, kind in pairs:
+                    a, b = by_place[arm, mine], by_place[baseline, theirs]
+                    difference = paired_difference(a.values[judge][metric], b.values[judge][metric])
+                    found.append(
+                        {"arm": arm, "baseline": baseline, "judge": judge, "metric": metric, "at": kind,
+                         "difference": difference.mean, "low": difference.low, "high": difference.high,
+                         "arm_temperature": mine, "baseline_temperature": theirs}
+                    )  # fmt: skip
+    return found
+
+
+def _judged(cell: Cell, held_out: set[str]) -> list[tuple[str, str]]:
+    return [(judge, metric) for judge, metrics in cell.values.items() if judge in held_out for metric in metrics]
+
+
+def _mean(cell: Cell, judge: str, metric: str) -> float:
+    return float(np.nanmean(cell.values[judge][metric]))
+
+
+def _terms(reward: CompositeReward) -> list[str]:
+    return [term.name for term in reward.terms]
+
+
+def compute(context: StageContext, arm: str) -> dict[str, Any]:
+    """What an arm's training took beyond codec and data: steps and seconds, summed along the stages it grew from."""
+    steps, seconds, chain = 0, 0.0, []
+    name: str | None = arm
+    while name is not None:
+        chain.append(name)
+        rows = MetricsFile(context.run.stage(name) / "metrics.jsonl").read()
+        steps += len(rows)
+        seconds += sum(value for row in rows for key, value in row.items() if key.startswith("time/") and value)
+        name = _parent(context, name)
+    return {"arm": arm, "stages": chain[::-1], "steps": steps, "seconds": round(seconds, 1)}
+
+
+def _parent(context: StageContext, name: str) -> str | None:
+    stage = context.recipe.stages[name]
+    if not isinstance(stage, SftStage | GrpoStage):
+        return None
+    return stage.start_from or policy_stage_before(replace(context, name=name))
+
+
+def contrast_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The differences at each arm's best temperature, as sentences."""
+    return [
+        f"{row['arm']} minus {row['baseline']}, {row['judge']} {row['metric']} on held-out prompts: "
+        f"{row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}] "
+        f"(best temperatures {row['arm_temperature']:g} and {row['baseline_temperature']:g})"
+        for row in rows
+        if row["at"] == BEST
+    ]

@@ -1,0 +1,56 @@
+"""The parts an objective is made of, and the objectives with a name."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Baseline = Literal["mean", "leave_one_out"]
+Scale = Literal["group_std", "batch_std", "none"]
+FlatGroups = Literal["drop", "count"]
+WeightKind = Literal["grpo", "dr_grpo", "dapo", "rloo"]
+Level = Literal["token", "sequence"]
+KLKind = Literal["k1", "k2", "k3"]
+Family = Literal["token_ratio", "sequence_ratio", "ratio_free", "dpo", "token_kl"]
+
+DPO_FAMILY: Family = "dpo"
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A policy-gradient objective: how advantages are made, how tokens are weighed, where the ratio is
+    clipped.
+
+    The loss of an optimiser step is `sum(token_weights(weights) * clipped_policy_loss(...))` with the
+    advantages of `group_advantages(baseline, scale, flat_groups)`; a KL term is added under the same weights.
+    """
+
+    name: str
+    baseline: Baseline
+    scale: Scale
+    weights: WeightKind
+    flat_groups: FlatGroups
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    level: Level = "token"
+
+    @property
+    def family(self) -> Family:
+        """The row of the legality table this objective stands in."""
+        return "token_ratio" if self.level == "token" else "sequence_ratio"
+
+
+# Flat groups: an advantage divided by the group's std is undefined at std 0, so such a group leaves the mean
+# (DAPO's dynamic sampling, without the refill). The two unscaled objectives are unbiased only when it stays
+# in the denominator: dropping it multiplies each prompt's gradient by a factor that grows with its chance to
+# be flat.
+OBJECTIVES: dict[str, Objective] = {
+    # DeepSeekMath, arXiv 2402.03300, eq. 3-4
+    "grpo": Objective("grpo", baseline="mean", scale="group_std", weights="grpo", flat_groups="drop"),
+    # Understanding R1-Zero-like training, arXiv 2503.20783, section 3.2
+    "dr_grpo": Objective("dr_grpo", baseline="mean", scale="none", weights="dr_grpo", flat_groups="count"),
+    # DAPO, arXiv 2503.14476, eq. 8-12: clip-higher, token mean, dynamic sampling
+    "dapo": Objective(
+        "dapo", baseline="mean", scale="group_std", weights="dapo", flat_groups="drop", clip_high=0.28
+    ),
+    # Back to basics, arXiv 2402.14740, eq. 7
+    "rloo": Objective("rloo", baseline="leave_one_out", scale="none", weights="rloo", flat_groups="count"),
+}

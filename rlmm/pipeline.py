@@ -1,0 +1,50 @@
+"""Runs a recipe's stages in order. A second call goes on where the first one stopped."""
+
+from collections.abc import Callable
+
+import torch
+
+from rlmm.config.recipe import Recipe
+from rlmm.evaluation.evaluate import run_eval
+from rlmm.export import run_export
+from rlmm.report import write_report
+from rlmm.run_folder import RunFolder
+from rlmm.train.codec import run_codec_stage
+from rlmm.train.context import StageContext
+from rlmm.train.grpo import run_grpo
+from rlmm.train.processes import world
+from rlmm.train.sft import run_sft
+
+STAGES: dict[str, Callable[[StageContext], None]] = {
+    "codec": run_codec_stage,
+    "sft": run_sft,
+    "grpo": run_grpo,
+    "eval": run_eval,
+    "export": run_export,
+}
+
+
+def run_folder(recipe: Recipe) -> RunFolder:
+    return RunFolder(recipe.folder, tuple(recipe.stages))
+
+
+def run_recipe(recipe: Recipe, say: Callable[[str], None]) -> RunFolder:
+    """Run every stage that is not done; the report is written after each."""
+    folder = run_folder(recipe)
+    first = world()[0] == 0
+    torch.set_num_threads(recipe.runtime.threads)
+    if first:
+        folder.bind_config(recipe.model_dump(mode="json"))
+        folder.write_environment()
+    for name, stage in recipe.stages.items():
+        if folder.done(name):
+            say(f"{name}: done before")
+            continue
+        say(f"{name} ({stage.kind})")
+        if first:
+            folder.mark(name, stage.kind, "running")
+        STAGES[stage.kind](StageContext(recipe, folder, name, stage, say))
+        if first:
+            folder.mark(name, stage.kind, "done")
+            write_report(folder.path)
+    return folder

@@ -1,0 +1,200 @@
+"""The next-token policy: one causal forward gives every log-prob of a trajectory, exactly.
+
+Shapes: B rows, S response positions, P prefix positions, K streams, T = P + S - 1 positions fed, N decisions.
+"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlmm.config.base import nearest
+from rlmm.config.policy import Lora
+from rlmm.objectives.legality import LogProbKind
+from rlmm.policies.base import LogProbs, SequenceBatch
+from rlmm.policies.head import decision_log_probs, sliced_head
+from rlmm.policies.layout_io import save_layout
+from rollouts.contract import Layout
+from rollouts.law import Law
+from rollouts.trajectory import IMAGE, TEXT, Trajectory
+
+
+class CausalPolicy:
+    """A Llama-style transformers model whose vocabulary holds text and image codes."""
+
+    log_prob_kind = LogProbKind.EXACT
+
+    def __init__(
+        self, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, layout: Layout
+    ) -> None:
+        self.model, self.tokenizer, self.layout = model, tokenizer, layout
+        self.precision = "float32"
+        self._frozen: nn.Module | None = None
+        self._swapped: nn.Module | None = None
+
+    @property
+    def base(self) -> PreTrainedModel:
+        """The transformers model, LoRA layers inside it where there are any."""
+        active = self._swapped if self._swapped is not None else self.model
+        return active.get_base_model() if isinstance(active, PeftModel) else active
+
+    def encode_prompt(self, prompt: str) -> list[int]:
+        """Ids of a prompt's text. The text is data: a special token spelled in it is spelled out, not obeyed."""
+        return self.tokenizer(prompt, add_special_tokens=False, split_special_tokens=True).input_ids
+
+    def hidden(self, ids_BT: Tensor, mask_BT: Tensor, *, cache: Any = None, model: nn.Module | None = None) -> Tensor:
+        """Final hidden states [B, T, H]. `mask_BT` covers the cached positions too; positions count real tokens."""
+        device = self.base.device
+        position_BT = (mask_BT.long().cumsum(-1) - 1).clamp_min(0)[:, -ids_BT.shape[1] :].to(device)
+        inputs = {"input_ids": ids_BT.to(device), "attention_mask": mask_BT.to(device), "position_ids": position_BT}
+        # The body alone is cast, here, for sampler and trainer alike: the head and the softmax stay in full precision.
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+            if model is None:
+                output = self.base.base_model(**inputs, past_key_values=cache, use_cache=cache is not None)
+                return output.last_hidden_state.to(self.base.dtype)
+            # A wrapper's hooks (gradient reduction, parameter gathering) fire only when its own forward runs; one
+            # position of logits is the cheapest the head offers.
+            output = model(**inputs, use_cache=False, output_hidden_states=True, logits_to_keep=1)
+        return output.hidden_states[-1].to(self.base.dtype)
+
+    def head(self, hidden_NH: Tensor, vocabulary: tuple[int, int]) -> Tensor:
+        return sliced_head(self.base.get_output_embeddings(), hidden_NH, vocabulary)
+
+    def log_probs(self, trajectory: Trajectory, *, model: nn.Module | None = None) -> LogProbs:
+        """Log-probs of the trajectory under the laws it was sampled from, with gradient."""
+        names = _streams_needed(trajectory)
+        hidden_KBSH = self._response_hidden(trajectory, names, model)
+        rows, length = trajectory.ids.shape
+        logp_BS = hidden_KBSH.new_zeros(rows, length, dtype=torch.promote_types(hidden_KBSH.dtype, torch.float32))
+        entropy_BS = torch.zeros_like(logp_BS)
+        for index, span in enumerate(trajectory.spans):
+            where = trajectory.target_mask & (trajectory.span == index)
+            used = span.law.streams(replay=True)
+            hidden_KNH = torch.stack([hidden_KBSH[names.index(name)][where] for name in used])
+            support = trajectory.support[where] if trajectory.support is not None else None
+            tokens_N = trajectory.ids[where]
+            logp_N, entropy_N = decision_log_probs(self._head(), span.law, used, hidden_KNH, tokens_N, support)
+            logp_BS = logp_BS.masked_scatter(where, logp_N)
+            entropy_BS = entropy_BS.masked_scatter(where, entropy_N)
+        return LogProbs(self.log_prob_kind, logp_BS, entropy_BS)
+
+    def sequence_log_probs(self, batch: SequenceBatch, *, model: nn.Module | None = None) -> Tensor:
+        """Log-probs [B, T] of supervised targets, each normalised over its own modality's vocabulary slice."""
+        hidden_BTH = self.hidden(batch.ids_BT[:, :-1], batch.mask_BT[:, :-1], model=model)
+        logp_BT = hidden_BTH.new_zeros(batch.ids_BT.shape, dtype=torch.promote_types(hidden_BTH.dtype, torch.float32))
+        for modality, vocabulary in ((TEXT, self.layout.text), (IMAGE, self.layout.image)):
+            where = batch.target_BT & (batch.modality_BT == modality)
+            if where[:, 1:].any():
+                hidden_1NH = hidden_BTH[where[:, 1:]].unsqueeze(0)
+                tokens_N = batch.ids_BT[where]
+                logp_N, _ = decision_log_probs(self._head(), Law(vocabulary), ("cond",), hidden_1NH, tokens_N)
+                logp_BT = logp_BT.masked_scatter(where, logp_N)
+        return logp_BT
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Full weights under the checkpoint's names. An adapter is folded into a copy: merging and unmerging in
+        place drifts in bfloat16."""
+        modules = dict(self.base.named_modules())
+        for name, parameter in self.base.named_parameters():
+            if ".lora_" in name:
+                continue
+            weight = parameter.detach()
+            if ".base_layer." in name:
+                layer: Any = modules[name.split(".base_layer.", 1)[0]]
+                if name.endswith(".weight"):
+                    weight = weight + sum(layer.get_delta_weight(a) for a in layer.active_adapters).detach()
+                name = name.replace(".base_layer.", ".")
+            yield name, weight
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """The policy before this stage: the adapter switched off, or the copy `freeze_reference` made."""
+        if isinstance(self.model, PeftModel):
+            with self.model.disable_adapter():
+                yield
+            return
+        if self._frozen is None:
+            raise RuntimeError("no reference: call `freeze_reference` before training all weights with a KL term")
+        self._swapped = self._frozen
+        try:
+            yield
+        finally:
+            self._swapped = None
+
+    def freeze_reference(self) -> None:
+        """Keep a frozen copy of the present weights as the reference. Nothing to do under LoRA."""
+        if not isinstance(self.model, PeftModel):
+            self._frozen = copy.deepcopy(self.model).eval().requires_grad_(False)
+
+    def add_lora(self, config: Lora, seed: int) -> None:
+        """Wrap the model in a fresh LoRA adapter, whose weights are a function of `seed`."""
+        known = {name.rsplit(".", 1)[-1] for name, module in self.base.named_modules() if isinstance(module, nn.Linear)}
+        unknown = [name for name in config.target_modules if name not in known]
+        if unknown:
+            raise ValueError(f"lora.target_modules names {unknown[0]!r}.{nearest(unknown[0], sorted(known))}")
+        settings = LoraConfig(
+            r=config.rank,
+            lora_alpha=config.alpha,
+            lora_dropout=config.dropout,
+            target_modules=list(config.target_modules),
+            task_type="CAUSAL_LM",
+        )
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.model = get_peft_model(self.base, settings)
+
+    def save(self, folder: Path) -> None:
+        """The full model, an adapter folded into a copy of it, with tokenizer and layout, in transformers' files."""
+        model = self.model
+        if isinstance(model, PeftModel):
+            model = copy.deepcopy(model).merge_and_unload()
+        model.save_pretrained(folder)
+        self._save_rest(folder)
+
+    def save_adapter(self, folder: Path, base: str) -> None:
+        """The adapter alone as plain PEFT files; `base` is the model it belongs to (a folder or hub id)."""
+        if not isinstance(self.model, PeftModel):
+            raise ValueError("this policy has no adapter: its stage trained all weights; export the merged model")
+        self.model.peft_config["default"].base_model_name_or_path = base
+        self.model.save_pretrained(folder)
+        self._save_rest(folder)
+
+    def _save_rest(self, folder: Path) -> None:
+        self.tokenizer.save_pretrained(folder)
+        save_layout(self.layout, folder)
+
+    def _head(self) -> nn.Module:
+        return self.base.get_output_embeddings()
+
+    def _response_hidden(self, trajectory: Trajectory, names: list[str], model: nn.Module | None) -> Tensor:
+        """Hidden states [K, B, S, H] from which each response position is decided: one forward for all streams."""
+        rows, length = trajectory.ids.shape
+        width = max(trajectory.streams[name].ids_BP.shape[1] for name in names)
+        ids, masks = [], []
+        for name in names:
+            stream = trajectory.streams[name]
+            grow = (width - stream.ids_BP.shape[1], 0)
+            prefix = nn.functional.pad(stream.ids_BP, grow, value=self.layout.pad)
+            ids.append(torch.cat([prefix, trajectory.ids[:, :-1]], 1))
+            masks.append(torch.cat([nn.functional.pad(stream.mask_BP, grow), trajectory.attention_mask[:, :-1]], 1))
+        hidden = self.hidden(torch.cat(ids), torch.cat(masks), model=model)
+        return hidden[:, width - 1 :].unflatten(0, (len(names), rows))
+
+
+def _streams_needed(trajectory: Trajectory) -> list[str]:
+    needed: list[str] = []
+    for span in trajectory.spans:
+        needed += [name for name in span.law.streams(replay=True) if name not in needed]
+    missing = [name for name in needed if name not in trajectory.streams]
+    if missing:
+        raise ValueError(
+            f"the law needs the streams {missing} and the trajectory holds {sorted(trajectory.streams)}; "
+            "sample with an engine that records every stream of the law"
+        )
+    return needed

@@ -1,0 +1,57 @@
+"""A Llama-style transformers model with text and image codes in one vocabulary."""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from rlmm.config.policy import NewPolicy
+from rlmm.policies.causal import CausalPolicy
+from rlmm.policies.layout_io import load_layout
+from rlmm.policies.tokenizer import BOI, BOS, EOL, NULL, PAD, character_tokenizer
+from rollouts.contract import Grid, Layout
+
+
+def build(config: NewPolicy, *, num_codes: int, grid: tuple[int, int], seed: int) -> CausalPolicy:
+    """A fresh policy over a codec's codes; its weights are a function of `seed` alone."""
+    tokenizer = character_tokenizer()
+    token = {name: int(tokenizer.convert_tokens_to_ids(name)) for name in (PAD, BOS, BOI, EOL, NULL)}
+    text_size = len(tokenizer)
+    layout = Layout(
+        vocab_size=text_size + num_codes,
+        text=(0, text_size),
+        image=(text_size, text_size + num_codes),
+        bos=token[BOS],
+        pad=token[PAD],
+        boi=token[BOI],
+        grid=Grid(*grid, row_end=token[EOL] if config.row_ends else None),
+        null_prompt=(token[NULL],),
+    )
+    llama = LlamaConfig(
+        vocab_size=layout.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_heads,
+        max_position_embeddings=config.max_positions,
+        tie_word_embeddings=config.tie_embeddings,
+        pad_token_id=layout.pad,
+        bos_token_id=layout.bos,
+        eos_token_id=None,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(llama)
+    return CausalPolicy(model, tokenizer, layout)
+
+
+def load(folder: Path) -> CausalPolicy:
+    """The policy a stage or `rlmm export` wrote. Raises ValueError naming the folder where it cannot be read."""
+    layout = load_layout(folder)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{folder} is not a readable checkpoint ({error}); give a complete model folder") from error
+    return CausalPolicy(model, tokenizer, layout)

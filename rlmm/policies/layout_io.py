@@ -1,0 +1,77 @@
+"""The layout beside a checkpoint, and where the parts of a sequence go: the one place that spells prompts and images."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rlmm.policies.base import SequenceBatch
+from rollouts.contract import Layout
+from rollouts.trajectory import IMAGE, TEXT
+
+LAYOUT_FILE = "layout.json"
+
+
+def save_layout(layout: Layout, folder: Path) -> None:
+    (folder / LAYOUT_FILE).write_text(json.dumps(layout.to_dict(), indent=2))
+
+
+def load_layout(folder: Path) -> Layout:
+    """Raises ValueError where the folder holds none or a broken one."""
+    path = folder / LAYOUT_FILE
+    if not path.is_file():
+        raise ValueError(
+            f"{folder} has no {LAYOUT_FILE}, so where its image codes lie is unknown; give a folder written by a stage "
+            "or by `rlmm export`"
+        )
+    try:
+        return Layout.from_dict(json.loads(path.read_text()))
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a layout ({error!r}); export the checkpoint again") from error
+
+
+def spell_image(layout: Layout, codes: Sequence[int]) -> list[int]:
+    """Token ids of an image span: codes shifted into the image slice, with the grid's forced tokens in place."""
+    grid = layout.grid
+    decided = grid.decided()
+    if len(codes) != len(decided):
+        raise ValueError(
+            f"{len(codes)} codes for a grid of {grid.rows}x{grid.cols} = {len(decided)}; the codec and the layout "
+            "disagree: rebuild one of them"
+        )
+    ids = [grid.forced().get(position, layout.pad) for position in range(grid.length)]
+    for position, code in zip(decided, codes, strict=True):
+        ids[position] = layout.image[0] + code
+    return ids
+
+
+def read_codes(layout: Layout, ids_BS: Tensor) -> Tensor:
+    """Codec codes [B, rows * cols] of image spans [B, S]."""
+    return ids_BS[:, layout.grid.decided()] - layout.image[0]
+
+
+def supervised_batch(
+    layout: Layout, prompts: Sequence[Sequence[int]], codes: Sequence[Sequence[int]]
+) -> SequenceBatch:
+    """bos, prompt, begin-of-image, image: right-padded, with prompt text and image codes as targets.
+
+    Forced grid tokens, `bos` and begin-of-image are no targets: nothing decides them.
+    """
+    decided = set(layout.grid.decided())
+    rows: list[tuple[list[int], list[bool], list[int]]] = []
+    for prompt, image in zip(prompts, codes, strict=True):
+        prefix, span = layout.prefix(prompt), spell_image(layout, image)
+        targets = [False, *[True] * len(prompt), False, *[p in decided for p in range(len(span))]]
+        rows.append(([*prefix, *span], targets, [TEXT] * len(prefix) + [IMAGE] * len(span)))
+    width = max(len(ids) for ids, _, _ in rows)
+    ids = torch.full((len(rows), width), layout.pad, dtype=torch.long)
+    mask = torch.zeros(len(rows), width, dtype=torch.bool)
+    target, modality = mask.clone(), torch.zeros(len(rows), width, dtype=torch.int8)
+    for row, (tokens, targets, kinds) in enumerate(rows):
+        ids[row, : len(tokens)] = torch.tensor(tokens)
+        mask[row, : len(tokens)] = True
+        target[row, : len(tokens)] = torch.tensor(targets)
+        modality[row, : len(tokens)] = torch.tensor(kinds, dtype=torch.int8)
+    return SequenceBatch(ids, mask, target, modality)

@@ -1,0 +1,157 @@
+"""What a run shows, in plain words: the headline, its figures, and the warning when two judges part ways.
+
+Every metric of an evaluation is taken to be better when higher.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from rlmm.report.plots import tenths
+from rlmm.report.records import Contrast, Curve, Evaluation, Run, Stage
+
+Tone = Literal["better", "worse", "open"]
+JudgeRole = Literal["held out", "trained on", ""]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One contrast as a tile: the difference, its interval, and what it says."""
+
+    title: str
+    difference: str
+    interval: str
+    detail: str
+    tone: Tone
+
+
+@dataclass(frozen=True)
+class Headline:
+    """The sentence on top of the page and the tiles under it."""
+
+    sentence: str
+    tone: Tone
+    findings: tuple[Finding, ...]
+
+
+def headline(run: Run, evaluation: Evaluation | None, rl_stages: Sequence[Stage]) -> Headline:
+    """The first contrast by a held-out judge makes the sentence (any first contrast where there is none)."""
+    roles = judge_roles(run.stages)
+    contrasts = list(evaluation.contrasts) if evaluation else []
+    contrasts.sort(key=lambda contrast: roles.get(contrast.judge) == "trained on")
+    if not evaluation or not contrasts:
+        return Headline(_before_evaluation(rl_stages), "open", ())
+    first = contrasts[0]
+    findings = tuple(_finding(contrast, roles.get(contrast.judge, "")) for contrast in contrasts[:4])
+    return Headline(_sentence(first, evaluation, roles.get(first.judge, "")), tone(first), findings)
+
+
+def judge_roles(stages: Sequence[Stage]) -> dict[str, JudgeRole]:
+    """Which judges were trained on and which were held out, as the stages logged them."""
+    roles: dict[str, JudgeRole] = {}
+    for key in (key for stage in stages for key in stage.curves):
+        name = key.removesuffix("/mean")
+        if name.startswith("reward/") and name != "reward" and key.endswith("/mean"):
+            roles[name.removeprefix("reward/")] = "trained on"
+    for key in (key for stage in stages for key in stage.curves):
+        if key.startswith("held_out/") and key.endswith("/mean"):
+            roles.setdefault(key.removeprefix("held_out/").removesuffix("/mean"), "held out")
+    return roles
+
+
+def tone(contrast: Contrast) -> Tone:
+    """Whether the interval lies above 0, below it, or leaves the question open."""
+    if contrast.low is None or contrast.high is None:
+        return "open"
+    if contrast.low > 0:
+        return "better"
+    return "worse" if contrast.high < 0 else "open"
+
+
+def divergence(trained: Curve, held_out: Curve) -> bool:
+    """Whether the trained reward rose while the held-out judge fell: the mark of a reward being gamed.
+
+    The last third of the trained reward is compared with its first, that of the held-out judge with its first
+    and its middle one. A change counts when it exceeds two standard errors of the difference of the means; a
+    curve of fewer than 9 values shows none.
+    """
+    fell = min(_change(held_out, "first"), _change(held_out, "middle")) < 0
+    return _change(trained, "first") > 0 and fell
+
+
+def _change(curve: Curve, against: Literal["first", "middle"]) -> int:
+    values = [value for value in curve.values if not math.isnan(value)]
+    third = len(values) // 3
+    if third < 3:
+        return 0
+    earlier = values[:third] if against == "first" else values[third : 2 * third]
+    later = values[-third:]
+    means = [sum(part) / third for part in (earlier, later)]
+    variances = [
+        sum((v - mean) ** 2 for v in part) / (third - 1)
+        for part, mean in zip((earlier, later), means, strict=True)
+    ]
+    difference, error = means[1] - means[0], math.sqrt(sum(variances) / third)
+    return 0 if abs(difference) <= 2 * error else (1 if difference > 0 else -1)
+
+
+def _sentence(contrast: Contrast, evaluation: Evaluation, role: JudgeRole) -> str:
+    judge = {
+        "held out": f"{contrast.judge}, a judge it was never trained on",
+        "trained on": f"{contrast.judge}, the very judge it was trained on",
+        "": contrast.judge,
+    }[role]
+    after = _mean(evaluation, contrast.arm, contrast.arm_temperature, contrast)
+    before = _mean(evaluation, contrast.baseline, contrast.baseline_temperature, contrast)
+    figures = f" ({before:.2f} to {after:.2f})" if after is not None and before is not None else ""
+    verdict = {
+        "better": f"{contrast.arm} does better than {contrast.baseline}",
+        "worse": f"{contrast.arm} does worse than {contrast.baseline}",
+        "open": f"no difference between {contrast.arm} and {contrast.baseline} is shown",
+    }[tone(contrast)]
+    return f"On prompts kept out of training, {verdict} by {judge}{figures}."
+
+
+def _finding(contrast: Contrast, role: JudgeRole) -> Finding:
+    where = [f"{contrast.metric} by {contrast.judge}" + (f" ({role})" if role else "")]
+    temperatures = (contrast.arm_temperature, contrast.baseline_temperature)
+    if temperatures[0] is not None and temperatures[0] == temperatures[1]:
+        where.append(f"both at T={temperatures[0]:g}")
+    elif None not in temperatures:
+        where.append(f"at T={temperatures[0]:g} against T={temperatures[1]:g}")
+    return Finding(
+        title=f"{contrast.arm} − {contrast.baseline}",
+        difference=f"{contrast.difference:+.3f}".replace("-", "−"),
+        interval=interval(contrast.low, contrast.high, signed=True),
+        detail=", ".join(where),
+        tone=tone(contrast),
+    )
+
+
+def interval(low: float | None, high: float | None, *, signed: bool = False) -> str:
+    """'[+0.120, +0.240]', or 'no interval'."""
+    if low is None or high is None:
+        return "no interval"
+    form = "+.3f" if signed else ".3f"
+    return f"[{low:{form}}, {high:{form}}]".replace("-", "−")
+
+
+def _mean(evaluation: Evaluation, arm: str, temperature: float | None, contrast: Contrast) -> float | None:
+    for row in evaluation.rows:
+        if (row.arm, row.judge, row.metric) == (arm, contrast.judge, contrast.metric):
+            if temperature is None or math.isclose(row.temperature, temperature):
+                return row.mean
+    return None
+
+
+def _before_evaluation(rl_stages: Sequence[Stage]) -> str:
+    for stage in reversed(rl_stages):
+        reward = stage.curves.get("reward/mean")
+        moved = tenths(reward) if reward else None
+        if reward and moved:
+            return (
+                f"Not evaluated on held-out prompts yet. Over the {len(reward.steps)} steps of {stage.name}"
+                f" so far, the reward it trains on went from {moved[0]:.2f} to {moved[1]:.2f}."
+            )
+    return "Nothing to compare yet: neither a held-out evaluation nor a reward has been logged."

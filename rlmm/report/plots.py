@@ -1,0 +1,185 @@
+"""The plots of the page, each with its legend and alternative text."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
+
+from rlmm.report.records import Curve
+from rlmm.report.svg import MUTED, N_COLOURS, PAPER, STYLE, WIDE, inline_svg, new_figure, stand_in
+
+
+@dataclass(frozen=True)
+class Line:
+    """One curve of a plot. `spread` (same steps) draws a band of plus and minus that much; `colour` is a
+    slot.
+    """
+
+    label: str
+    curve: Curve
+    colour: int
+    spread: Curve | None = None
+
+
+@dataclass(frozen=True)
+class Point:
+    """A mean with its interval at one position of the x axis."""
+
+    x: float
+    mean: float
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A drawn plot: the SVG, its legend (label, colour slot) and its alternative text."""
+
+    svg: Markup
+    legend: tuple[tuple[str, int], ...]
+    alt: str
+
+
+def smoothed(curve: Curve, span: int) -> Curve:
+    """Exponential moving average with weight 2/(span+1), debiased at the start; NaN leaves the average as it
+    was.
+    """
+    decay = 1 - 2 / (span + 1)
+    total, weight, out = 0.0, 0.0, []
+    for value in curve.values:
+        if not math.isnan(value):
+            total, weight = decay * total + value, decay * weight + 1
+        out.append(total / weight if weight else math.nan)
+    return Curve(curve.steps, tuple(out))
+
+
+def smoothing_span(curve: Curve) -> int:
+    """How many points the smoothed line averages over: a tenth of the curve, at least 3."""
+    return max(3, round(len(curve.steps) / 10))
+
+
+def line_plot(
+    key: str,
+    lines: Sequence[Line],
+    *,
+    size: tuple[float, float] = WIDE,
+    y_label: str = "",
+    log: bool = False,
+    ceiling: float | None = None,
+) -> Plot:
+    """Curves over steps: raw thin, smoothed thick where there are at least 12 points. `log` needs positive
+    values.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure, axes = new_figure(size)
+        for line in lines:
+            _draw_line(axes, line)
+        values = [v for line in lines for v in line.curve.values if not math.isnan(v)]
+        if log and values and min(values) > 0:
+            axes.set_yscale("log")
+        if ceiling is not None:
+            axes.axhline(ceiling, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
+        axes.set_xlabel("step")
+        axes.set_ylabel(y_label)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        told = "; ".join(f"{line.label}: {ends(line.curve)}" for line in lines)
+        legend = tuple((line.label, line.colour) for line in lines)
+        return Plot(inline_svg(figure, key, f"Over steps. {told}."), legend, f"Over steps. {told}.")
+
+
+def interval_plot(
+    key: str,
+    arms: Mapping[str, Sequence[Point]],
+    *,
+    x_label: str,
+    y_label: str,
+    size: tuple[float, float] = WIDE,
+) -> Plot:
+    """One dot with an interval for each arm and x, joined by a line; arms stand side by side."""
+    with matplotlib.rc_context(STYLE):
+        figure, axes = new_figure(size)
+        ticks = sorted({point.x for points in arms.values() for point in points})
+        gap = min((b - a for a, b in zip(ticks, ticks[1:], strict=False)), default=1.0)
+        for slot, points in enumerate(arms.values()):
+            shift = gap * 0.06 * (slot - (len(arms) - 1) / 2)
+            _draw_points(axes, sorted(points, key=lambda p: p.x), shift, stand_in(slot))
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.set_xlim(ticks[0] - gap / 2, ticks[-1] + gap / 2)
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        told = "; ".join(
+            f"{arm}: " + ", ".join(f"{p.mean:.2f} at {p.x:g}" for p in points) for arm, points in arms.items()
+        )
+        alt = f"{y_label} by {x_label}. {told}."
+        legend = tuple((arm, slot % N_COLOURS) for slot, arm in enumerate(arms))
+        return Plot(inline_svg(figure, key, alt), legend, alt)
+
+
+def stacked_plot(key: str, parts: Mapping[str, Curve], slots: Sequence[int], *, y_label: str) -> Plot:
+    """Curves over the same steps stacked as areas; a step that a part lacks counts as zero for it."""
+    with matplotlib.rc_context(STYLE):
+        figure, axes = new_figure(WIDE)
+        steps = sorted({step for curve in parts.values() for step in curve.steps})
+        by_step = {name: dict(zip(c.steps, c.values, strict=True)) for name, c in parts.items()}
+        heights = [[_finite(by_step[name].get(step, 0.0)) for step in steps] for name in parts]
+        colours = [stand_in(slot) for slot in slots]
+        axes.stackplot(steps, heights, colors=colours, step="mid", edgecolor=PAPER, linewidth=0.4)
+        axes.margins(x=0)
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("step")
+        axes.set_ylabel(y_label)
+        told = ", ".join(f"{name} {sum(height):.0f}" for name, height in zip(parts, heights, strict=True))
+        alt = f"Stacked areas over steps, in seconds. Sums: {told}."
+        legend = tuple(zip(parts, slots, strict=True))
+        return Plot(inline_svg(figure, key, alt), legend, alt)
+
+
+def tenths(curve: Curve) -> tuple[float, float] | None:
+    """Means of the first and the last tenth of a curve's finite values (at least one value each)."""
+    values = [value for value in curve.values if not math.isnan(value)]
+    if not values:
+        return None
+    n = max(1, len(values) // 10)
+    return sum(values[:n]) / n, sum(values[-n:]) / n
+
+
+def ends(curve: Curve) -> str:
+    """'0.604 to 0.843', the means of the first and the last tenth; or the only value; or 'no values'."""
+    found = tenths(curve)
+    if found is None:
+        return "no values"
+    return f"{found[0]:.3g}" if len(curve.steps) == 1 else f"{found[0]:.3g} to {found[1]:.3g}"
+
+
+def _draw_line(axes: Axes, line: Line) -> None:
+    steps, colour = line.curve.steps, stand_in(line.colour)
+    if line.spread is not None:
+        spread = dict(zip(line.spread.steps, line.spread.values, strict=True))
+        width = [spread.get(step, math.nan) for step in steps]
+        low = [v - w for v, w in zip(line.curve.values, width, strict=True)]
+        high = [v + w for v, w in zip(line.curve.values, width, strict=True)]
+        axes.fill_between(steps, low, high, color=colour, alpha=0.13, linewidth=0)
+    thick: dict[str, Any] = {"color": colour, "linewidth": 2.0}
+    if len(steps) < 12:
+        axes.plot(steps, line.curve.values, marker="o", markersize=4, **thick)
+        return
+    axes.plot(steps, line.curve.values, color=colour, alpha=0.38, linewidth=0.9)
+    axes.plot(steps, smoothed(line.curve, smoothing_span(line.curve)).values, **thick)
+
+
+def _draw_points(axes: Axes, points: Sequence[Point], shift: float, colour: str) -> None:
+    xs = [point.x + shift for point in points]
+    axes.plot(xs, [point.mean for point in points], color=colour, linewidth=1.4, alpha=0.55)
+    for x, point in zip(xs, points, strict=True):
+        if point.low is not None and point.high is not None:
+            axes.plot([x, x], [point.low, point.high], color=colour, linewidth=2.2, alpha=0.75)
+    axes.plot(xs, [p.mean for p in points], "o", color=colour, markersize=7, markeredgecolor=PAPER)
+
+
+def _finite(value: float) -> float:
+    return value if math.isfinite(value) else 0.0

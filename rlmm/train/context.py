@@ -1,0 +1,75 @@
+"""What every stage is handed, and how one finds what earlier stages made."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlmm.codecs import Codec, load_codec
+from rlmm.config.policy import CheckpointPolicy
+from rlmm.config.recipe import Recipe
+from rlmm.config.stages import CodecStage, GrpoStage, SftStage
+from rlmm.policies.causal import CausalPolicy
+from rlmm.policies.families import llama
+from rlmm.run_folder import RunFolder
+from rlmm.seeds import derive
+
+
+@dataclass(frozen=True)
+class StageContext:
+    """A stage's name and settings, the recipe around it, and the run folder it writes to."""
+
+    recipe: Recipe
+    run: RunFolder
+    name: str
+    config: Any
+    say: Callable[[str], None]
+
+    @property
+    def folder(self) -> Path:
+        return self.run.stage(self.name)
+
+    @property
+    def model_folder(self) -> Path:
+        return self.folder / "model"
+
+    def seed(self, *parts: int | str) -> int:
+        """A seed for one purpose of this stage."""
+        return derive(self.recipe.seed, self.name, *parts)
+
+
+def run_codec(context: StageContext) -> Codec:
+    """The codec of this run: what its codec stage trained, or the one inside the policy's checkpoint."""
+    for name, stage in context.recipe.stages.items():
+        if isinstance(stage, CodecStage):
+            return load_codec(context.run.stage(name) / "codec")
+    if isinstance(context.recipe.policy, CheckpointPolicy):
+        return load_codec(Path(context.recipe.policy.path) / "codec")
+    raise ValueError("the recipe has no codec stage and a new policy; add a stage of kind 'codec' before the others")
+
+
+def starting_policy(context: StageContext, codec: Codec) -> CausalPolicy:
+    """The policy a stage starts from: `start_from`, else the policy stage before it, else the recipe's policy."""
+    start = context.config.start_from or policy_stage_before(context)
+    if start is not None:
+        policy = llama.load(context.run.stage(start) / "model")
+    elif isinstance(context.recipe.policy, CheckpointPolicy):
+        policy = llama.load(Path(context.recipe.policy.path))
+    else:
+        seed = derive(context.recipe.seed, "policy")
+        policy = llama.build(context.recipe.policy, num_codes=codec.num_codes, grid=codec.grid, seed=seed)
+    policy.precision = context.config.precision
+    if context.config.lora is not None:
+        policy.add_lora(context.config.lora, context.seed("lora"))
+    return policy
+
+
+def policy_stage_before(context: StageContext) -> str | None:
+    """The policy stage that stands before this one in the recipe."""
+    before: str | None = None
+    for name, stage in context.recipe.stages.items():
+        if name == context.name:
+            return before
+        if isinstance(stage, SftStage | GrpoStage):
+            before = name
+    return before

@@ -1,0 +1,264 @@
+"""One rollout: prompts -> trajectory -> images -> scores -> advantages, as an `Experience` the update reads.
+
+Every phase is a function of the step and the weights, so a rollout that is made again after a kill is the same one.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from rewards.base import Sample
+from rewards.compose import CompositeReward, Scored
+from rlmm.codecs import Codec, tensor_to_images
+from rlmm.config.stages import GrpoStage, Sampling
+from rlmm.data import Dataset, Example
+from rlmm.evaluation.statistics import diversity, duplicate_share
+from rlmm.objectives.advantages import AdvantageResult, group_advantages
+from rlmm.policies.base import Policy
+from rlmm.policies.layout_io import read_codes
+from rlmm.seeds import derive, epoch_indices
+from rlmm.train.processes import gather, share, world
+from rollouts.contract import Engine, Layout, Request
+from rollouts.law import COND, UNCOND, Law
+from rollouts.store import read_trajectory, write_trajectory
+from rollouts.trajectory import Span, Trajectory
+
+
+@dataclass(frozen=True)
+class Experience:
+    """A scored rollout of this process. `advantage_B` float32, `kept_B` bool; log-probs [B, S] or None if unused."""
+
+    trajectory: Trajectory
+    advantage_B: Tensor
+    kept_B: Tensor
+    old_logp_BS: Tensor | None = None
+    reference_logp_BS: Tensor | None = None
+
+
+def law_of(layout: Layout, sampling: Sampling) -> Law:
+    return Law(
+        vocabulary=layout.image,
+        temperature=sampling.temperature,
+        guidance_scale=sampling.guidance_scale,
+        mode=sampling.guidance,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+    )
+
+
+def image_span(layout: Layout, law: Law) -> Span:
+    return Span("image", law, layout.grid.length)
+
+
+def request_for(policy: Policy, law: Law, prompt: str, group: str, seeds: Sequence[int]) -> Request:
+    """A prompt's request: the streams its law reads, and one id a seed."""
+    layout = policy.layout
+    streams = {COND: layout.prefix(policy.encode_prompt(prompt)), UNCOND: layout.prefix(layout.null_prompt)}
+    return Request(
+        group_id=group,
+        streams={name: streams[name] for name in law.streams()},
+        seeds=tuple(seeds),
+        sample_ids=tuple(f"{group}/{i}" for i in range(len(seeds))),
+    )
+
+
+def step_prompts(data: Dataset, config: GrpoStage, rollout: int, seed: int) -> list[tuple[int, Example]]:
+    """This process's (place in the step, row) pairs: the global order does not depend on the number of processes."""
+    count = config.prompts_per_step
+    rows = epoch_indices(len(data), rollout * count, count, seed, "prompts")
+    places = range(count)[share(count, "prompts_per_step")]
+    return [(place, data[rows[place]]) for place in places]
+
+
+def rollout_requests(
+    policy: Policy, law: Law, prompts: Sequence[tuple[int, Example]], config: GrpoStage, rollout: int, seed: int
+) -> list[Request]:
+    """Seeds hash (run, stage, rollout, prompt's place, sample): independent of rank and of batch position."""
+    return [
+        request_for(
+            policy,
+            law,
+            example.prompt,
+            f"{rollout:06d}/{place:04d}",
+            [derive(seed, "sample", rollout, place, sample) for sample in range(config.samples_per_prompt)],
+        )
+        for place, example in prompts
+    ]
+
+
+def decode_images(codec: Codec, layout: Layout, trajectory: Trajectory) -> list[Image.Image]:
+    """The images of a trajectory's rows."""
+    with torch.no_grad():
+        return tensor_to_images(codec.decode(read_codes(layout, trajectory.ids)))
+
+
+def samples_of(trajectory: Trajectory, examples: Sequence[Example], images: Sequence[Image.Image]) -> list[Sample]:
+    """One Sample a row; `examples` has one entry a row."""
+    return [
+        Sample(
+            sample_id=trajectory.sample_id[row],
+            group_id=trajectory.group_id[row],
+            prompt=example.prompt,
+            images=(image,),
+            source_images=example.sources,
+            target_images=() if example.target is None else (example.target,),
+            row=example.row,
+        )
+        for row, (example, image) in enumerate(zip(examples, images, strict=True))
+    ]
+
+
+def totals(scored: Sequence[Scored], penalty: float) -> tuple[np.ndarray, np.ndarray]:
+    """Rewards [B] float64 and validity [B]: invalid output earns the penalty, an unavailable judge earns nothing."""
+    reward = np.array(
+        [penalty if s.total.status == "invalid_output" else s.total.value or 0.0 for s in scored], dtype=np.float64
+    )
+    valid = np.array([s.total.status != "unavailable" for s in scored])
+    return np.where(valid, reward, 0.0), valid
+
+
+def advantages_of(
+    reward_B: np.ndarray, valid_B: np.ndarray, groups: Sequence[str], config: GrpoStage
+) -> tuple[AdvantageResult, Tensor, Tensor]:
+    """Advantages over the whole step, then this process's rows (float32, bool)."""
+    parts = gather((reward_B, valid_B, list(groups)))
+    rank, _ = world()
+    settings = config.objective.advantage
+    result = group_advantages(
+        np.concatenate([part[0] for part in parts]),
+        np.concatenate([part[1] for part in parts]),
+        [group for part in parts for group in part[2]],
+        baseline=settings.baseline,
+        scale=settings.scale,
+        std_floor=settings.std_floor,
+        flat_groups=settings.flat_groups,
+        clip=settings.clip,
+    )
+    start = sum(len(part[0]) for part in parts[:rank])
+    mine = slice(start, start + len(reward_B))
+    return result, torch.from_numpy(result.advantage_B[mine]).float(), torch.from_numpy(result.kept_B[mine])
+
+
+def rollout_figures(
+    scored: Sequence[Scored], reward_B: np.ndarray, valid_B: np.ndarray, result: AdvantageResult, made: Trajectory
+) -> dict[str, float]:
+    """What the step's log says of a rollout, over all processes."""
+    parts = gather((reward_B, valid_B, list(scored), made.ids.numpy(), made.target_mask.numpy(), list(made.group_id)))
+    reward, valid = (np.concatenate([part[i] for part in parts]) for i in (0, 1))
+    everyone = [s for part in parts for s in part[2]]
+    ids, mask = (np.concatenate([part[i] for part in parts]) for i in (3, 4))
+    groups = [group for part in parts for group in part[5]]
+    figures = {
+        "group/flat_share": result.flat_share,
+        "group/small_share": result.small_groups / max(1, result.small_groups + result.groups),
+        "sample/unavailable_share": 1.0 - float(valid.mean()),
+        "sample/invalid_share": float(np.mean([s.total.status == "invalid_output" for s in everyone])),
+        "sample/duplicate_share": duplicate_share(ids, mask, groups),
+        "diversity": diversity(ids, mask, groups),
+        "advantage/abs_mean": float(np.abs(result.advantage_B[result.kept_B]).mean()) if result.kept_B.any() else 0.0,
+    }
+    if valid.any():
+        figures |= {"reward/mean": float(reward[valid].mean()), "reward/std": float(reward[valid].std())}
+    return figures | term_means(everyone, "reward")
+
+
+def term_means(scored: Sequence[Scored], prefix: str) -> dict[str, float]:
+    """Mean raw value and mean of each part of every term, over the samples that have one."""
+    values: dict[str, list[float]] = {}
+    for one in scored:
+        for name, score in one.terms.items():
+            if score.value is not None:
+                values.setdefault(f"{prefix}/{name}/mean", []).append(score.value)
+                for part, value in score.parts.items():
+                    values.setdefault(f"{prefix}/{name}/{part}", []).append(value)
+    return {name: float(np.mean(column)) for name, column in values.items()}
+
+
+def rollout_path(folder: Path, rollout: int) -> Path:
+    rank, size = world()
+    return folder / "rollouts" / (f"step-{rollout:06d}" + (f".rank{rank}" if size > 1 else "") + ".parquet")
+
+
+def store(
+    path: Path, rollout: int, experience: Experience, samples: Sequence[Sample], scored: Sequence[Scored]
+) -> None:
+    """Keep everything of a rollout: a resumed run reads its updates from here, a person its images."""
+    columns: dict[str, Sequence[Any]] = {
+        "step": [rollout] * len(samples),
+        "prompt": [sample.prompt for sample in samples],
+        "image": [png_bytes(sample.images[0]) for sample in samples],
+        "reward": [one.total.value for one in scored],
+        "reward_status": [one.total.status for one in scored],
+        "reward_reason": [one.total.reason for one in scored],
+        "advantage": experience.advantage_B.tolist(),
+        "kept": experience.kept_B.tolist(),
+    }
+    for name in scored[0].terms:
+        columns[f"reward/{name}"] = [one.terms[name].value for one in scored]
+    for name, value in (("old_logp", experience.old_logp_BS), ("reference_logp", experience.reference_logp_BS)):
+        if value is not None:
+            columns[name] = list(value.double().numpy())
+    write_trajectory(path, experience.trajectory, columns)
+
+
+def restore(path: Path) -> Experience:
+    """The experience a rollout file holds."""
+    trajectory, columns = read_trajectory(path)
+
+    def matrix(name: str) -> Tensor | None:
+        return torch.tensor(columns[name], dtype=torch.float32) if name in columns else None
+
+    return Experience(
+        trajectory,
+        torch.tensor(columns["advantage"], dtype=torch.float32),
+        torch.tensor(columns["kept"], dtype=torch.bool),
+        matrix("old_logp"),
+        matrix("reference_logp"),
+    )
+
+
+def png_bytes(image: Image.Image) -> bytes:
+    buffer = BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+class Timed:
+    """Seconds of named phases: `with timed("rollout"): ...` then `figures()` as time/rollout."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._name, self._start = "", 0.0
+
+    def __call__(self, name: str) -> "Timed":
+        self._name, self._start = name, time.perf_counter()
+        return self
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds[self._name] = self.seconds.get(self._name, 0.0) + time.perf_counter() - self._start
+
+    def figures(self) -> Mapping[str, float]:
+        return {f"time/{name}": seconds for name, seconds in self.seconds.items()}
+
+
+def generate(
+    engine: Engine, policy: Policy, law: Law, requests: Sequence[Request], model: torch.nn.Module
+) -> Trajectory:
+    """Sample in evaluation mode, and put the model back as it was."""
+    training = model.training
+    model.eval()
+    try:
+        return engine.generate(requests, [image_span(policy.layout, law)])
+    finally:
+        model.train(training)

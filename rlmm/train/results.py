@@ -1,0 +1,34 @@
+"""What a policy stage leaves behind, and the export of it."""
+
+import shutil
+from pathlib import Path
+
+from peft import PeftModel
+
+from rlmm.codecs import Codec, save_codec
+from rlmm.policies.causal import CausalPolicy
+from rlmm.train.context import StageContext
+from rlmm.train.processes import world
+
+
+def save_result(context: StageContext, policy: CausalPolicy, codec: Codec) -> None:
+    """model/: the full model, tokenizer, layout and codec; adapter/: the adapter alone, where the stage trained one.
+
+    Checkpoints are dropped afterwards: the result holds what later stages need.
+    """
+    rank, _ = world()
+    if rank == 0:
+        write_model(policy, codec, context.model_folder)
+        if isinstance(policy.model, PeftModel):
+            policy.save_adapter(context.folder / "adapter", base="../base")
+
+
+def write_model(policy: CausalPolicy, codec: Codec, folder: Path) -> None:
+    """A complete model folder, renamed in when whole."""
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    policy.save(partial)
+    save_codec(codec, partial / "codec")
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)

@@ -1,0 +1,50 @@
+"""The part every training stage shares: build the trainer, run or resume it, and leave its result sealed."""
+
+import shutil
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from rlmm.train.context import StageContext
+from rlmm.train.metrics import Meter, MetricsFile
+from rlmm.train.progress import RichProgress
+from rlmm.train.trainer import LossFn, StageTrainer, StepSource, training_arguments
+
+
+def train(
+    context: StageContext,
+    model: nn.Module,
+    source: StepSource,
+    loss_fn: LossFn,
+    meter: Meter,
+    *,
+    micro_batch_size: int,
+    show: Sequence[str],
+) -> StageTrainer:
+    """Train `model` for the stage's steps, from its newest good checkpoint where there is one.
+
+    `show`: the metric names printed as a line a few times during the stage.
+    """
+    arguments = training_arguments(
+        context.config,
+        context.folder / "checkpoints",
+        micro_batch_size=micro_batch_size,
+        accumulation=source.micro_batches_per_step,
+        report_to=context.recipe.runtime.trackers,
+        name=f"{context.recipe.name}-{context.name}",
+    )
+    metrics = MetricsFile(context.folder / "metrics.jsonl")
+    progress = RichProgress(show, every=max(1, context.config.steps // 20))
+    trainer = StageTrainer(model, arguments, source, loss_fn, metrics, meter, [progress])
+    trainer.run(context.say)
+    return trainer
+
+
+def forget_checkpoints(context: StageContext) -> None:
+    """A finished stage's checkpoints have served: its result is in the stage's own folder."""
+    shutil.rmtree(context.folder / "checkpoints", ignore_errors=True)
+
+
+def set_threads(threads: int) -> None:
+    torch.set_num_threads(threads)

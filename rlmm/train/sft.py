@@ -1,0 +1,125 @@
+"""The SFT stage: cross-entropy on image (and text) tokens under one set of weights that sum to 1 over a step."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from rlmm.codecs import Codec, images_to_tensor
+from rlmm.config.stages import SftStage
+from rlmm.data import Dataset, build_dataset
+from rlmm.objectives.weights import count_modalities, sft_token_weights
+from rlmm.policies.base import Policy, SequenceBatch
+from rlmm.policies.layout_io import supervised_batch
+from rlmm.seeds import epoch_indices, generator
+from rlmm.train.context import StageContext, run_codec, starting_policy
+from rlmm.train.metrics import Meter
+from rlmm.train.processes import share
+from rlmm.train.results import save_result
+from rlmm.train.running import forget_checkpoints, train
+from rollouts.trajectory import IMAGE, TEXT
+
+
+@dataclass(frozen=True)
+class SftBatch:
+    """A micro-batch with the weight [B, T] of each target token in the step's loss."""
+
+    sequences: SequenceBatch
+    weight_BT: Tensor
+
+    def to(self, device: object) -> "SftBatch":
+        return SftBatch(self.sequences.to(device), self.weight_BT.to(device))
+
+
+class SftSource:
+    """Step -> micro-batches. Rows of a step are sorted by length, so that short ones are not padded to long ones."""
+
+    def __init__(
+        self, policy: Policy, prompts: Sequence[str], codes_NT: Tensor, config: SftStage, seed: int
+    ) -> None:
+        self.policy, self.codes_NT, self.config, self.seed = policy, codes_NT, config, seed
+        self.prompts = [policy.encode_prompt(prompt) for prompt in prompts]
+        rows = share(config.batch_size, "batch_size")
+        self.micro_batches_per_step = _whole(rows.stop - rows.start, config.micro_batch_size)
+
+    def micro_batches(self, step: int) -> list[SftBatch]:
+        config = self.config
+        picked = epoch_indices(len(self.prompts), step * config.batch_size, config.batch_size, self.seed)
+        dropped = generator(self.seed, "prompt dropout", step).random(len(picked)) < config.prompt_dropout
+        prompts = [
+            list(self.policy.layout.null_prompt) if drop else self.prompts[i]
+            for i, drop in zip(picked, dropped, strict=True)
+        ]
+        whole = supervised_batch(self.policy.layout, prompts, self.codes_NT[picked].tolist())
+        totals = count_modalities(whole.target_BT, whole.modality_BT)
+        weight_BT = sft_token_weights(
+            whole.target_BT, whole.modality_BT, config.text_weight, config.image_weight, totals=totals
+        )
+        mine = range(len(picked))[share(config.batch_size, "batch_size")]
+        order = sorted(mine, key=lambda row: (int(whole.mask_BT[row].sum()), row))
+        size = config.micro_batch_size
+        return [_cut(whole, weight_BT, order[at : at + size]) for at in range(0, len(order), size)]
+
+
+def _cut(whole: SequenceBatch, weight_BT: Tensor, rows: list[int]) -> SftBatch:
+    width = int(whole.mask_BT[rows].sum(1).max())
+    parts = [getattr(whole, name)[rows, :width] for name in whole.__dataclass_fields__]
+    return SftBatch(SequenceBatch(*parts), weight_BT[rows, :width])
+
+
+def sft_loss(policy: Policy, model: nn.Module, batch: SftBatch, meter: Meter) -> Tensor:
+    """-sum(weight x log-prob); the mean loss of each modality is metered beside it, in nats a token."""
+    logp_BT = policy.sequence_log_probs(batch.sequences, model=model)
+    for name, modality in (("text", TEXT), ("image", IMAGE)):
+        where = batch.sequences.target_BT & (batch.sequences.modality_BT == modality)
+        meter.add(f"loss/{name}", float(-logp_BT.detach()[where].sum()), float(where.sum()))
+    return -(batch.weight_BT * logp_BT).sum()
+
+
+def encode_targets(codec: Codec, data: Dataset, batch: int = 256) -> tuple[list[str], Tensor]:
+    """Prompts and codes [N, T] of every row that has a target image."""
+    prompts: list[str] = []
+    codes: list[Tensor] = []
+    codec.eval()
+    for start in range(0, len(data), batch):
+        rows = [data[i] for i in range(start, min(start + batch, len(data)))]
+        rows = [row for row in rows if row.target is not None]
+        if rows:
+            images = images_to_tensor([row.target for row in rows if row.target is not None], codec)
+            with torch.no_grad():
+                codes.append(codec.encode(images))
+            prompts += [row.prompt for row in rows]
+    if not codes:
+        raise ValueError(
+            f"none of the {len(data)} training rows has a target image, which SFT needs; name the image column in "
+            "data.target_column, or drop the SFT stage"
+        )
+    return prompts, torch.cat(codes)
+
+
+def run_sft(context: StageContext) -> None:
+    """Train from the starting policy on the recipe's `train` split; leaves model/ in the stage's folder."""
+    config: SftStage = context.config
+    codec = run_codec(context)
+    policy = starting_policy(context, codec)
+    data = build_dataset(context.recipe.data, "train", context.recipe.seed)
+    prompts, codes_NT = encode_targets(codec, data)
+    source = SftSource(policy, prompts, codes_NT, config, context.seed("batches"))
+    train(
+        context,
+        policy.model,
+        source,
+        lambda model, batch, meter: sft_loss(policy, model, batch, meter),
+        Meter(),
+        micro_batch_size=config.micro_batch_size,
+        show=("loss", "loss/image", "learning_rate", "grad_norm"),
+    )
+    save_result(context, policy, codec)
+    forget_checkpoints(context)
+
+
+def _whole(rows: int, size: int) -> int:
+    if rows % size:
+        raise ValueError(f"{rows} rows a process are not a multiple of micro_batch_size {size}; change either")
+    return rows // size

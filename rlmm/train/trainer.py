@@ -1,0 +1,154 @@
+"""The trainer every stage uses: transformers.Trainer through its public methods, fed one optimizer step at a time.
+
+A stage gives a `StepSource` (step -> this process's micro-batches) and a loss whose micro-batch values add up to the
+step's loss, so the result does not depend on how the step was cut. Everything random comes from counters, so the step
+number is the whole state of the data.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from rlmm.config.stages import Optimization
+from rlmm.train.checkpoint import latest_checkpoint, step_of, write_manifest
+from rlmm.train.metrics import Meter, MetricsFile
+
+
+class StepSource(Protocol):
+    """Makes the micro-batches of optimizer step `step` (0-based); always the same number of them."""
+
+    micro_batches_per_step: int
+
+    def micro_batches(self, step: int) -> Sequence[Any]: ...
+
+
+LossFn = Callable[[nn.Module, Any, Meter], Tensor]
+"""(wrapped model, micro-batch, meter) -> this micro-batch's share of the step's loss (summed, not averaged)."""
+
+
+class StepLoader:
+    """Yields micro-batches from the trainer's present step on. It has a length because Trainer plans with it."""
+
+    def __init__(self, trainer: "StageTrainer") -> None:
+        self.trainer = trainer
+
+    def __len__(self) -> int:
+        return self.trainer.args.max_steps * self.trainer.source.micro_batches_per_step
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for step in range(self.trainer.state.global_step, self.trainer.args.max_steps):
+            batches = self.trainer.source.micro_batches(step)
+            expected = self.trainer.source.micro_batches_per_step
+            if len(batches) != expected:
+                raise RuntimeError(f"step {step} gave {len(batches)} micro-batches where {expected} were planned")
+            self.trainer.step_started = time.perf_counter()
+            for batch in batches:
+                yield {"batch": batch}
+
+
+class _Seal(TrainerCallback):
+    """Writes the manifest once every process has written its part."""
+
+    def on_save(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.barrier()
+        if state.is_world_process_zero:
+            write_manifest(Path(args.output_dir or ".") / f"checkpoint-{state.global_step}")
+
+
+class StageTrainer(Trainer):
+    """See the module's text. `loss_fn` results are sums; the data-parallel mean is undone by the world size."""
+
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        source: StepSource,
+        loss_fn: LossFn,
+        metrics: MetricsFile,
+        meter: Meter,
+        callbacks: Sequence[TrainerCallback] = (),
+    ) -> None:
+        self.source, self.loss_fn, self.metrics, self.meter = source, loss_fn, metrics, meter
+        self.step_started = time.perf_counter()
+        super().__init__(model=model, args=args, callbacks=[*callbacks, _Seal()])
+
+    def get_train_dataloader(self) -> Any:
+        return StepLoader(self)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Tensor:
+        batch = inputs["batch"].to(self.args.device)
+        return self.loss_fn(model, batch, self.meter) * self.args.world_size
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Not estimated: inputs are records, not tensors by name."""
+        return 0
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """One line a step: the trainer's figures and the meter's. Summaries at the end of training are not steps."""
+        if "grad_norm" in logs:
+            figures = {name: float(logs[name]) for name in ("loss", "grad_norm", "learning_rate") if name in logs}
+            figures |= {"time/update": time.perf_counter() - self.step_started}
+            logs = figures | self.meter.flush()
+            if self.is_world_process_zero():
+                self.metrics.append(self.state.global_step, logs)
+        super().log(logs, start_time)
+
+    def run(self, say: Callable[[str], None]) -> None:
+        """Train from the newest checkpoint that verifies, or from the start."""
+        folder = Path(self.args.output_dir or ".")
+        checkpoint = latest_checkpoint(folder, say)
+        step = step_of(checkpoint) if checkpoint else 0
+        if self.is_world_process_zero():
+            self.metrics.cut(step)
+        if checkpoint is not None:
+            say(f"resuming from step {step} of {self.args.max_steps}")
+            if step >= self.args.max_steps:
+                self._load_from_checkpoint(str(checkpoint))
+                return
+        self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
+
+def training_arguments(
+    config: Optimization, folder: Path, *, micro_batch_size: int, accumulation: int, report_to: Sequence[str], name: str
+) -> TrainingArguments:
+    """Trainer's own settings from a stage's. Saving, logging and schedules are Trainer's; data order is ours."""
+    return TrainingArguments(
+        output_dir=str(folder),
+        run_name=name,
+        max_steps=config.steps,
+        per_device_train_batch_size=micro_batch_size,
+        gradient_accumulation_steps=accumulation,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type=config.schedule,
+        warmup_steps=config.warmup_steps,
+        weight_decay=config.weight_decay,
+        adam_beta1=config.betas[0],
+        adam_beta2=config.betas[1],
+        max_grad_norm=config.max_grad_norm if config.max_grad_norm > 0 else math.inf,
+        gradient_checkpointing=config.gradient_checkpointing,
+        deepspeed=config.deepspeed,
+        logging_strategy="steps",
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=config.checkpoint_every,
+        save_total_limit=config.checkpoints_kept,
+        report_to=list(report_to),
+        use_cpu=not torch.cuda.is_available(),
+        remove_unused_columns=False,
+        ignore_data_skip=True,
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        seed=0,
+    )

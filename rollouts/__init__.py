@@ -1,0 +1,1 @@
+"""Trajectories and the engines that make them."""

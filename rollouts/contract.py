@@ -1,0 +1,133 @@
+"""What rollout engines and policies know of each other.
+
+A policy family describes its sequence in a serialisable `Layout`; an engine reads it. The trainer asks an `Engine` for
+a `Trajectory`, hands it new weights, and compares fingerprints. Neither side knows about rewards.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from rollouts.trajectory import Span, Trajectory
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The grammar of an image span: `rows` x `cols` codes in row-major order, then what the family forces.
+
+    `row_end` is forced after each row (None: rows follow each other directly), `ending` after the last one. Forced
+    tokens are no decisions of the policy: they have no log-prob and are outside `target_mask`.
+    """
+
+    rows: int
+    cols: int
+    row_end: int | None = None
+    ending: tuple[int, ...] = ()
+
+    @property
+    def stride(self) -> int:
+        return self.cols + (self.row_end is not None)
+
+    @property
+    def length(self) -> int:
+        """Positions of the whole span, forced ones included."""
+        return self.rows * self.stride + len(self.ending)
+
+    def forced(self) -> dict[int, int]:
+        """Position in the span -> the token forced there."""
+        ends = {} if self.row_end is None else {(row + 1) * self.stride - 1: self.row_end for row in range(self.rows)}
+        return ends | {self.rows * self.stride + i: token for i, token in enumerate(self.ending)}
+
+    def decided(self) -> list[int]:
+        """Positions the policy decides, in order: one a code."""
+        forced = self.forced()
+        return [position for position in range(self.length) if position not in forced]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where text and image live in one vocabulary, and how a prompt and an image are spelled.
+
+    `text` and `image` are half-open slices of token ids; code c of the codec is token `image[0] + c`. `null_prompt` is
+    the prompt (without `bos` and `boi`) of the unconditional stream.
+    """
+
+    vocab_size: int
+    text: tuple[int, int]
+    image: tuple[int, int]
+    bos: int
+    pad: int
+    boi: int
+    grid: Grid
+    null_prompt: tuple[int, ...] = ()
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def prefix(self, prompt_ids: Sequence[int]) -> tuple[int, ...]:
+        """The conditioning ids before an image span: bos, prompt, begin-of-image."""
+        return (self.bos, *prompt_ids, self.boi)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(record: Mapping[str, Any]) -> "Layout":
+        grid = Grid(**{**record["grid"], "ending": tuple(record["grid"]["ending"])})
+        pairs = {key: tuple(record[key]) for key in ("text", "image", "null_prompt")}
+        return Layout(**{**record, **pairs, "grid": grid})
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt and the samples wanted of it: its streams are prefilled once, whatever the number of seeds.
+
+    `streams` maps a stream's name to its prefix ids (the sequence up to and including begin-of-image).
+    """
+
+    group_id: str
+    streams: Mapping[str, tuple[int, ...]]
+    seeds: tuple[int, ...]
+    sample_ids: tuple[str, ...]
+    sources: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if len(self.seeds) != len(self.sample_ids):
+            raise ValueError(
+                f"request {self.group_id}: {len(self.seeds)} seeds for {len(self.sample_ids)} sample ids; give one each"
+            )
+
+
+class CausalDecoder(Protocol):
+    """What an in-process sampler needs of a next-token policy. Shapes: T positions fed, N rows of hidden states."""
+
+    layout: Layout
+
+    def hidden(self, ids_BT: Tensor, mask_BT: Tensor, *, cache: Any = None) -> Tensor:
+        """Final hidden states [B, T, H] of `ids_BT`; `mask_BT` covers what the cache already holds, too."""
+        ...
+
+    def head(self, hidden_NH: Tensor, vocabulary: tuple[int, int]) -> Tensor:
+        """Logits [N, V] of the slice alone."""
+        ...
+
+    def named_weights(self) -> Iterable[tuple[str, Tensor]]:
+        """The full weights, adapters folded in, one at a time, under the checkpoint's names."""
+        ...
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """Makes trajectories. Rows come back in request order, one a seed."""
+
+    def generate(self, requests: Sequence[Request], spans: Sequence[Span]) -> Trajectory: ...
+
+    def sync(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Take the policy's full weights (adapters folded in), one parameter at a time."""
+        ...
+
+    def fingerprint(self) -> str:
+        """A digest of the weights the engine now samples from; equal to `weights_fingerprint` of the trainer's."""
+        ...
+
+    def close(self) -> None: ...

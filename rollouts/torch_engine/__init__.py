@@ -1,0 +1,1 @@
+"""In-process samplers in plain torch: the reference for every other engine."""
