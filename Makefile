@@ -7,6 +7,7 @@ VERSION := $(shell p=$(BIN)/python; [ -x $$p ] || p=$(PYTHON); $$p -c 'import sy
 LOCK := requirements/py$(VERSION)-cpu.txt
 INSTALLED := $(VENV)/.installed-$(shell cat $(LOCK) pyproject.toml 2>/dev/null | sha256sum | cut -c1-16)
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+PIP_INSTALL := $(BIN)/pip install --disable-pip-version-check --no-deps --no-compile
 CODE := rlmm rewards rollouts tests examples
 
 .DEFAULT_GOAL := help
@@ -44,12 +45,12 @@ lock: install  ## write the installed versions into the lock, under the header i
 install: $(INSTALLED)  ## the locked versions and rlmm itself (editable) in the virtual environment
 
 # torch comes first and alone: its CPU build is in no index but PyTorch's own, unless pip is configured to see another.
+# --no-compile: most of these files are never imported, and those that are get compiled then.
 $(INSTALLED):
 	@[ -f $(LOCK) ] || { echo "No lock for this Python ($(LOCK)). Install Python 3.11, or name one: make PYTHON=..."; exit 1; }
 	[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
-	torch=$$(grep '^torch==' $(LOCK)); $(BIN)/pip install --no-deps $$torch \
-	    || $(BIN)/pip install --no-deps --index-url $(TORCH_INDEX) $$torch
-	$(BIN)/pip install --no-deps -r $(LOCK)
-	$(BIN)/pip install --no-deps --no-build-isolation -e .
+	torch=$$(grep '^torch==' $(LOCK)); $(PIP_INSTALL) $$torch || $(PIP_INSTALL) --index-url $(TORCH_INDEX) $$torch
+	$(PIP_INSTALL) -r $(LOCK)
+	$(PIP_INSTALL) --no-build-isolation -e .
 	rm -f $(VENV)/.installed-*
 	touch $@

@@ -1,9 +1,9 @@
 """What a reward sees and what it may answer.
 
-A reward looks at a `Sample` and answers a `Score`. A score is a finite float, or one of two kinds of failure that
-must never be mixed up: *unavailable* (the judge failed: the sample leaves its group's statistics and gets no
-gradient) and *invalid output* (the policy made something that cannot be judged: a configured penalty). Nothing here
-turns a failure into a number.
+A reward looks at a `Sample` and answers a `Score`. A score is a finite float, or one of two kinds of failure
+that must never be mixed up: *unavailable* (the judge failed: the sample leaves its group's statistics and
+gets no gradient) and *invalid output* (the policy made something that cannot be judged: a configured
+penalty). Nothing here turns a failure into a number.
 """
 
 import math
@@ -62,12 +62,16 @@ class Score:
 
 @runtime_checkable
 class Reward(Protocol):
-    """A scorer. `score` answers one `Score` a sample, in order; it may raise, and the runner deals with that."""
+    """A scorer. `score` answers one `Score` a sample, in order; it may raise, and the runner deals with
+    that.
+    """
 
     name: str
 
     def score(self, samples: Sequence[Sample]) -> Sequence[Score]: ...
 
     def fingerprint(self) -> str:
-        """Identity of the judge (model, revision, rubric, settings): part of the cache key and of the run's record."""
+        """Identity of the judge (model, revision, rubric, settings): part of the cache key and of the run's
+        record.
+        """
         ...

@@ -57,8 +57,8 @@ def _feed(digest: _Hash, value: Any) -> None:
 def cache_key(sample: Sample, fingerprint: str) -> str:
     """SHA-256 over the judge's fingerprint and all a judge may look at, ids excepted.
 
-    Images enter by pixels, mode and size, in their roles; prompt, text and row columns by content. Raises Uncacheable
-    for a row value without a content hash, OSError for an image that does not decode.
+    Images enter by pixels, mode and size, in their roles; prompt, text and row columns by content. Raises
+    Uncacheable for a row value without a content hash, OSError for an image that does not decode.
     """
     digest = hashlib.sha256()
     _feed(digest, fingerprint)

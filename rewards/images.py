@@ -1,4 +1,6 @@
-"""Reading the policy's pixels: an image that cannot be decoded is the policy's fault, and told apart as such."""
+"""Reading the policy's pixels: an image that cannot be decoded is the policy's fault, and told apart as
+such.
+"""
 
 from PIL import Image
 

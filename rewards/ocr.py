@@ -7,6 +7,8 @@ from typing import Protocol
 from PIL import Image
 
 from rewards.base import Sample, Score
+from rewards.gold import GoldPair
+from rewards.gold_images import word_image
 from rewards.images import CorruptImage, load_all
 from rewards.text import match_text, quoted_spans
 
@@ -26,12 +28,14 @@ class Reader(Protocol):
 
 
 class OcrReward:
-    """How well the text in the image matches the text asked for; the value is `rewards.text.match_text`'s F-measure.
+    """How well the text in the image matches the text asked for; the value is `rewards.text.match_text`'s
+    F-measure.
 
-    The wanted text is every quoted span of the prompt, or, with `text_column`, that column of the data row (a string
-    or a list of strings). Several images of a sample are read as one text. Parts: exact, similarity, precision,
-    recall; the reason of a score holds what was read. A sample without wanted text is unavailable; an image in which
-    nothing is read scores 0, because that is what the policy drew; one that does not decode is invalid output.
+    The wanted text is every quoted span of the prompt, or, with `text_column`, that column of the data row (a
+    string or a list of strings). Several images of a sample are read as one text. Parts: exact, similarity,
+    precision, recall; the reason of a score holds what was read. A sample without wanted text is unavailable;
+    an image in which nothing is read scores 0, because that is what the policy drew; one that does not decode
+    is invalid output.
     """
 
     def __init__(
@@ -73,6 +77,18 @@ class OcrReward:
         for index, wanted, count in pending:
             scores[index] = self._compare(wanted, "\n".join(next(readings) for _ in range(count)))
         return [score for score in scores if score is not None]
+
+    def gold(self) -> Sequence[GoldPair]:
+        """A word against another word, against the word with more behind it, and against a blank image."""
+
+        def drawn(text: str) -> Sample:
+            row = {} if self.text_column is None else {self.text_column: "HELLO"}
+            return Sample(text, "gold", 'the word "HELLO"', (word_image(text),), row=row)
+
+        wrong = {"another word": "BRICK", "extra text": "HELLO FRIEND", "a blank image": ""}
+        return [
+            GoldPair(drawn("HELLO"), drawn(text), f"HELLO against {what}") for what, text in wrong.items()
+        ]
 
     def _wanted(self, sample: Sample) -> list[str] | Score:
         """The wanted spans, or why there are none."""

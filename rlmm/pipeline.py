@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import torch
+from transformers.utils import logging as hf_logging
 
 from rlmm.config.recipe import Recipe
 from rlmm.evaluation.evaluate import run_eval
@@ -33,6 +34,8 @@ def run_recipe(recipe: Recipe, say: Callable[[str], None]) -> RunFolder:
     folder = run_folder(recipe)
     first = world()[0] == 0
     torch.set_num_threads(recipe.runtime.threads)
+    hf_logging.disable_progress_bar()
+    hf_logging.set_verbosity_error()
     if first:
         folder.bind_config(recipe.model_dump(mode="json"))
         folder.write_environment()

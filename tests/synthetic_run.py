@@ -44,12 +44,12 @@ def build_run(folder: Path, *, grpo_steps: int = 40, finished: bool = True) -> P
     (folder / "environment.json").write_text(json.dumps(environment))
     _codec(_stage(folder, "01-codec", "codec", 0, 40))
     _metrics(_stage(folder, "02-sft", "sft", 40, 130), _sft_lines())
-    rl = _stage(folder, "03-grpo", "grpo", 130, 360 if finished else None)
+    rl = _stage(folder, "03-grpo", "grpo", 130, 400 if finished else None)
     _metrics(rl, _grpo_lines(grpo_steps))
     for step in (0, grpo_steps // 2, grpo_steps - 1):
         _rollouts(rl / "rollouts" / f"step-{step:06d}.parquet", step, step / grpo_steps)
     if finished:
-        evaluation = _stage(folder, "04-eval", "eval", 360, 420)
+        evaluation = _stage(folder, "04-eval", "eval", 400, 460)
         (evaluation / "eval.json").write_text(json.dumps(_evaluation()))
         write_samples(evaluation / "samples.parquet")
     else:

@@ -7,7 +7,8 @@ from pydantic import Field, model_validator
 from rlmm.config.base import Strict
 
 Split = Literal["train", "prompts", "held_out"]
-"""train: prompts with target images, for codec and SFT. prompts: what RL samples from. held_out: never trained on."""
+"""train: prompts with target images, for codec and SFT. prompts: what RL samples from. held_out: never
+trained on."""
 
 Task = Literal["count", "pair", "relation"]
 Color = Literal["red", "green", "blue", "yellow", "purple"]
@@ -30,12 +31,13 @@ class WordsData(Strict):
     @model_validator(mode="after")
     def _some_lengths(self) -> "WordsData":
         if self.min_letters > self.max_letters:
-            raise ValueError(f"min_letters {self.min_letters} is above max_letters {self.max_letters}; swap them")
+            raise ValueError(f"min_letters {self.min_letters} is above max_letters {self.max_letters}")
         return self
 
 
 class ScenesData(Strict):
-    """Generated scenes of counted, coloured shapes, 48x48 RGB (`rlmm.data.scenes`); `rewards.scenes` verifies them."""
+    """Generated scenes of counted, coloured shapes, 48x48 RGB (`rlmm.data.scenes`); `rewards.scenes` verifies
+    them."""
 
     kind: Literal["scenes"] = "scenes"
     variant: Literal["text_to_image", "edit"] = "text_to_image"
@@ -52,7 +54,8 @@ class ScenesData(Strict):
     colors: tuple[Color, ...] = ("red", "green", "blue", "yellow", "purple")
     shapes: tuple[Shape, ...] = ("circle", "square", "triangle")
     placement: Literal["free", "fixed"] = "free"
-    """fixed: one picture a prompt, objects in reading order; easier to learn, for any placement scores the same."""
+    """fixed: one picture a prompt, objects in reading order; easier to learn, for any placement scores the
+    same."""
 
     @model_validator(mode="after")
     def _enough_to_combine(self) -> "ScenesData":
@@ -61,7 +64,7 @@ class ScenesData(Strict):
                 raise ValueError(f"{name} must list at least one value, each once; given: {list(values)}")
         if len(self.colors) * len(self.shapes) < 3:
             raise ValueError(
-                f"{len(self.colors)} colors x {len(self.shapes)} shapes are too few to compare; three are the least"
+                f"{len(self.colors)} colors x {len(self.shapes)} shapes are too few; three are the least"
             )
         return self
 
@@ -71,9 +74,11 @@ class RowsData(Strict):
 
     kind: Literal["rows"] = "rows"
     path: str
-    """A file, a glob of files, a folder of images, or with `format: hub` a dataset id on the Hugging Face hub."""
+    """A file, a glob of files, a folder of images, or with `format: hub` a dataset id on the Hugging Face
+    hub."""
     format: Literal["auto", "parquet", "json", "csv", "text", "images", "hub"] = "auto"
-    """auto goes by the file's extension. json: JSON lines, or a list. text: a prompt a line, column `text`."""
+    """auto goes by the file's extension. json: JSON lines, or a list. text: a prompt a line, column
+    `text`."""
     split: str = "train"
     """The split to read; only hub datasets have several."""
     subset: str | None = None
@@ -83,17 +88,19 @@ class RowsData(Strict):
     held_out_split: str | None = None
     """Held-out rows from another split of the same hub dataset."""
     held_out_share: float = Field(0.05, ge=0, lt=1)
-    """Without a held-out path or split: the share of prompts kept out, by a hash of the prompt, so that all rows of
-    a prompt fall on the same side, in every run."""
+    """Without a held-out path or split: the share of prompts kept out, by a hash of the prompt, so that all
+    rows of a prompt fall on the same side, in every run."""
     prompt_column: str = "prompt"
     """Text, or chat messages (a list of {role, content}) with images in them."""
     target_column: str | None = None
-    """The image to learn from; required by codec and SFT stages only."""
+    """The image to learn from; only codec and SFT stages need it. Without it, the image of a final assistant
+    message is the target."""
     sources_column: str | None = None
-    """The image, or list of images, that the prompt is about."""
+    """The image, or list of images, that the prompt is about; [] for none. With messages they fill the image
+    parts that hold no image themselves."""
     image_root: str | None = None
-    """The folder image paths are relative to; by default the folder of the (first) file. Paths in hub rows are
-    refused unless it is set."""
+    """The folder image paths are relative to; by default the folder of the (first) file. Paths in hub rows
+    are refused unless it is set."""
     image_size: tuple[int, int] | None = None
     """(width, height) every image is brought to; the codec's size. Null leaves images as they are."""
     image_mode: Literal["RGB", "L"] = "RGB"
@@ -106,10 +113,10 @@ class RowsData(Strict):
     max_prompt_characters: int | None = Field(None, ge=1)
     """Rows with a longer prompt are excluded."""
     max_excluded_share: float = Field(0.05, ge=0, le=1)
-    """Excluded rows (empty prompt, unreadable image, ...) above this share of all rows are an error."""
+    """Excluded rows (empty prompt, unreadable image, ...) above this share of the rows read are an error."""
     check_images: Literal["decode", "header"] = "decode"
-    """decode reads every image once at the start. header only opens it: quick on large sets, but one that is cut
-    short then stops the run when it is first needed."""
+    """decode reads every image once at the start. header only opens it: quick on large sets, but one that is
+    cut short then stops the run when it is first needed."""
     cache_dir: str | None = None
     """Where `datasets` keeps its converted copy; its own default if null."""
 
@@ -119,10 +126,12 @@ class RowsData(Strict):
             raise ValueError("streaming needs `limit`, the number of rows to read from the stream")
         if self.held_out_path and self.held_out_split:
             raise ValueError("held_out_path and held_out_split exclude each other; keep one")
-        if self.format != "hub" and (self.held_out_split or self.subset or self.revision):
-            raise ValueError("held_out_split, subset and revision belong to `format: hub`")
+        if self.format != "hub":
+            given = self.model_fields_set & {"split", "held_out_split", "subset", "revision"}
+            if given:
+                raise ValueError(f"{', '.join(sorted(given))}: only for datasets of the hub, `format: hub`")
         if self.image_size is not None and min(self.image_size) < 1:
-            raise ValueError(f"image_size is (width, height) in pixels, both at least 1; given: {self.image_size}")
+            raise ValueError(f"image_size is (width, height) in pixels, both at least 1: {self.image_size}")
         return self
 
 

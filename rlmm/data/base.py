@@ -12,14 +12,23 @@ from PIL import Image
 class Example:
     """One decoded row.
 
-    `target` is the image the prompt should yield, where the row has one; `sources` are the images the prompt is
-    about. `row` is every other column as it was read: it reaches the rewards.
+    `target` is the image the prompt should yield, where the row has one; `sources` are the images the prompt
+    is about. `row` is every other column as it was read: it reaches the rewards.
     """
 
     prompt: str
     target: Image.Image | None = None
     sources: tuple[Image.Image, ...] = ()
     row: Mapping[str, Any] = field(default_factory=dict)
+
+
+class UnusableRow(ValueError):
+    """A row that cannot be used. `reason` is the category it is counted under, the text has the
+    particulars."""
+
+    def __init__(self, reason: str, particulars: str = "") -> None:
+        super().__init__(f"{reason}: {particulars}" if particulars else reason)
+        self.reason = reason
 
 
 class Dataset(Protocol):
@@ -37,7 +46,8 @@ class Dataset(Protocol):
 
 
 def position(index: int, length: int) -> int:
-    """`index` if it lies in [0, length), counted from the end if negative; IndexError, which ends a `for`, if not."""
+    """`index` if it lies in [0, length), counted from the end if negative; IndexError, which ends a `for`, if
+    not."""
     if not -length <= index < length:
         raise IndexError(f"row {index} of a data set of {length} rows")
     return index % length

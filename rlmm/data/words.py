@@ -1,8 +1,8 @@
 """Generated text rendering: one word an image, one letter a cell, so that letters fall on whole image tokens.
 
-The image is 96x32 grey: black capitals on white, letter k in the middle of cell k (16x32 pixels), left-aligned. With
-8-pixel patches a letter is 2 columns of 4 tokens whatever its neighbours are, which is what a small model can learn
-in minutes. Two fonts, DejaVu Sans Mono regular and bold, come with matplotlib.
+The image is 96x32 grey: black capitals on white, letter k in the middle of cell k (16x32 pixels),
+left-aligned. With 8-pixel patches a letter is 2 columns of 4 tokens whatever its neighbours are, which is
+what a small model can learn in minutes. Two fonts, DejaVu Sans Mono regular and bold, come with matplotlib.
 """
 
 from collections import Counter
@@ -22,7 +22,7 @@ CELL: Final = (16, 32)
 CELLS: Final = 6
 SIZE: Final = (CELL[0] * CELLS, CELL[1])
 FONTS: Final = {"regular": "DejaVuSansMono.ttf", "bold": "DejaVuSansMono-Bold.ttf"}
-_FONT_SIZE: Final = 25  # advance width 15.05 px: the widest that leaves a gap in a cell
+_FONT_SIZE: Final = 24  # the widest letter, W, then keeps a white pixel on either side of its cell
 _BASELINE: Final = 25  # puts 18 px capitals in the middle and leaves room for the tail of the Q
 
 
@@ -65,8 +65,8 @@ def split_words(config: WordsData) -> tuple[list[str], list[str]]:
     fitting = [word for word in word_list() if config.min_letters <= len(word) <= config.max_letters]
     if config.held_out_words >= len(fitting):
         raise ValueError(
-            f"held_out_words {config.held_out_words} leaves nothing to train on: the list has {len(fitting)} words"
-            f" of {config.min_letters} to {config.max_letters} letters; lower it"
+            f"held_out_words {config.held_out_words} leaves nothing to train on: there are {len(fitting)}"
+            f" words of {config.min_letters} to {config.max_letters} letters; lower it"
         )
     ordered = sorted(fitting, key=lambda word: derive("words", "held out", word))
     return ordered[config.held_out_words :], ordered[: config.held_out_words]
@@ -97,8 +97,8 @@ class Words:
 
 
 def build(config: WordsData, split: Split, seed: int) -> Words:
-    """`train`: `train_images` pictures of words drawn with `seed`. `prompts`: every training word, no pictures.
-    `held_out`: the held-out words, with pictures. `row["text"]` is the word, in capitals.
+    """`train`: `train_images` pictures of words drawn with `seed`. `prompts`: every training word, no
+    pictures. `held_out`: the held-out words, with pictures. `row["text"]` is the word, in capitals.
 
     Raises ValueError for more `train_images` than there are pairs of a training word and a font.
     """

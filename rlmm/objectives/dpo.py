@@ -39,7 +39,7 @@ def dpo_loss(
             raise ValueError(
                 "a pair has a side without decided tokens: it cannot be normalised by its length; drop it"
             )
-        chosen_P, rejected_P = chosen_P / lengths_P[1], rejected_P / lengths_P[0]
+        chosen_P, rejected_P = chosen_P / lengths_P[0], rejected_P / lengths_P[1]
     margin_P = beta * (chosen_P - rejected_P)
     loss_P = -(1 - label_smoothing) * logsigmoid(margin_P) - label_smoothing * logsigmoid(-margin_P)
     return DPOLoss(loss_P, _metrics(beta * chosen_P.detach(), beta * rejected_P.detach()))

@@ -47,7 +47,7 @@ def clipped_policy_loss(
     free_BS = ratio_BS * gain_B1
     bounded_BS = ratio_BS.clamp(1 - clip_low, 1 + clip_high) * gain_B1
     loss_BS = torch.where(mask_BS, -torch.minimum(free_BS, bounded_BS), 0.0)
-    return PolicyLoss(loss_BS, ratio_BS.detach(), (bounded_BS < free_BS).detach() & mask_BS)
+    return PolicyLoss(loss_BS, ratio_BS.detach(), (bounded_BS < free_BS).detach())
 
 
 def policy_metrics(policy: PolicyLoss, target_mask_BS: Tensor, kept_B: Tensor) -> dict[str, float]:

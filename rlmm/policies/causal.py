@@ -162,7 +162,8 @@ class CausalPolicy:
         if not isinstance(self.model, PeftModel):
             raise ValueError("this policy has no adapter: its stage trained all weights; export the merged model")
         self.model.peft_config["default"].base_model_name_or_path = base
-        self.model.save_pretrained(folder)
+        # The vocabulary is the base's own: without this PEFT looks the base up to find that out.
+        self.model.save_pretrained(folder, save_embedding_layers=False)
         self._save_rest(folder)
 
     def _save_rest(self, folder: Path) -> None:

@@ -73,7 +73,7 @@ def diversity_figure(evaluation: Evaluation, prefix: str) -> Figure | None:
         "How much the samples for one prompt differ, by temperature. An arm that scores higher but lies "
         "far lower here may only have become more certain of what it already did."
     )
-    return Figure("Diversity", caption, plot)
+    return Figure("Diversity across temperatures", caption, plot)
 
 
 def differences(contrasts: Sequence[Contrast]) -> list[Difference]:
@@ -112,7 +112,13 @@ def _score(rows: Sequence[EvalRow], arms: Sequence[str], role: JudgeRole, key: s
     temperatures = tuple(sorted({row.temperature for row in rows}, reverse=True))
     table = tuple((arm, _cells(found, temperatures)) for arm, found in by_arm.items() if found)
     return Score(
-        judge, metric, role, Figure(f"{metric} by {judge}", caption, plot), temperatures, table, _basis(rows)
+        judge,
+        metric,
+        role,
+        Figure("Score across temperatures", caption, plot),
+        temperatures,
+        table,
+        _basis(rows),
     )
 
 

@@ -113,10 +113,12 @@ def _gates(info: Mapping[str, Any], config: Mapping[str, Any] | None, name: str)
     configured = config
     for key in ("stages", name, "gates"):
         configured = configured.get(key) if isinstance(configured, Mapping) else None
-    found = {_GATED[k]: v for k, v in configured.items() if k in _GATED} if isinstance(configured, dict) else {}
+    found = (
+        {_GATED[k]: v for k, v in configured.items() if k in _GATED} if isinstance(configured, dict) else {}
+    )
     resolved = info.get("gates")
     found |= resolved if isinstance(resolved, dict) else {}
-    return {str(key): float(value) for key, value in found.items() if isinstance(value, int | float)}
+    return {key: float(value) for key, value in found.items() if isinstance(value, int | float)}
 
 
 def _read_evaluation(path: Path, notes: Notes) -> Evaluation | None:

@@ -104,7 +104,11 @@ def _sentence(contrast: Contrast, evaluation: Evaluation, role: JudgeRole) -> st
     }[role]
     after = _mean(evaluation, contrast.arm, contrast.arm_temperature, contrast)
     before = _mean(evaluation, contrast.baseline, contrast.baseline_temperature, contrast)
-    figures = f" ({before:.2f} to {after:.2f})" if after is not None and before is not None else ""
+    figures = (
+        f": {contrast.metric} went from {before:.2f} to {after:.2f}"
+        if after is not None and before is not None
+        else ""
+    )
     verdict = {
         "better": f"{contrast.arm} does better than {contrast.baseline}",
         "worse": f"{contrast.arm} does worse than {contrast.baseline}",

@@ -104,6 +104,7 @@ def _content(run: Run) -> dict[str, Any]:
         "plain_stages": [_plain_stage(stage, run.notes) for stage in plain],
         "bars": timing.bars(run.stages),
         "splits": [figure for stage in rl if (figure := timing.split_figure(stage, _prefix(stage)))],
+        "kinds": timing.kinds,
         "slot": timing.slot,
         "duration": timing.duration,
         "equations": batch_equations(run.config),

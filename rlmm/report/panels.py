@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rlmm.report.plots import Line, Plot, ends, line_plot
-from rlmm.report.records import Curve, Stage
-from rlmm.report.svg import SMALL, WIDE
+from rlmm.report.records import Stage
+from rlmm.report.svg import SMALL
 
 BLUE, AMBER, TEAL, VIOLET = 1, 2, 3, 4
 
@@ -209,24 +209,21 @@ def judges_figure(stage: Stage, prefix: str, parted: bool) -> Figure | None:
 
 
 def _figure(panel: Panel, keys: Sequence[str], stage: Stage, prefix: str) -> Figure:
-    curves = [stage.curves[key] for key in keys]
     lines = [
-        Line(_label(key), curve, BLUE + slot)
-        for slot, (key, curve) in enumerate(zip(keys, curves, strict=True))
+        Line(_label(key), stage.curves[key], BLUE + slot, ceiling=stage.gates.get(key))
+        for slot, key in enumerate(keys)
     ]
-    gated = next((key for key in keys if key in stage.gates), None)
-    ceiling = stage.gates[gated] if gated else None
-    wide = panel.name == "loss" and stage.kind in PANELS
-    plot = line_plot(
-        f"{prefix}-{panel.name}", lines, size=WIDE if wide else SMALL, log=panel.log, ceiling=ceiling
-    )
-    alarm = _passed(stage.curves[gated], ceiling) if gated and ceiling is not None else ""
-    return Figure(panel.title, panel.caption, plot, ends(curves[0]), alarm)
+    plot = line_plot(f"{prefix}-{panel.name}", lines, size=SMALL, log=panel.log)
+    alarms = [_passed(line) for line in lines if line.ceiling is not None]
+    return Figure(panel.title, panel.caption, plot, ends(lines[0].curve), " ".join(filter(None, alarms)))
 
 
-def _passed(curve: Curve, ceiling: float) -> str:
-    above = [step for step, value in zip(curve.steps, curve.values, strict=True) if value > ceiling]
-    return f"Above the gate of {ceiling:g} at {len(above)} step(s), first {above[0]}." if above else ""
+def _passed(line: Line) -> str:
+    points = zip(line.curve.steps, line.curve.values, strict=True)
+    above = [step for step, value in points if line.ceiling is not None and value > line.ceiling]
+    if not above:
+        return ""
+    return f"{line.label}: above the gate of {line.ceiling:g} at {len(above)} step(s), first {above[0]}."
 
 
 def _label(key: str) -> str:

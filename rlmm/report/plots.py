@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
+import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullLocator, StrMethodFormatter
 
 from rlmm.report.records import Curve
-from rlmm.report.svg import MUTED, N_COLOURS, PAPER, STYLE, WIDE, inline_svg, new_figure, stand_in
+from rlmm.report.svg import N_COLOURS, PAPER, STYLE, WIDE, inline_svg, new_figure, stand_in
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Line:
     curve: Curve
     colour: int
     spread: Curve | None = None
+    ceiling: float | None = None
 
 
 @dataclass(frozen=True)
@@ -46,21 +48,32 @@ class Plot:
 
 
 def smoothed(curve: Curve, span: int) -> Curve:
-    """Exponential moving average with weight 2/(span+1), debiased at the start; NaN leaves the average as it
-    was.
+    """Local linear regression, triangular weights over `span` points to either side (Cleveland 1979).
+
+    It has no lag and follows a straight line exactly, at the ends too. NaN values are left out of every fit.
     """
-    decay = 1 - 2 / (span + 1)
-    total, weight, out = 0.0, 0.0, []
-    for value in curve.values:
-        if not math.isnan(value):
-            total, weight = decay * total + value, decay * weight + 1
-        out.append(total / weight if weight else math.nan)
+    steps, values = np.array(curve.steps, np.float64), np.array(curve.values, np.float64)
+    known = np.isfinite(values)
+    x, y = steps[known], values[known]
+    if not len(x):
+        return curve
+    reach = span * max(1.0, float(np.median(np.diff(x))) if len(x) > 1 else 1.0)
+    out = []
+    for step in steps:
+        weight = np.clip(1 - np.abs(x - step) / reach, 0, None)
+        if not weight.any():
+            out.append(math.nan)
+            continue
+        mean_x, mean_y = np.average(x, weights=weight), np.average(y, weights=weight)
+        spread = float(weight @ (x - mean_x) ** 2)
+        slope = float(weight @ ((x - mean_x) * (y - mean_y))) / spread if spread > 0 else 0.0
+        out.append(float(mean_y + slope * (step - mean_x)))
     return Curve(curve.steps, tuple(out))
 
 
 def smoothing_span(curve: Curve) -> int:
-    """How many points the smoothed line averages over: a tenth of the curve, at least 3."""
-    return max(3, round(len(curve.steps) / 10))
+    """How many points to either side a smoothed value rests on: an eighth of the curve, at least 3."""
+    return max(3, round(len(curve.steps) / 8))
 
 
 def line_plot(
@@ -70,7 +83,6 @@ def line_plot(
     size: tuple[float, float] = WIDE,
     y_label: str = "",
     log: bool = False,
-    ceiling: float | None = None,
 ) -> Plot:
     """Curves over steps: raw thin, smoothed thick where there are at least 12 points. `log` needs positive
     values.
@@ -82,11 +94,11 @@ def line_plot(
         values = [v for line in lines for v in line.curve.values if not math.isnan(v)]
         if log and values and min(values) > 0:
             axes.set_yscale("log")
-        if ceiling is not None:
-            axes.axhline(ceiling, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
-        axes.set_xlabel("step")
-        axes.set_ylabel(y_label)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            axes.yaxis.set_minor_locator(NullLocator())
+        axes.set_xlabel("step", loc="right")
+        axes.set_title(y_label)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=8 if size == WIDE else 5, integer=True))
         told = "; ".join(f"{line.label}: {ends(line.curve)}" for line in lines)
         legend = tuple((line.label, line.colour) for line in lines)
         return Plot(inline_svg(figure, key, f"Over steps. {told}."), legend, f"Over steps. {told}.")
@@ -110,8 +122,8 @@ def interval_plot(
             _draw_points(axes, sorted(points, key=lambda p: p.x), shift, stand_in(slot))
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.set_xlim(ticks[0] - gap / 2, ticks[-1] + gap / 2)
-        axes.set_xlabel(x_label)
-        axes.set_ylabel(y_label)
+        axes.set_xlabel(x_label, loc="right")
+        axes.set_title(y_label)
         told = "; ".join(
             f"{arm}: " + ", ".join(f"{p.mean:.2f} at {p.x:g}" for p in points) for arm, points in arms.items()
         )
@@ -128,11 +140,11 @@ def stacked_plot(key: str, parts: Mapping[str, Curve], slots: Sequence[int], *, 
         by_step = {name: dict(zip(c.steps, c.values, strict=True)) for name, c in parts.items()}
         heights = [[_finite(by_step[name].get(step, 0.0)) for step in steps] for name in parts]
         colours = [stand_in(slot) for slot in slots]
-        axes.stackplot(steps, heights, colors=colours, step="mid", edgecolor=PAPER, linewidth=0.4)
+        axes.stackplot(steps, heights, colors=colours, step="mid", alpha=0.82, linewidth=0)
         axes.margins(x=0)
         axes.set_ylim(bottom=0)
-        axes.set_xlabel("step")
-        axes.set_ylabel(y_label)
+        axes.set_xlabel("step", loc="right")
+        axes.set_title(y_label)
         told = ", ".join(f"{name} {sum(height):.0f}" for name, height in zip(parts, heights, strict=True))
         alt = f"Stacked areas over steps, in seconds. Sums: {told}."
         legend = tuple(zip(parts, slots, strict=True))
@@ -158,6 +170,8 @@ def ends(curve: Curve) -> str:
 
 def _draw_line(axes: Axes, line: Line) -> None:
     steps, colour = line.curve.steps, stand_in(line.colour)
+    if line.ceiling is not None:
+        axes.axhline(line.ceiling, color=colour, linewidth=1.1, linestyle=(0, (4, 3)))
     if line.spread is not None:
         spread = dict(zip(line.spread.steps, line.spread.values, strict=True))
         width = [spread.get(step, math.nan) for step in steps]

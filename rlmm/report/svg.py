@@ -20,7 +20,11 @@ _STAND_INS = {INK: "--ink", MUTED: "--muted", GRID: "--grid", PAPER: "--paper"} 
 STYLE = {
     "svg.fonttype": "none",
     "text.parse_math": False,
-    "font.size": 9.5,
+    "font.size": 9.0,
+    "axes.labelpad": 6.0,
+    "axes.titlesize": 9.0,
+    "axes.titlecolor": MUTED,
+    "axes.titlelocation": "left",
     "axes.edgecolor": GRID,
     "axes.labelcolor": MUTED,
     "xtick.color": GRID,
@@ -32,14 +36,19 @@ STYLE = {
     "lines.solid_capstyle": "round",
 }
 
-WIDE, SMALL = (9.4, 3.4), (4.6, 2.3)
+WIDE, SMALL = (11.4, 3.9), (4.2, 2.1)
 """Figure sizes in inches: the full width of the page, and one cell of a grid of small plots."""
 
 
 def new_figure(size: tuple[float, float]) -> tuple[Figure, Axes]:
     """An empty figure in the page's style; call it inside `matplotlib.rc_context(STYLE)`."""
-    figure = Figure(figsize=size, layout="constrained")
+    figure = Figure(figsize=size)
     axes = figure.add_subplot()
+    width, height = size
+    # Margins in inches, wide enough for eight characters; an automatic layout would draw everything twice.
+    left, right, bottom = 0.66 / width, 1 - 0.1 / width, 0.5 / height
+    top = 1 - (0.26 if size == WIDE else 0.1) / height  # a wide plot names its y axis above it
+    figure.subplots_adjust(left=left, right=right, bottom=bottom, top=top)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.grid(axis="y")
     axes.set_axisbelow(True)
@@ -61,7 +70,7 @@ def inline_svg(figure: Figure, key: str, alt: str) -> Markup:
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>", "", text, flags=re.DOTALL)
-    text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{key}-", text)
+    text = re.sub(r'(\bid="|href="#|url\(#)', r"\g<1>", text)
     for colour, name in _STAND_INS.items():
         text = text.replace(colour, f"var({name})")
     box = re.search(r'viewBox="[^"]*"', text)

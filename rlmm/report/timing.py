@@ -61,6 +61,11 @@ def split_figure(stage: Stage, prefix: str) -> Figure | None:
     return Figure(f"{stage.name}: time of a step", caption, plot)
 
 
+def kinds(found: Sequence[Bar]) -> list[str]:
+    """The kinds of work that occur in any bar, in the bars' order."""
+    return sorted({segment.kind for bar in found for segment in bar.segments}, key=_rank)
+
+
 def slot(kind: str) -> int:
     """The colour slot of a kind of work."""
     return _rank(kind)[0] % N_COLOURS

@@ -3,7 +3,6 @@
 import shutil
 from collections.abc import Sequence
 
-import torch
 from torch import nn
 
 from rlmm.train.context import StageContext
@@ -35,7 +34,7 @@ def train(
         name=f"{context.recipe.name}-{context.name}",
     )
     metrics = MetricsFile(context.folder / "metrics.jsonl")
-    progress = RichProgress(show, every=max(1, context.config.steps // 20))
+    progress = RichProgress(context.name, show, every=max(1, context.config.steps // 20))
     trainer = StageTrainer(model, arguments, source, loss_fn, metrics, meter, [progress])
     trainer.run(context.say)
     return trainer
@@ -44,7 +43,3 @@ def train(
 def forget_checkpoints(context: StageContext) -> None:
     """A finished stage's checkpoints have served: its result is in the stage's own folder."""
     shutil.rmtree(context.folder / "checkpoints", ignore_errors=True)
-
-
-def set_threads(threads: int) -> None:
-    torch.set_num_threads(threads)

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from rlmm.config.stages import Optimization
 from rlmm.train.checkpoint import latest_checkpoint, step_of, write_manifest
@@ -80,6 +80,7 @@ class StageTrainer(Trainer):
         self.source, self.loss_fn, self.metrics, self.meter = source, loss_fn, metrics, meter
         self.step_started = time.perf_counter()
         super().__init__(model=model, args=args, callbacks=[*callbacks, _Seal()])
+        self.remove_callback(PrinterCallback)
 
     def get_train_dataloader(self) -> Any:
         return StepLoader(self)

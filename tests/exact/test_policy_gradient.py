@@ -153,8 +153,7 @@ def test_rloo_is_unbiased_for_larger_groups_and_tied_rewards() -> None:
 
 
 def test_dr_grpo_is_the_exact_gradient_times_a_constant() -> None:
-    # The mean includes the sample itself, which shrinks the gradient by (G - 1) / G; the length constant is
-    # 3.
+    # The mean includes the sample itself: a factor (G - 1) / G. The length constant is 3.
     chain = make_chain(end=3)
     exact = -chain.gradient(expected_reward(chain))
     torch.testing.assert_close(

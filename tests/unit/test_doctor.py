@@ -144,7 +144,7 @@ def test_tesseract_needs_its_model(tmp_path: Path) -> None:
 
 
 def test_rapidocr_needs_its_recogniser(tmp_path: Path) -> None:
-    both = installed({"rapidocr": "3", "onnxruntime": "1"})
+    both = installed({"rapidocr": "3", "onnxruntime": "1", "onnx": "1"})
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "det.onnx").touch()
     assert "onnxruntime" in told(diagnosis.check_rapidocr(installed({"rapidocr": "3"}), tmp_path))[1]

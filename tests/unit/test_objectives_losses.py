@@ -187,8 +187,10 @@ def test_dpo_label_smoothing_has_its_minimum_at_the_log_odds() -> None:
 
 
 def test_dpo_length_normalisation_uses_each_side_s_length() -> None:
-    loss, _ = dpo_loss(*PAIR, beta=1.0, lengths_P=(torch.tensor([2]), torch.tensor([4])))
-    assert loss.item() == pytest.approx(log(1 + exp(-0.75)))
+    # log-ratios 1 and -3: 1 / 2 + 3 / 4
+    longer = [PAIR[0], PAIR[1] - 2, *PAIR[2:]]
+    loss, _ = dpo_loss(*longer, beta=1.0, lengths_P=(torch.tensor([2]), torch.tensor([4])))
+    assert loss.item() == pytest.approx(log(1 + exp(-1.25)))
     with pytest.raises(ValueError, match="without decided tokens"):
         dpo_loss(*PAIR, beta=1.0, lengths_P=(torch.tensor([0]), torch.tensor([4])))
 

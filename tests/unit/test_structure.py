@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,18 @@ SOURCES = [
     for path in sorted((ROOT / room).rglob("*.py"))
 ]
 BUILT_IN_MARKS = {"filterwarnings", "parametrize", "skip", "skipif", "usefixtures", "xfail"}
+
+
+def normal(name: str) -> str:
+    """A distribution's name as package indexes compare it."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def declared(*extras: str) -> list[Requirement]:
+    """The base requirements and those of the extras, without references to rlmm's own extras."""
+    project = PYPROJECT["project"]
+    lines = sum((project["optional-dependencies"][extra] for extra in extras), project["dependencies"])
+    return [need for need in map(Requirement, lines) if need.name != "rlmm"]
 
 
 def imported(tree: ast.Module) -> set[str]:
@@ -92,18 +105,22 @@ def test_every_mark_is_registered() -> None:
     assert not {name: found for name, found in unknown.items() if found}
 
 
+def test_every_import_is_a_declared_dependency() -> None:
+    names = {name for path in SOURCES for name in imported(ast.parse(path.read_text()))}
+    foreign = names - sys.stdlib_module_names - {"rlmm", "rewards", "rollouts"}
+    known = {normal(need.name) for need in declared(*PYPROJECT["project"]["optional-dependencies"])}
+    owners = packages_distributions()
+    assert not {name for name in foreign if known.isdisjoint(map(normal, owners.get(name, [name])))}
+
+
 @pytest.mark.parametrize("lock", ["py311-cpu.txt", "py312-cpu.txt"])
 def test_the_lock_fits_the_declared_ranges(lock: str) -> None:
     lines = (ROOT / "requirements" / lock).read_text().splitlines()
     pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
-    versions = {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in pins.items()}
-    project = PYPROJECT["project"]
-    extras = project["optional-dependencies"]
-    needs = [*project["dependencies"], *extras["cpu"], *extras["deepspeed"], *extras["ocr"], *extras["dev"]]
-    for need in map(Requirement, needs):
-        if need.name != "rlmm":
-            version = versions[re.sub(r"[-_.]+", "-", need.name).lower()]
-            assert need.specifier.contains(version, prereleases=True), f"{need} is locked at {version}"
+    versions = {normal(name): version for name, version in pins.items()}
+    for need in declared("cpu", "deepspeed", "ocr", "dev"):
+        version = versions[normal(need.name)]
+        assert need.specifier.contains(version, prereleases=True), f"{need} is locked at {version}"
     assert not {"torchvision", "torchaudio", "torchcodec"} & set(versions), (
         "they do not import beside this torch"
     )

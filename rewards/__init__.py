@@ -1,0 +1,107 @@
+"""Scoring of generated samples. Importing this package imports no model, no torch and no OCR engine."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rewards.base import Reward, Sample, Score
+from rewards.names import nearest
+
+
+def _ocr(
+    *,
+    case_sensitive: bool = False,
+    text_column: str | None = None,
+    model: str | None = None,
+    height: int = 48,
+    width_scale: float = 1.0,
+    characters: str | None = None,
+    batch_size: int = 8,
+    threads: int = 1,
+) -> Reward:
+    """Text in the image, read by PP-OCR, against the prompt's quoted text."""
+    from rewards.ocr import OcrReward
+    from rewards.paddle import PaddleReader
+
+    reader = PaddleReader(
+        model=model,
+        height=height,
+        width_scale=width_scale,
+        characters=characters,
+        batch_size=batch_size,
+        threads=threads,
+    )
+    return OcrReward(reader, name="ocr", case_sensitive=case_sensitive, text_column=text_column)
+
+
+def _tesseract(
+    *,
+    case_sensitive: bool = False,
+    text_column: str | None = None,
+    language: str = "eng",
+    tessdata: str | None = None,
+    characters: str | None = None,
+) -> Reward:
+    """Text in the image, read by Tesseract, against the prompt's quoted text."""
+    from rewards.ocr import OcrReward
+    from rewards.tesseract import TesseractReader
+
+    reader = TesseractReader(language=language, tessdata=tessdata, characters=characters)
+    return OcrReward(reader, name="tesseract", case_sensitive=case_sensitive, text_column=text_column)
+
+
+def _scenes() -> Reward:
+    """Counted coloured shapes and their relation, checked exactly; also edits."""
+    from rewards.scenes import ScenesReward
+
+    return ScenesReward()
+
+
+def _function(*, target: str, name: str = "", **options: Any) -> Reward:
+    """Your own Python function, path/file.py:name or module:name."""
+    from rewards.functions import FunctionReward
+
+    return FunctionReward(target, name=name, options=options)
+
+
+REWARDS: dict[str, Callable[..., Reward]] = {
+    "ocr": _ocr,
+    "tesseract": _tesseract,
+    "scenes": _scenes,
+    "function": _function,
+}
+"""Every reward by name. An entry's keyword arguments are the reward's options; its docstring's first line
+says what it does.
+"""
+
+
+def check_options(name: str, options: Sequence[str]) -> None:
+    """Raises ValueError, naming the nearest, for an unknown reward or an option that the reward does not
+    take.
+    """
+    if name not in REWARDS:
+        raise ValueError(f"there is no reward {name!r}. {nearest(name, REWARDS)}")
+    parameters = inspect.signature(REWARDS[name]).parameters.values()
+    known = [item.name for item in parameters if item.kind is item.KEYWORD_ONLY]
+    required = [
+        item.name for item in parameters if item.kind is item.KEYWORD_ONLY and item.default is item.empty
+    ]
+    if missing := [option for option in required if option not in options]:
+        raise ValueError(f"reward {name!r} needs the option {missing[0]!r}")
+    if any(item.kind is item.VAR_KEYWORD for item in parameters):
+        return
+    for option in options:
+        if option not in known:
+            hint = nearest(option, known) if known else "It takes none."
+            raise ValueError(f"reward {name!r} has no option {option!r}. {hint}")
+
+
+def build(name: str, /, **options: Any) -> Reward:
+    """Makes a reward by its name in REWARDS. Raises ValueError for an unknown name or option, and what the
+    reward's own constructor raises (a missing model file, an optional package that is not installed).
+    """
+    check_options(name, list(options))
+    return REWARDS[name](**options)
+
+
+__all__ = ["REWARDS", "Reward", "Sample", "Score", "build", "check_options"]

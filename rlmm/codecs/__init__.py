@@ -1,0 +1,19 @@
+"""Pixels to codes and back."""
+
+from rlmm.codecs.base import QUANTIZERS, Codec, CodecOutput, build_codec
+from rlmm.codecs.files import codec_hash, images_to_tensor, load_codec, save_codec, tensor_to_images
+from rlmm.codecs.loss import codec_loss, reconstruction_metrics
+
+__all__ = [
+    "QUANTIZERS",
+    "Codec",
+    "CodecOutput",
+    "build_codec",
+    "codec_hash",
+    "codec_loss",
+    "images_to_tensor",
+    "load_codec",
+    "reconstruction_metrics",
+    "save_codec",
+    "tensor_to_images",
+]

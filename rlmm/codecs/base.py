@@ -1,0 +1,96 @@
+"""A codec: pixels to codes and codes to pixels. One token a patch, row-major.
+
+Shapes: B images, C channels, H x W pixels, N = rows * cols tokens.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from rlmm.codecs.quantizers import Fsq, Lfq, Quantizer, Vq
+from rlmm.config.codec import CodecConfig, FsqCodec, LfqCodec, VqCodec
+
+QUANTIZERS = {"fsq": Fsq, "vq": Vq, "lfq": Lfq}
+
+
+@dataclass(frozen=True)
+class CodecOutput:
+    """reconstruction [B,C,H,W] float32 (not clamped), ids [B,N] int64, auxiliary: the quantizer's own loss."""
+
+    reconstruction: Tensor
+    ids: Tensor
+    auxiliary: Tensor
+
+
+class _Block(nn.Module):
+    """A residual block; group norm, so that an image's result does not depend on its batch."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.GroupNorm(width // 8, width), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1),
+            nn.GroupNorm(width // 8, width), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.body(x)
+
+
+class Codec(nn.Module):
+    """Patchify convolution, residual blocks, quantizer, residual blocks, un-patchify."""
+
+    def __init__(self, config: FsqCodec | VqCodec | LfqCodec) -> None:
+        super().__init__()
+        self.settings = config
+        self.grid, self.num_codes = config.grid, config.num_codes
+        self.image_size, self.channels = config.image_size, config.channels
+        self.quantizer: Quantizer = QUANTIZERS[config.kind](config)  # pyrefly: ignore
+        width, latent = config.width, self.quantizer.latent_dim
+        self.encoder = nn.Sequential(
+            nn.Conv2d(config.channels, width, config.patch, stride=config.patch),
+            *[_Block(width) for _ in range(config.blocks)],
+            nn.Conv2d(width, latent, 1),
+        )
+        self.decoder = nn.Sequential(
+            nn.Conv2d(latent, width, 3, padding=1),
+            *[_Block(width) for _ in range(config.blocks)],
+            nn.ConvTranspose2d(width, config.channels, config.patch, stride=config.patch),
+        )
+
+    def encode(self, images_BCHW: Tensor) -> Tensor:
+        """Codes [B, N] int64 of images in [0, 1]; ValueError on another size."""
+        self._check(images_BCHW)
+        return self.quantizer(self._latents(images_BCHW))[1]
+
+    def decode(self, ids_BN: Tensor) -> Tensor:
+        """Images [B, C, H, W] float32 in [0, 1]; ValueError on codes outside [0, num_codes) or another count."""
+        if ids_BN.shape[-1] != self.grid[0] * self.grid[1]:
+            raise ValueError(f"{ids_BN.shape[-1]} codes an image; this codec's grid is {self.grid[0]}x{self.grid[1]}")
+        if ids_BN.numel() and (int(ids_BN.min()) < 0 or int(ids_BN.max()) >= self.num_codes):
+            raise ValueError(
+                f"codes from {int(ids_BN.min())} to {int(ids_BN.max())} are outside [0, {self.num_codes}): they are no "
+                "image codes of this codec; check the layout's image slice"
+            )
+        return self._pixels(self.quantizer.codes(ids_BN)).clamp(0, 1).float()
+
+    def forward(self, images_BCHW: Tensor) -> CodecOutput:
+        self._check(images_BCHW)
+        quantized, ids, auxiliary = self.quantizer(self._latents(images_BCHW))
+        return CodecOutput(self._pixels(quantized).float(), ids, auxiliary)
+
+    def _latents(self, images: Tensor) -> Tensor:
+        return self.encoder(images * 2 - 1).float().flatten(2).transpose(1, 2)
+
+    def _pixels(self, latents_BND: Tensor) -> Tensor:
+        square = latents_BND.transpose(1, 2).unflatten(2, self.grid)
+        return (self.decoder(square) + 1) / 2
+
+    def _check(self, images: Tensor) -> None:
+        expected = (self.channels, *self.image_size)
+        if tuple(images.shape[1:]) != expected:
+            raise ValueError(f"images of shape {tuple(images.shape[1:])}; this codec takes (C, H, W) = {expected}")
+
+
+def build_codec(config: CodecConfig) -> Codec:
+    """A codec with fresh weights, drawn from torch's present generator."""
+    return Codec(config)

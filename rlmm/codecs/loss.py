@@ -1,0 +1,61 @@
+"""What a codec is trained on, and how well it keeps an image."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from rlmm.codecs.base import Codec, CodecOutput
+
+
+def codec_loss(codec: Codec, images_BCHW: Tensor) -> tuple[Tensor, dict[str, float]]:
+    """L1 + MSE (+ edges) + the quantizer's own loss, as means over pixels; and figures of the batch.
+
+    `codec` may be a data-parallel wrapper: only its forward is called.
+    """
+    output: CodecOutput = codec(images_BCHW)
+    error = output.reconstruction - images_BCHW
+    loss = error.abs().mean() + error.square().mean() + output.auxiliary
+    config = getattr(codec, "module", codec).settings
+    if config.edge_weight:
+        loss = loss + config.edge_weight * edge_loss(output.reconstruction, images_BCHW)
+    with torch.no_grad():
+        figures = {"psnr_db": psnr_db(output.reconstruction.clamp(0, 1), images_BCHW)}
+        figures |= code_use(output.ids, config.num_codes)
+    return loss, figures
+
+
+def edge_loss(first: Tensor, second: Tensor, scales: int = 3) -> Tensor:
+    """Mean |difference of neighbouring-pixel gradients| over `scales` halvings of the image: strokes, not fill."""
+    total = first.new_zeros(())
+    for _ in range(scales):
+        for axis in (-1, -2):
+            total = total + (first.diff(dim=axis) - second.diff(dim=axis)).abs().mean()
+        if min(first.shape[-2:]) < 4:
+            break
+        first, second = F.avg_pool2d(first, 2), F.avg_pool2d(second, 2)
+    return total
+
+
+def psnr_db(reconstruction: Tensor, images: Tensor) -> float:
+    """Peak signal-to-noise ratio in decibels, of the mean squared error over all pixels in [0, 1]."""
+    mse = (reconstruction - images).square().mean().clamp_min(1e-12)
+    return float(-10 * mse.log10())
+
+
+def code_use(ids: Tensor, num_codes: int) -> dict[str, float]:
+    """`codebook_use`: share of codes that occur; `codebook_perplexity`: exp of the entropy of their frequencies."""
+    counts = torch.bincount(ids.flatten(), minlength=num_codes).double()
+    share = counts / counts.sum()
+    return {
+        "codebook_use": float((counts > 0).double().mean()),
+        "codebook_perplexity": float(torch.special.entr(share).sum().exp()),
+    }
+
+
+@torch.no_grad()
+def reconstruction_metrics(codec: Codec, images_BCHW: Tensor) -> dict[str, float]:
+    """PSNR and code use through encode and decode, and the share of codes that decode-encode leaves as they are."""
+    ids = codec.encode(images_BCHW)
+    decoded = codec.decode(ids)
+    stable = (codec.encode(decoded) == ids).double().mean()
+    return {"psnr_db": psnr_db(decoded, images_BCHW), **code_use(ids, codec.num_codes), "stable_codes": float(stable)}

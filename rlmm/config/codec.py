@@ -1,0 +1,86 @@
+"""Image tokenizers: how pixels become codes."""
+
+import math
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from rlmm.config.base import Strict
+
+
+class CodecNetwork(Strict):
+    """The convolutional encoder and decoder around a quantizer: one token a patch."""
+
+    image_size: tuple[int, int]
+    """(height, width) in pixels, multiples of `patch`."""
+    channels: Literal[1, 3] = 3
+    """1: grey, 3: RGB."""
+    patch: int = Field(8, ge=1)
+    width: int = Field(64, ge=8)
+    """Channels of the hidden layers, a multiple of 8."""
+    blocks: int = Field(2, ge=0)
+    """Residual blocks on each side of the quantizer."""
+    edge_weight: float = Field(0.0, ge=0)
+    """Weight of the multi-scale edge loss, which keeps strokes and outlines sharp; 0 leaves it out."""
+
+    @model_validator(mode="after")
+    def _whole_patches(self) -> "CodecNetwork":
+        height, width = self.image_size
+        if height % self.patch or width % self.patch or min(height, width) < self.patch:
+            raise ValueError(f"image_size {height}x{width} is not made of whole {self.patch}-pixel patches; change either")
+        if self.width % 8:
+            raise ValueError(f"width {self.width} is not a multiple of 8, the size of a normalisation group")
+        return self
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of tokens."""
+        return self.image_size[0] // self.patch, self.image_size[1] // self.patch
+
+
+class FsqCodec(CodecNetwork):
+    """Finite scalar quantization (Mentzer et al. 2023): a grid of levels, nothing to learn and nothing to die."""
+
+    kind: Literal["fsq"] = "fsq"
+    levels: tuple[int, ...] = (8, 6, 5)
+    """Levels of each latent channel; their product is the number of codes."""
+
+    @model_validator(mode="after")
+    def _at_least_two(self) -> "FsqCodec":
+        if not self.levels or min(self.levels) < 2:
+            raise ValueError(f"levels {list(self.levels)}: give at least one channel, each with 2 levels or more")
+        return self
+
+    @property
+    def num_codes(self) -> int:
+        return math.prod(self.levels)
+
+
+class VqCodec(CodecNetwork):
+    """Vector quantization (van den Oord et al. 2017) with a learned codebook."""
+
+    kind: Literal["vq"] = "vq"
+    codebook_size: int = Field(512, ge=2)
+    code_dim: int = Field(8, ge=1)
+    commitment: float = Field(0.25, ge=0)
+    """Weight beta of the commitment loss (eq. 3)."""
+
+    @property
+    def num_codes(self) -> int:
+        return self.codebook_size
+
+
+class LfqCodec(CodecNetwork):
+    """Lookup-free quantization (Yu et al. 2023, MAGVIT-v2): the signs of the latent channels are the code."""
+
+    kind: Literal["lfq"] = "lfq"
+    bits: int = Field(10, ge=1, le=18)
+    entropy_weight: float = Field(0.1, ge=0)
+    commitment: float = Field(0.25, ge=0)
+
+    @property
+    def num_codes(self) -> int:
+        return 2**self.bits
+
+
+CodecConfig = Annotated[FsqCodec | VqCodec | LfqCodec, Field(discriminator="kind")]

@@ -1,0 +1,93 @@
+"""From a recipe's rewards to the objects that score, and the gold check that comes before they are
+trusted.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rewards import build
+from rewards.base import Reward
+from rewards.compose import Affine, CompositeReward, Gate, Term, identity
+from rewards.gold import GoldPair, GoldResult, HasGold, gold_check_pairs, pair_from_row
+from rewards.runner import RewardRunner
+from rlmm.config.recipe import Recipe
+from rlmm.config.rewards import Rewards, RewardTerm
+
+
+def build_reward(term: RewardTerm) -> Reward:
+    """The reward of one term. Raises ValueError or OSError that says what is missing."""
+    if term.function:
+        return build("function", **{**term.options, "target": term.function, "name": term.key})
+    return build(term.name, **term.options)
+
+
+def build_composite(config: Rewards) -> CompositeReward:
+    """The composite that scores samples as the recipe says. Raises as `build_reward` does."""
+    terms = [
+        Term(
+            term.key,
+            RewardRunner(
+                build_reward(term),
+                batch_size=config.batch_size,
+                deadline_s=config.deadline_s,
+                retries=config.retries,
+                cache=config.cache,
+            ),
+            term.weight,
+            identity if term.transform == "identity" else Affine(term.transform.lo, term.transform.hi),
+        )
+        for term in config.terms
+    ]
+    gate = None if config.gate is None else Gate(config.gate.term, config.gate.threshold, config.gate.floor)
+    return CompositeReward(terms, config.mode, gate)
+
+
+def gold_results(config: Rewards, pair: GoldPair | None = None) -> dict[str, GoldResult | None]:
+    """Each term's gold check, on `pair` or else on the pairs that the reward brings; None where there are
+    none.
+
+    For a term that counts the other way round (a negative weight, or an affine transform with hi below lo),
+    the good sample of `pair` is the one with the lower raw score.
+    """
+    results: dict[str, GoldResult | None] = {}
+    for term in config.terms:
+        reward = build_reward(term)
+        own = list(reward.gold()) if isinstance(reward, HasGold) else []
+        pairs = own if pair is None else [_oriented(pair, term)]
+        results[term.key] = gold_check_pairs(reward, pairs) if pairs else None
+    return results
+
+
+def _oriented(pair: GoldPair, term: RewardTerm) -> GoldPair:
+    flipped = term.transform != "identity" and term.transform.hi < term.transform.lo
+    return GoldPair(pair.bad, pair.good, pair.what) if (term.weight < 0) != flipped else pair
+
+
+def check_rewards(
+    recipe: Recipe,
+    say: Callable[[str], Any],
+    *,
+    pair: tuple[Path, Path] | None = None,
+    prompt: str = "",
+    row: Mapping[str, Any] | None = None,
+) -> bool:
+    """Says how a recipe's rewards and held-out judges rank a known good sample and a known bad one.
+
+    The samples are the rewards' own, or the image files (good, bad) of `pair`, with their prompt and the data
+    row's other columns. True when something was checked and every check passed: a function of your own brings
+    no samples, and says so.
+    """
+    given = None
+    if pair is not None:
+        given = pair_from_row({**(row or {}), "prompt": prompt, "good_image": pair[0], "bad_image": pair[1]})
+    checked: list[bool] = []
+    for part, config in (("rewards", recipe.rewards), ("held_out", recipe.held_out)):
+        for key, result in gold_results(config, given).items():
+            if result is None:
+                say(f"{part}.{key}: not checked, it brings no gold pair; give --good, --bad and --prompt")
+                continue
+            checked.append(result.passed)
+            for line in result.lines:
+                say(f"{part}.{key}: {'' if result.passed else 'WRONG: '}{line}")
+    return bool(checked) and all(checked)

@@ -1,0 +1,63 @@
+"""From what an engine drew to the record of it."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from rollouts.contract import Layout, Request
+from rollouts.trajectory import IMAGE, Span, Stream, Trajectory
+
+
+def request_stream(request: Request, name: str) -> tuple[int, ...]:
+    """A stream's prefix ids. Raises ValueError where the request lacks it."""
+    if name not in request.streams:
+        raise ValueError(
+            f"request {request.group_id} has streams {sorted(request.streams)} and the law needs {name!r}; "
+            "give the prompt that stream (guidance needs an unconditional prefix) or set the guidance scale to 1"
+        )
+    return request.streams[name]
+
+
+def one_image_span(spans: Sequence[Span], engine: str) -> Span:
+    """The span of an engine that samples images alone. Raises ValueError on anything else."""
+    if len(spans) != 1 or spans[0].kind != "image":
+        raise ValueError(
+            f"the {engine} engine samples one image span, and got {[span.kind for span in spans]}; "
+            "pass exactly one span of kind 'image'"
+        )
+    return spans[0]
+
+
+def image_trajectory(
+    layout: Layout,
+    span: Span,
+    requests: Sequence[Request],
+    *,
+    streams: Mapping[str, Stream],
+    ids_BS: Tensor,
+    logp_BS: Tensor,
+    support: Tensor | None,
+    weights_version: int,
+) -> Trajectory:
+    """The trajectory of one image span a row, one row a seed, in request order. `streams` has one row a sample."""
+    rows, length = ids_BS.shape
+    target_S = torch.zeros(length, dtype=torch.bool)
+    target_S[layout.grid.decided()] = True
+    return Trajectory(
+        ids=ids_BS,
+        attention_mask=torch.ones(rows, length, dtype=torch.bool),
+        target_mask=target_S.expand(rows, -1).clone(),
+        modality=torch.full((rows, length), IMAGE, dtype=torch.int8),
+        step=torch.arange(length, dtype=torch.int32).expand(rows, -1).clone(),
+        span=torch.zeros(rows, length, dtype=torch.int8),
+        spans=(span,),
+        streams=streams,
+        sampler_logp=logp_BS,
+        seed=tuple(seed for request in requests for seed in request.seeds),
+        group_id=tuple(r.group_id for r in requests for _ in r.seeds),
+        sample_id=tuple(sample for r in requests for sample in r.sample_ids),
+        weights_version=weights_version,
+        support=support,
+        sources=tuple(r.sources for r in requests for _ in r.seeds),
+    )

@@ -1,0 +1,145 @@
+"""Runs the tiny recipe whole, and again with a kill at each of five places followed by a resume.
+
+A program of its own: it imports once and forks a child for every run, and a child that is to die kills itself with
+SIGKILL at its place. Prints one JSON object: place -> digest of weights and metrics.
+"""
+
+import hashlib
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import rlmm.train.trainer as trainer_module
+from rewards.compose import CompositeReward
+from rlmm import pipeline
+from rlmm.config.recipe import read_recipe
+from rlmm.run_folder import RunFolder
+from rlmm.train.trainer import StageTrainer
+from rollouts.torch_engine.causal import TorchEngine
+
+RECIPE = Path(__file__).parents[1] / "recipes" / "tiny.yaml"
+STAGES = ("codec", "sft", "grpo")
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def dying(original: Callable[..., Any], call: int) -> Callable[..., Any]:
+    """`original` until its call number `call` (from 1), which dies after doing its work."""
+    calls = 0
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        result = original(*args, **kwargs)
+        if calls == call:
+            die()
+        return result
+
+    return wrapped
+
+
+def kill_in_rollout() -> None:
+    TorchEngine.generate = dying(TorchEngine.generate, 3)  # the third rollout, after a checkpoint inside the second
+
+
+def kill_in_scoring() -> None:
+    CompositeReward.score = dying(CompositeReward.score, 4)
+
+
+def kill_in_update() -> None:
+    StageTrainer.compute_loss = dying(StageTrainer.compute_loss, 4 + 8 + 7)  # codec 4, sft 8, then inside GRPO
+
+
+def kill_in_save() -> None:
+    def torn(folder: Path) -> None:
+        (folder / "optimizer.pt").write_bytes(b"torn")
+        die()
+
+    sealed, write_manifest = [0], trainer_module.write_manifest
+
+    def seal(folder: Path) -> None:
+        sealed[0] += 1
+        torn(folder) if sealed[0] == 6 else write_manifest(folder)  # codec 2, sft 2, GRPO's second
+
+    trainer_module.write_manifest = seal
+
+
+def kill_between_stages() -> None:
+    mark = RunFolder.mark
+
+    def marked(self: RunFolder, name: str, kind: str, status: str) -> None:
+        mark(self, name, kind, status)
+        if name == "sft" and status == "done":
+            die()
+
+    RunFolder.mark = marked
+
+
+PLACES: dict[str, Callable[[], None]] = {
+    "rollout": kill_in_rollout,
+    "scoring": kill_in_scoring,
+    "update": kill_in_update,
+    "save": kill_in_save,
+    "between": kill_between_stages,
+}
+
+
+def run_in_child(folder: Path, prepare: Callable[[], None] | None, log: Path) -> int:
+    """The child's exit status (negative: the signal that ended it)."""
+    child = os.fork()
+    if child == 0:
+        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(descriptor, 1)
+        os.dup2(descriptor, 2)
+        code = 1
+        try:
+            if prepare:
+                prepare()
+            pipeline.run_recipe(read_recipe(RECIPE, [f"run_dir={folder}"]), print)
+            code = 0
+        finally:
+            sys.stdout.flush()
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def digest(folder: Path) -> dict[str, str]:
+    """A digest of every stage's weights and metrics (timings aside), and of the evaluation."""
+    found: dict[str, str] = {}
+    for path in sorted(folder.glob("stages/*/model/model.safetensors")) + sorted(folder.glob("stages/*/codec/*.safetensors")):
+        found[str(path.relative_to(folder))] = hashlib.sha256(path.read_bytes()).hexdigest()
+    for path in sorted(folder.glob("stages/*/metrics.jsonl")):
+        rows = [
+            {key: value for key, value in json.loads(line).items() if not key.startswith("time/")}
+            for line in path.read_text().splitlines()
+        ]
+        found[str(path.relative_to(folder))] = json.dumps(rows, sort_keys=True)
+    record = json.loads(next(folder.glob("stages/*/eval.json")).read_text())
+    record.pop("compute")
+    found["eval"] = json.dumps(record, sort_keys=True)
+    return found
+
+
+def main(out: Path) -> None:
+    whole = out / "whole"
+    status = run_in_child(whole, None, out / "whole.log")
+    if status != 0:
+        sys.exit(f"the uninterrupted run failed with {status}:\n{(out / 'whole.log').read_text()[-4000:]}")
+    expected, report = digest(whole), {}
+    for place, prepare in PLACES.items():
+        folder, log = out / place, out / f"{place}.log"
+        killed = run_in_child(folder, prepare, log)
+        resumed = run_in_child(folder, None, log)
+        differing = [] if resumed else [k for k, v in digest(folder).items() if expected.get(k) != v]
+        report[place] = {"killed": killed, "resumed": resumed, "differing": differing, "log": log.read_text()[-6000:]}
+    print(json.dumps({"files": sorted(expected), "places": report}))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,40 @@
+"""A killed run, started again, ends bit-identical to one that was never killed."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    out = tmp_path_factory.mktemp("kills")
+    driver = ROOT / "tests" / "integration" / "kill_driver.py"
+    answer = subprocess.run([sys.executable, str(driver), str(out)], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert answer.returncode == 0, answer.stderr[-6000:]
+    return json.loads(answer.stdout.splitlines()[-1])
+
+
+def test_the_digest_covers_weights_metrics_and_evaluation(report: dict) -> None:
+    names = " ".join(report["files"])
+    for part in ("codec.safetensors", "02-sft/model", "03-grpo/model", "03-grpo/metrics.jsonl", "eval"):
+        assert part in names
+
+
+@pytest.mark.parametrize("place", ["rollout", "scoring", "update", "save", "between"])
+def test_resume_is_bit_identical(report: dict, place: str) -> None:
+    found = report["places"][place]
+    assert found["killed"] == -signal.SIGKILL, found["log"]
+    assert found["resumed"] == 0, found["log"]
+    assert found["differing"] == [], found["log"]
+
+
+def test_a_torn_checkpoint_is_named_and_the_one_before_used(report: dict) -> None:
+    log = report["places"]["save"]["log"]
+    assert "passing over checkpoint-6: it has no manifest" in log
+    assert "resuming from step 3 of 6" in log

@@ -1,0 +1,16 @@
+"""Cheap rewards for tests of the machinery."""
+
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+
+def darkness(prompts: list[str], completions: list[Image.Image], **columns: Any) -> list[float]:
+    """Mean darkness of the picture, in [0, 1]."""
+    return [1.0 - float(np.asarray(image, dtype=np.float64).mean()) / 255 for image in completions]
+
+
+def left_darkness(prompts: list[str], completions: list[Image.Image], **columns: Any) -> list[float]:
+    """Mean darkness of the left half."""
+    return [1.0 - float(np.asarray(i, dtype=np.float64)[:, : i.width // 2].mean()) / 255 for i in completions]
