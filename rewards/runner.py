@@ -175,12 +175,12 @@ class RewardRunner:
         scores.
         """
         keys = self._keys(samples)
-        scores: dict[str, Score] = {}
-        wanted: dict[str, Sample] = {}
+        scores: dict[str | int, Score] = {}
+        wanted: dict[str | int, Sample] = {}
         for key, sample in zip(keys, samples, strict=True):
             if key in wanted or key in scores:
                 self.stats.cached += 1
-            elif (hit := self.cache.get(key)) is not None:
+            elif isinstance(key, str) and (hit := self.cache.get(key)) is not None:
                 scores[key] = hit
                 self.stats.cached += 1
             else:
@@ -193,24 +193,25 @@ class RewardRunner:
                 if verdict.kind:
                     # Copies of one sample share a key, and each of them is unavailable.
                     self.stats.unavailable[verdict.kind] += keys.count(key)
-                self.cache.put(key, verdict.score)
+                if isinstance(key, str):
+                    self.cache.put(key, verdict.score)
         answers = [scores[key] for key in keys]
         self.stats.samples += len(answers)
         self.stats.invalid_output += sum(score.status == "invalid_output" for score in answers)
         return answers
 
-    def _keys(self, samples: Sequence[Sample]) -> list[str]:
-        """A cache key a sample; a key of its own for a sample that cannot be cached."""
+    def _keys(self, samples: Sequence[Sample]) -> list[str | int]:
+        """A cache key a sample, or its index where it cannot be cached."""
         if self.cache.capacity == 0:
-            return [f"sample {index}" for index in range(len(samples))]
+            return list(range(len(samples)))
         fingerprint = self.reward.fingerprint()
-        keys: list[str] = []
+        keys: list[str | int] = []
         for index, sample in enumerate(samples):
             try:
                 keys.append(cache_key(sample, fingerprint))
             except (Uncacheable, OSError):
                 self.stats.uncacheable += 1
-                keys.append(f"sample {index}")
+                keys.append(index)
         return keys
 
     def _score_batch(self, batch: list[Sample]) -> list[_Verdict]:

@@ -60,20 +60,20 @@ def relation_share(found: Sequence[Found], spec: SceneSpec) -> float:
 def object_parts(found: Sequence[Found], spec: SceneSpec) -> dict[str, float]:
     """count, color and shape of the found objects against the wanted ones, each in [0, 1].
 
-    With n found and m wanted objects: count = 1 - |n - m| / max(n, m), so extra objects cost as much as
-    missing ones and a blank image has 0. Found and wanted objects are paired so that as many attributes as
-    possible agree; color and shape are the shares of the min(n, m) pairs that agree (0 where nothing is
-    found).
+    With n found and m wanted objects: count = min(n, m) / max(n, m), so extra objects cost as much as missing
+    ones and a blank image has 0; a thing with neither shape nor colour of ours counts as extra only. Found
+    and wanted objects are paired so that as many attributes as possible agree; color and shape are the shares
+    of the min(n, m) pairs that agree (0 where nothing is found).
     """
     wanted = [group for group in spec.objects for _ in range(group.count)]
-    if not found:
+    known = [item for item in found if item.shape or item.color]
+    if not known:
         return {"count": 0.0, "color": 0.0, "shape": 0.0}
-    color = np.array([[item.color == want.color for want in wanted] for item in found], dtype=float)
-    shape = np.array([[item.shape == want.shape for want in wanted] for item in found], dtype=float)
+    color = np.array([[item.color == want.color for want in wanted] for item in known], dtype=float)
+    shape = np.array([[item.shape == want.shape for want in wanted] for item in known], dtype=float)
     pairs = linear_sum_assignment(color + shape, maximize=True)
-    most = max(len(found), len(wanted))
     return {
-        "count": 1 - abs(len(found) - len(wanted)) / most,
+        "count": min(len(known), len(wanted)) / max(len(found), len(wanted)),
         "color": float(color[pairs].mean()),
         "shape": float(shape[pairs].mean()),
     }

@@ -13,6 +13,8 @@ from rewards.scenes_spec import BACKGROUND, CELL, PALETTE, SHAPES
 
 MIN_AREA = 8
 """Pixels; smaller components are specks of the image codec (the smallest shape has about 18)."""
+MAX_EXTENT = CELL + 2
+"""Pixels; a component wider or higher than this fills more than a cell, as a painted background does."""
 MAX_COLOR_DISTANCE = 100.0
 """RGB distance of a component's mean colour from its palette colour beyond which the colour is none of
 ours.
@@ -20,7 +22,7 @@ ours.
 MIN_IOU = 0.7
 """Overlap with the best template below which a component is none of our shapes."""
 _SIDE = 24
-_SETTINGS = (MIN_AREA, MAX_COLOR_DISTANCE, MIN_IOU, _SIDE)
+_SETTINGS = (MIN_AREA, MAX_EXTENT, MAX_COLOR_DISTANCE, MIN_IOU, _SIDE)
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,10 @@ def detect(image: Image.Image) -> Sequence[Found]:
         if region.num_pixels < MIN_AREA:
             continue
         ys, xs = region.coords.T
+        top, left, bottom, right = region.bbox
+        if max(bottom - top, right - left) > MAX_EXTENT:
+            found.append(Found(None, None, *map(float, region.centroid)))
+            continue
         color = int(labels[ys[0], xs[0]]) - 1
         distance = float(np.linalg.norm(rgb_HWC[ys, xs].mean(axis=0) - _COLORS[color]))
         name = list(PALETTE)[color] if distance <= MAX_COLOR_DISTANCE else None

@@ -7,9 +7,7 @@ from rlmm.config.stages import CodecStage, GrpoStage, SftStage
 def batch_equations(recipe: Recipe, processes: int = 1) -> list[str]:
     """One line a training stage."""
     return [
-        f"{name}: {line}"
-        for name, stage in recipe.stages.items()
-        if (line := _equation(stage, processes)) is not None
+        f"{name}: {line}" for name, stage in recipe.stages.items() if (line := _equation(stage, processes)) is not None
     ]
 
 
@@ -18,8 +16,9 @@ def _equation(stage: object, processes: int) -> str | None:
         updates, micro = stage.objective.updates_per_rollout, stage.micro_batch_size
         accumulation = stage.rollouts // updates // micro // processes
         return (
-            f"{stage.prompts_per_step} prompts x {stage.samples_per_prompt} samples = {stage.rollouts} rollouts a step; "
-            f"{updates} update(s) a rollout, each {processes} process(es) x {accumulation} micro-batch(es) x {micro} rows; "
+            f"{stage.prompts_per_step} prompts x {stage.samples_per_prompt} samples = {stage.rollouts} rollouts; "
+            f"{updates} update(s) a rollout, each {processes} process(es) x {accumulation} micro-batch(es) x "
+            f"{micro} rows; "
             f"{stage.steps} updates = {-(-stage.steps // updates) * stage.rollouts} images"
         )
     if isinstance(stage, SftStage):

@@ -55,13 +55,13 @@ def _base_folder(recipe: Recipe, run: RunFolder, stage: str) -> Path:
         return run.stage(start) / "model"
     if recipe.policy.kind == "checkpoint":
         return Path(recipe.policy.path)
-    raise ValueError(f"stage {stage!r} trained an adapter on a fresh random model, which nobody else has; train it whole")
+    raise ValueError(f"stage {stage!r} trained an adapter on a fresh random model that nobody else has; train it whole")
 
 
 def _card(recipe: Recipe, run: RunFolder, stage: str, *, adapter: bool) -> CardInfo:
     names = run.stages[: run.stages.index(stage) + 1]
     trained = [n for n in names if not isinstance(recipe.stages[n], EvalStage | ExportStage)]
-    config = recipe.stages[stage]
+    config, (rows, columns) = recipe.stages[stage], recipe.codec.grid
     return CardInfo(
         name=f"{recipe.name}-{stage}",
         kind="adapter" if adapter else "merged",
@@ -71,7 +71,7 @@ def _card(recipe: Recipe, run: RunFolder, stage: str, *, adapter: bool) -> CardI
         objective=config.objective.name if isinstance(config, GrpoStage) else "cross-entropy",
         data=recipe.description or f"{recipe.data.kind} data",
         reward=", ".join(term.key for term in recipe.rewards.terms),
-        codec=f"{recipe.codec.kind}, {recipe.codec.num_codes} codes, {recipe.codec.grid[0]}x{recipe.codec.grid[1]} tokens",
+        codec=f"{recipe.codec.kind}, {recipe.codec.num_codes} codes, {rows}x{columns} tokens",
         codec_path="codec",
         held_out=_held_out(run, stage),
         versions={name: version for name, version in environment()["packages"].items() if version},

@@ -1,7 +1,7 @@
 """The run folder: where everything of a run lies, so that it explains itself.
 
-    config.yaml  environment.json  report.html  adapter/ base/ merged/
-    stages/<nn-name>/{stage.json, metrics.jsonl, rollouts/*.parquet, checkpoints/, model/ or codec/}
+config.yaml  environment.json  report.html  adapter/ base/ merged/
+stages/<nn-name>/{stage.json, metrics.jsonl, rollouts/*.parquet, checkpoints/, model/ or codec/}
 """
 
 import json
@@ -41,7 +41,13 @@ class RunFolder:
     def mark(self, name: str, kind: str, status: str) -> None:
         """Record a stage's status with the time it took its first and its last step."""
         before, now = self.status(name), datetime.now(UTC).isoformat(timespec="seconds")
-        record = {"name": name, "kind": kind, "status": status, "started": before.get("started", now), "finished": None}
+        record: dict[str, str | None] = {
+            "name": name,
+            "kind": kind,
+            "status": status,
+            "started": before.get("started", now),
+            "finished": None,
+        }
         if status == "done":
             record["finished"] = now
         self.stage(name).mkdir(parents=True, exist_ok=True)
@@ -71,7 +77,7 @@ class RunFolder:
 
 def environment() -> dict[str, Any]:
     """Versions, machine and commit of this process."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in PACKAGES:
         try:
             versions[package] = metadata.version(package)

@@ -73,9 +73,10 @@ class Layout:
 
     @staticmethod
     def from_dict(record: Mapping[str, Any]) -> "Layout":
-        grid = Grid(**{**record["grid"], "ending": tuple(record["grid"]["ending"])})
-        pairs = {key: tuple(record[key]) for key in ("text", "image", "null_prompt")}
-        return Layout(**{**record, **pairs, "grid": grid})
+        inner: dict[str, Any] = {**record["grid"], "ending": tuple(record["grid"]["ending"])}
+        pairs: dict[str, Any] = {key: tuple(record[key]) for key in ("text", "image", "null_prompt")}
+        fields: dict[str, Any] = {**record, **pairs, "grid": Grid(**inner)}
+        return Layout(**fields)
 
 
 @dataclass(frozen=True)

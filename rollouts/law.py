@@ -53,7 +53,8 @@ class Law:
             raise ValueError(f"law: top_k {self.top_k} must be >= 0 and top_p {self.top_p} in (0, 1]")
         if self.mode == "none" and self.guidance_scale != 1.0:
             raise ValueError(
-                f"law: guidance mode 'none' with scale {self.guidance_scale}; set the scale to 1 or the mode to 'guided'"
+                f"law: guidance mode 'none' with scale {self.guidance_scale}; set the scale to 1 or "
+                "the mode to 'guided'"
             )
 
     @property
@@ -82,7 +83,8 @@ class Law:
 
     @staticmethod
     def from_dict(record: Mapping[str, Any]) -> "Law":
-        return Law(**{**record, "vocabulary": tuple(record["vocabulary"])})
+        fields: dict[str, Any] = {**record, "vocabulary": tuple(record["vocabulary"])}
+        return Law(**fields)
 
 
 def mix_streams(law: Law, logits: Mapping[str, Tensor], *, replay: bool = False) -> Tensor:

@@ -74,7 +74,9 @@ def read_trajectory(path: Path) -> tuple[Trajectory, dict[str, list[Any]]]:
     try:
         arrow = pq.read_table(path)
     except (pa.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{path} is not a readable rollout file ({error}); delete it and run the step again") from error
+        raise ValueError(
+            f"{path} is not a readable rollout file ({error}); delete it and run the step again"
+        ) from error
     meta = json.loads((arrow.schema.metadata or {}).get(_META, b"{}"))
     if meta.get("schema_version") != SCHEMA_VERSION:
         raise ValueError(
@@ -82,7 +84,9 @@ def read_trajectory(path: Path) -> tuple[Trajectory, dict[str, list[Any]]]:
             "write it again with this version"
         )
     data = arrow.to_pydict()
-    tensors = {name: _tensor(data.pop(f"trajectory/{name}"), shape, name) for name, shape in meta["shapes"].items()}
+    tensors: dict[str, Any] = {
+        name: _tensor(data.pop(f"trajectory/{name}"), shape, name) for name, shape in meta["shapes"].items()
+    }
     streams = {
         name: Stream(
             torch.tensor(data.pop(f"stream/{name}/ids"), dtype=torch.int64),

@@ -32,7 +32,8 @@ class Span:
 
     @staticmethod
     def from_dict(record: Mapping[str, Any]) -> "Span":
-        return Span(**{**record, "law": Law.from_dict(record["law"])})
+        fields: dict[str, Any] = {**record, "law": Law.from_dict(record["law"])}
+        return Span(**fields)
 
 
 @dataclass(frozen=True)

@@ -60,8 +60,8 @@ def images_to_tensor(images: Sequence[Image.Image], codec: Codec) -> Tensor:
     for number, image in enumerate(images):
         if image.size != (width, height):
             raise ValueError(
-                f"image {number} is {image.size[0]}x{image.size[1]} pixels and the codec takes {width}x{height}; resize "
-                "the data (data.image_size) or train a codec of that size"
+                f"image {number} is {image.size[0]}x{image.size[1]} pixels and the codec takes {width}x{height}; "
+                "resize the data (data.image_size) or train a codec of that size"
             )
         rows.append(np.asarray(image.convert(mode), dtype=np.float32).reshape(height, width, codec.channels) / 255)
     return torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2).contiguous()

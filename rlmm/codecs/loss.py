@@ -1,13 +1,15 @@
 """What a codec is trained on, and how well it keeps an image."""
 
+from typing import cast
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rlmm.codecs.base import Codec, CodecOutput
 
 
-def codec_loss(codec: Codec, images_BCHW: Tensor) -> tuple[Tensor, dict[str, float]]:
+def codec_loss(codec: nn.Module, images_BCHW: Tensor) -> tuple[Tensor, dict[str, float]]:
     """L1 + MSE (+ edges) + the quantizer's own loss, as means over pixels; and figures of the batch.
 
     `codec` may be a data-parallel wrapper: only its forward is called.
@@ -15,7 +17,7 @@ def codec_loss(codec: Codec, images_BCHW: Tensor) -> tuple[Tensor, dict[str, flo
     output: CodecOutput = codec(images_BCHW)
     error = output.reconstruction - images_BCHW
     loss = error.abs().mean() + error.square().mean() + output.auxiliary
-    config = getattr(codec, "module", codec).settings
+    config = cast(Codec, getattr(codec, "module", codec)).settings
     if config.edge_weight:
         loss = loss + config.edge_weight * edge_loss(output.reconstruction, images_BCHW)
     with torch.no_grad():

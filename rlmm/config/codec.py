@@ -27,7 +27,9 @@ class CodecNetwork(Strict):
     def _whole_patches(self) -> "CodecNetwork":
         height, width = self.image_size
         if height % self.patch or width % self.patch or min(height, width) < self.patch:
-            raise ValueError(f"image_size {height}x{width} is not made of whole {self.patch}-pixel patches; change either")
+            raise ValueError(
+                f"image_size {height}x{width} is not made of whole {self.patch}-pixel patches; change either"
+            )
         if self.width % 8:
             raise ValueError(f"width {self.width} is not a multiple of 8, the size of a normalisation group")
         return self

@@ -11,7 +11,7 @@ class Lora(Strict):
     """LoRA (Hu et al. 2021, arXiv 2106.09685). Without it a stage trains all weights."""
 
     rank: int = Field(16, ge=1)
-    alpha: float = 32.0
+    alpha: int = Field(32, ge=1)
     dropout: float = Field(0.0, ge=0, lt=1)
     target_modules: tuple[str, ...] = (
         "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",

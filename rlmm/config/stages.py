@@ -92,6 +92,21 @@ class TorchEngineConfig(Strict):
     """Most decode rows (samples x streams) in one batch."""
 
 
+class VllmEngineConfig(Strict):
+    """Stock vLLM inside the training process (one process)."""
+
+    kind: Literal["vllm"] = "vllm"
+    max_rows: int = Field(256, ge=1)
+    """Most rows (samples x streams) in one batch."""
+    max_prompt_tokens: int = Field(8192, ge=1)
+    """Most prefix tokens prefilled in one step."""
+    kv_megabytes: int = Field(1024, ge=1)
+    """Memory for keys and values. vLLM touches all of it."""
+
+
+EngineConfig = Annotated[TorchEngineConfig | VllmEngineConfig, Field(discriminator="kind")]
+
+
 class GrpoStage(Optimization):
     """Group-relative policy optimisation on generated images."""
 
@@ -102,7 +117,7 @@ class GrpoStage(Optimization):
     samples_per_prompt: int = Field(8, ge=2)
     micro_batch_size: int = Field(64, ge=1)
     sampling: Sampling = Sampling()
-    engine: TorchEngineConfig = TorchEngineConfig()
+    engine: EngineConfig = TorchEngineConfig()
     gates: Gates = Gates()
     held_out_every: int = Field(10, ge=0)
     """Score every n-th rollout with the held-out judge too; 0 never does."""

@@ -14,8 +14,12 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from rlmm.data.base import UnusableRow
 
+FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")
+"""Formats that are read. Pillow knows others, some of which start programs (EPS) or have no pixels of their own."""
+
 _DECODING_ERRORS = (
     OSError,
+    RuntimeError,  # AVIF
     SyntaxError,
     ValueError,
     EOFError,
@@ -62,10 +66,10 @@ class ImageReader:
             return value
         stream = self._stream(value)
         try:
-            return Image.open(stream)
+            return Image.open(stream, formats=FORMATS)
         except UnidentifiedImageError as error:
             size = stream.getbuffer().nbytes
-            raise UnusableRow("corrupt image", f"{size} bytes in no format that Pillow knows") from error
+            raise UnusableRow("corrupt image", f"{size} bytes in none of {', '.join(FORMATS)}") from error
         except _DECODING_ERRORS as error:
             raise UnusableRow("corrupt image", f"{type(error).__name__}: {error}") from error
 

@@ -97,7 +97,9 @@ def _cell(
             for term, score in one.terms.items():
                 scores.setdefault(term, []).append(score)
     shape = (len(examples), config.sampling_seeds)
-    values = {term: {m: np.array(v).reshape(shape) for m, v in _metrics(column).items()} for term, column in scores.items()}
+    values = {
+        term: {m: np.array(v).reshape(shape) for m, v in _metrics(column).items()} for term, column in scores.items()
+    }
     rows = [
         {"arm": name[0], "temperature": name[1], "seed": i % config.sampling_seeds, "prompt": sample.prompt}
         | {"image": phases.png_bytes(sample.images[0])}
@@ -159,32 +161,33 @@ def contrasts(cells: Sequence[Cell], arms: Sequence[str], held_out: set[str]) ->
     "Best" is each arm's temperature with the highest mean of the metric, so that a policy which merely became sharper
     gains nothing over one sampled colder.
     """
-    found = []
-    by_place = {(cell.arm, cell.temperature): cell for cell in cells}
-    temperatures = sorted({cell.temperature for cell in cells}, reverse=True)
-    for i, arm in enumerate(arms):
-        for baseline in arms[:i]:
-            for judge, metric in _judged(cells[0], held_out):
-                pairs = [(t, t, str(t)) for t in temperatures]
-                best = [max(temperatures, key=lambda t, a=a: _mean(by_place[a, t], judge, metric)) for a in (arm, baseline)]
-                pairs.append((best[0], best[1], BEST))
-                for mine, theirs, kind in pairs:
-                    a, b = by_place[arm, mine], by_place[baseline, theirs]
-                    difference = paired_difference(a.values[judge][metric], b.values[judge][metric])
-                    found.append(
-                        {"arm": arm, "baseline": baseline, "judge": judge, "metric": metric, "at": kind,
-                         "difference": difference.mean, "low": difference.low, "high": difference.high,
-                         "arm_temperature": mine, "baseline_temperature": theirs}
-                    )  # fmt: skip
-    return found
+    pairs = [(arm, baseline) for i, arm in enumerate(arms) for baseline in arms[:i]]
+    judged = [(judge, metric) for judge, values in cells[0].values.items() if judge in held_out for metric in values]
+    return [row for arm, baseline in pairs for name in judged for row in _contrast(cells, arm, baseline, *name)]
 
 
-def _judged(cell: Cell, held_out: set[str]) -> list[tuple[str, str]]:
-    return [(judge, metric) for judge, metrics in cell.values.items() if judge in held_out for metric in metrics]
+def _contrast(cells: Sequence[Cell], arm: str, baseline: str, judge: str, metric: str) -> Iterator[dict[str, Any]]:
+    mine, theirs = ({c.temperature: c for c in cells if c.arm == name} for name in (arm, baseline))
 
+    def best(table: dict[float, Cell]) -> float:
+        return max(table, key=lambda t: float(np.nanmean(table[t].values[judge][metric])))
 
-def _mean(cell: Cell, judge: str, metric: str) -> float:
-    return float(np.nanmean(cell.values[judge][metric]))
+    compared = [(t, t, str(t)) for t in mine] + [(best(mine), best(theirs), BEST)]
+    for t_arm, t_baseline, at in compared:
+        values = mine[t_arm].values[judge][metric], theirs[t_baseline].values[judge][metric]
+        difference = paired_difference(*values)
+        yield {
+            "arm": arm,
+            "baseline": baseline,
+            "judge": judge,
+            "metric": metric,
+            "at": at,
+            "difference": difference.mean,
+            "low": difference.low,
+            "high": difference.high,
+            "arm_temperature": t_arm,
+            "baseline_temperature": t_baseline,
+        }
 
 
 def _terms(reward: CompositeReward) -> list[str]:

@@ -42,9 +42,7 @@ def bootstrap_mean(values_PS: Any, *, n: int = 2000, seed: int = 0, confidence: 
     values = np.asarray(values_PS, np.float64)
     values = values[:, None] if values.ndim == 1 else values
     if values.ndim != 2 or np.isinf(values).any():
-        raise ValueError(
-            f"expected finite values (or NaN) of shape [prompts, seeds], got shape {values.shape}"
-        )
+        raise ValueError(f"expected finite values (or NaN) of shape [prompts, seeds], got shape {values.shape}")
     available = ~np.isnan(values)
     there = available.any(1)
     if not there.any():
@@ -54,9 +52,7 @@ def bootstrap_mean(values_PS: Any, *, n: int = 2000, seed: int = 0, confidence: 
     return Interval(float(mean_P.mean()), low, high, len(mean_P), int((~available).sum()))
 
 
-def paired_difference(
-    a_PS: Any, b_PS: Any, *, n: int = 2000, seed: int = 0, confidence: float = 0.95
-) -> Interval:
+def paired_difference(a_PS: Any, b_PS: Any, *, n: int = 2000, seed: int = 0, confidence: float = 0.95) -> Interval:
     """Mean of a - b on the same prompts and seeds, with its bootstrap interval over prompts.
 
     A cell that is NaN in either is left out of both. ValueError where the shapes differ: then nothing is
@@ -64,9 +60,7 @@ def paired_difference(
     """
     a, b = np.asarray(a_PS, np.float64), np.asarray(b_PS, np.float64)
     if a.shape != b.shape:
-        raise ValueError(
-            f"shapes {a.shape} and {b.shape} cannot be paired: score both on the same prompts and seeds"
-        )
+        raise ValueError(f"shapes {a.shape} and {b.shape} cannot be paired: score both on the same prompts and seeds")
     return bootstrap_mean(a - b, n=n, seed=seed, confidence=confidence)
 
 
@@ -105,9 +99,7 @@ _NOT_DECIDED = -1
 def _groups(ids_BT: Any, target_mask_BT: Any, group_B: Any) -> list[np.ndarray]:
     ids, mask, group = np.asarray(ids_BT), np.asarray(target_mask_BT, bool), np.asarray(group_B)
     if ids.shape != mask.shape or ids.shape[:1] != group.shape:
-        raise ValueError(
-            f"ids {ids.shape}, target mask {mask.shape} and groups {group.shape} do not fit together"
-        )
+        raise ValueError(f"ids {ids.shape}, target mask {mask.shape} and groups {group.shape} do not fit together")
     decided = np.where(mask, ids, _NOT_DECIDED)
     return [decided[group == name] for name in np.unique(group)]
 

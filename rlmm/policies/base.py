@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 from rlmm.objectives.legality import LogProbKind
@@ -37,16 +38,20 @@ class SequenceBatch:
     target_BT: Tensor
     modality_BT: Tensor
 
-    def to(self, device: object) -> "SequenceBatch":
+    def to(self, device: torch.device | str) -> "SequenceBatch":
         return SequenceBatch(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
 
 
 class Policy(Protocol):
     """What the stages need of a family. `model` arguments take the wrapped module (DDP, DeepSpeed) to go through."""
 
-    model: nn.Module
     layout: Layout
-    log_prob_kind: LogProbKind
+
+    @property
+    def model(self) -> nn.Module: ...
+
+    @property
+    def log_prob_kind(self) -> LogProbKind: ...
 
     def encode_prompt(self, prompt: str) -> list[int]: ...
 

@@ -7,7 +7,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -30,9 +30,7 @@ class CausalPolicy:
 
     log_prob_kind = LogProbKind.EXACT
 
-    def __init__(
-        self, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, layout: Layout
-    ) -> None:
+    def __init__(self, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, layout: Layout) -> None:
         self.model, self.tokenizer, self.layout = model, tokenizer, layout
         self.precision = "float32"
         self._frozen: nn.Module | None = None
@@ -42,7 +40,7 @@ class CausalPolicy:
     def base(self) -> PreTrainedModel:
         """The transformers model, LoRA layers inside it where there are any."""
         active = self._swapped if self._swapped is not None else self.model
-        return active.get_base_model() if isinstance(active, PeftModel) else active
+        return cast(PreTrainedModel, active.get_base_model() if isinstance(active, PeftModel) else active)
 
     def encode_prompt(self, prompt: str) -> list[int]:
         """Ids of a prompt's text. The text is data: a special token spelled in it is spelled out, not obeyed."""
@@ -64,7 +62,7 @@ class CausalPolicy:
         return output.hidden_states[-1].to(self.base.dtype)
 
     def head(self, hidden_NH: Tensor, vocabulary: tuple[int, int]) -> Tensor:
-        return sliced_head(self.base.get_output_embeddings(), hidden_NH, vocabulary)
+        return sliced_head(self._head(), hidden_NH, vocabulary)
 
     def log_probs(self, trajectory: Trajectory, *, model: nn.Module | None = None) -> LogProbs:
         """Log-probs of the trajectory under the laws it was sampled from, with gradient."""
@@ -108,7 +106,8 @@ class CausalPolicy:
             if ".base_layer." in name:
                 layer: Any = modules[name.split(".base_layer.", 1)[0]]
                 if name.endswith(".weight"):
-                    weight = weight + sum(layer.get_delta_weight(a) for a in layer.active_adapters).detach()
+                    for adapter in layer.active_adapters:
+                        weight = weight + layer.get_delta_weight(adapter).detach()
                 name = name.replace(".base_layer.", ".")
             yield name, weight
 
@@ -163,7 +162,7 @@ class CausalPolicy:
             raise ValueError("this policy has no adapter: its stage trained all weights; export the merged model")
         self.model.peft_config["default"].base_model_name_or_path = base
         # The vocabulary is the base's own: without this PEFT looks the base up to find that out.
-        self.model.save_pretrained(folder, save_embedding_layers=False)
+        self.model.save_pretrained(str(folder), save_embedding_layers=False)
         self._save_rest(folder)
 
     def _save_rest(self, folder: Path) -> None:
@@ -171,7 +170,7 @@ class CausalPolicy:
         save_layout(self.layout, folder)
 
     def _head(self) -> nn.Module:
-        return self.base.get_output_embeddings()
+        return cast(nn.Module, self.base.get_output_embeddings())
 
     def _response_hidden(self, trajectory: Trajectory, names: list[str], model: nn.Module | None) -> Tensor:
         """Hidden states [K, B, S, H] from which each response position is decided: one forward for all streams."""

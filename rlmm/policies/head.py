@@ -1,6 +1,7 @@
 """Logits of a vocabulary slice, and log-probs of chosen tokens, without ever holding [B, S, V]."""
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
@@ -28,14 +29,14 @@ def sliced_head(head: nn.Module, hidden_NH: Tensor, vocabulary: tuple[int, int])
 
 
 def _lora_head(head: LoraLinear, hidden_NH: Tensor, rows: slice) -> Tensor:
-    base = head.base_layer
+    base = cast(nn.Linear, head.base_layer)
     logits = F.linear(hidden_NH, base.weight[rows], None if base.bias is None else base.bias[rows])
     if head.disable_adapters:
         return logits
     for name in head.active_adapters:
         if name in head.lora_A:
             low = head.lora_A[name](head.lora_dropout[name](hidden_NH))
-            logits = logits + head.scaling[name] * F.linear(low, head.lora_B[name].weight[rows])
+            logits = logits + head.scaling[name] * F.linear(low, cast(nn.Linear, head.lora_B[name]).weight[rows])
     return logits
 
 

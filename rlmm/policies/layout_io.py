@@ -1,4 +1,4 @@
-"""The layout beside a checkpoint, and where the parts of a sequence go: the one place that spells prompts and images."""
+"""The layout beside a checkpoint, and the one place that spells prompts and images as sequences."""
 
 import json
 from collections.abc import Sequence
@@ -52,9 +52,7 @@ def read_codes(layout: Layout, ids_BS: Tensor) -> Tensor:
     return ids_BS[:, layout.grid.decided()] - layout.image[0]
 
 
-def supervised_batch(
-    layout: Layout, prompts: Sequence[Sequence[int]], codes: Sequence[Sequence[int]]
-) -> SequenceBatch:
+def supervised_batch(layout: Layout, prompts: Sequence[Sequence[int]], codes: Sequence[Sequence[int]]) -> SequenceBatch:
     """bos, prompt, begin-of-image, image: right-padded, with prompt text and image codes as targets.
 
     Forced grid tokens, `bos` and begin-of-image are no targets: nothing decides them.

@@ -70,7 +70,7 @@ def inline_svg(figure: Figure, key: str, alt: str) -> Markup:
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>", "", text, flags=re.DOTALL)
-    text = re.sub(r'(\bid="|href="#|url\(#)', r"\g<1>", text)
+    text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{key}-", text)
     for colour, name in _STAND_INS.items():
         text = text.replace(colour, f"var({name})")
     box = re.search(r'viewBox="[^"]*"', text)

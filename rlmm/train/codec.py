@@ -8,7 +8,16 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from rlmm.codecs import Codec, build_codec, codec_loss, images_to_tensor, reconstruction_metrics, save_codec, tensor_to_images
+from rlmm.codecs import (
+    Codec,
+    build_codec,
+    codec_loss,
+    images_to_tensor,
+    reconstruction_metrics,
+    save_codec,
+    tensor_to_images,
+)
+from rlmm.config.data import Split
 from rlmm.config.stages import CodecStage
 from rlmm.data import build_dataset
 from rlmm.seeds import epoch_indices
@@ -44,13 +53,15 @@ class ImageSource:
         return [ImageBatch(self.images_NCHW[mine], len(mine) / len(picked))]
 
 
-def training_images(context: StageContext, codec: Codec, split: str, limit: int | None) -> Tensor:
+def training_images(context: StageContext, codec: Codec, split: Split, limit: int | None) -> Tensor:
     """Target images [N, C, H, W] of a split; ValueError where it has none."""
     data = build_dataset(context.recipe.data, split, context.recipe.seed)
     rows = [data[i] for i in range(min(len(data), limit or len(data)))]
     images = [row.target for row in rows if row.target is not None]
     if not images:
-        raise ValueError(f"no row of the {split} split has a target image to train the codec on; set data.target_column")
+        raise ValueError(
+            f"no row of the {split} split has a target image to train the codec on; set data.target_column"
+        )
     return images_to_tensor(images, codec)
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from rewards.base import Sample
-from rewards.compose import CompositeReward, Scored
+from rewards.compose import Scored
 from rlmm.codecs import Codec, tensor_to_images
 from rlmm.config.stages import GrpoStage, Sampling
 from rlmm.data import Dataset, Example

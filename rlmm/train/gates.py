@@ -83,7 +83,8 @@ def check_shares(history: list[dict[str, Any]], present: dict[str, float], gates
         values = [row.get(name) for row in rows] + [present.get(name)]
         if all(value is not None and value > limit for value in values):
             raise GateError(
-                f"{name} was above {limit} for {gates.patience} rollouts in a row (now {present[name]:.3f}): {meaning}. "
+                f"{name} was above {limit} for {gates.patience} rollouts in a row (now {present[name]:.3f}): "
+                f"{meaning}. "
                 f"The ceiling is gates.{limit_name}."
             )
 

@@ -189,9 +189,7 @@ def spread(rows: Sequence[int], parts: int) -> list[list[int]]:
     return [list(rows[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
 
 
-def grpo_loss(
-    policy: CausalPolicy, config: GrpoStage, model: nn.Module, batch: GrpoBatch, meter: Meter
-) -> Tensor:
+def grpo_loss(policy: CausalPolicy, config: GrpoStage, model: nn.Module, batch: GrpoBatch, meter: Meter) -> Tensor:
     """sum(weight x (clipped policy loss + coefficient x KL)) of a micro-batch; the mismatch gate stands before it."""
     objective, trajectory = config.objective, batch.trajectory
     current = policy.log_probs(trajectory, model=model)
@@ -224,9 +222,7 @@ def grpo_loss(
     return step_loss
 
 
-def _penalty(
-    objective: ObjectiveConfig, logp_BS: Tensor, old_BS: Tensor, batch: GrpoBatch, meter: Meter
-) -> Tensor:
+def _penalty(objective: ObjectiveConfig, logp_BS: Tensor, old_BS: Tensor, batch: GrpoBatch, meter: Meter) -> Tensor:
     reference, target = batch.reference_logp_BS, batch.trajectory.target_mask
     assert reference is not None, "called only with a reference"
     old = old_BS if objective.kl.importance_weighted else None

@@ -15,7 +15,8 @@ from rlmm.objectives.policy_gradient import summarise_policy_metrics
 class Meter:
     """Collects (sum, count) pairs and single values over micro-batches and processes.
 
-    `add` makes a mean of a name, `total` a sum for the policy's ratios. A name that ends in `max` keeps the largest value; every other one is a mean weighted by its counts.
+    `add` makes a mean weighted by its counts, or keeps the largest where the name ends in `max`; `total` makes a sum
+    for the policy's ratios.
     """
 
     def __init__(self) -> None:

@@ -23,9 +23,7 @@ class RichProgress(TrainerCallback):
     and printer callbacks are to be switched off (`disable_tqdm=True`, `remove_callback(PrinterCallback)`).
     """
 
-    def __init__(
-        self, name: str, keys: Sequence[str] = (), *, every: int = 10, console: Console | None = None
-    ) -> None:
+    def __init__(self, name: str, keys: Sequence[str] = (), *, every: int = 10, console: Console | None = None) -> None:
         if every < 1:
             raise ValueError(f"every = {every}: a line can be shown every 1 or more steps")
         self.name, self.keys, self.every = name, tuple(keys), every
@@ -36,9 +34,7 @@ class RichProgress(TrainerCallback):
         self._lined: int | None = None
         self._started = (0, time.monotonic())
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._shown = state.is_world_process_zero
         self._lined, self._started = None, (state.global_step, time.monotonic())
         if self._shown and self.console.is_terminal:
@@ -46,9 +42,7 @@ class RichProgress(TrainerCallback):
             self._task = self._bar.add_task(self.name, total=state.max_steps, completed=state.global_step)
             self._bar.start()
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self._bar is not None:
             self._bar.update(self._task, completed=state.global_step)
 
@@ -62,20 +56,13 @@ class RichProgress(TrainerCallback):
     ) -> None:
         step, found = state.global_step, {key: (logs or {}).get(key) for key in self.keys}
         due = self._lined is None or step - self._lined >= self.every or step >= state.max_steps
-        if (
-            not self._shown
-            or not due
-            or step == self._lined
-            or all(value is None for value in found.values())
-        ):
+        if not self._shown or not due or step == self._lined or all(value is None for value in found.values()):
             return
         self._lined = step
         figures = "  ".join(f"{key} {_figure(value)}" for key, value in found.items() if value is not None)
         self._say(f"{self.name} {step}/{state.max_steps}  {figures}  {self._pace(step, state.max_steps)}")
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.close()
 
     def close(self) -> None:

@@ -28,16 +28,14 @@ class SftBatch:
     sequences: SequenceBatch
     weight_BT: Tensor
 
-    def to(self, device: object) -> "SftBatch":
+    def to(self, device: torch.device | str) -> "SftBatch":
         return SftBatch(self.sequences.to(device), self.weight_BT.to(device))
 
 
 class SftSource:
     """Step -> micro-batches. Rows of a step are sorted by length, so that short ones are not padded to long ones."""
 
-    def __init__(
-        self, policy: Policy, prompts: Sequence[str], codes_NT: Tensor, config: SftStage, seed: int
-    ) -> None:
+    def __init__(self, policy: Policy, prompts: Sequence[str], codes_NT: Tensor, config: SftStage, seed: int) -> None:
         self.policy, self.codes_NT, self.config, self.seed = policy, codes_NT, config, seed
         self.prompts = [policy.encode_prompt(prompt) for prompt in prompts]
         rows = share(config.batch_size, "batch_size")

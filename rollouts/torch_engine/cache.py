@@ -1,6 +1,5 @@
 """A KV cache of fixed size: written in place, read as a view of what is filled, and widened from prompts to samples."""
 
-import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
@@ -19,7 +18,9 @@ class PreallocatedLayer(DynamicLayer):
         self.values = value_states.new_empty(rows, heads, self.capacity, value_states.shape[-1])
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None and self.values is not None, "the layer was initialised above"
@@ -39,7 +40,9 @@ class PreallocatedLayer(DynamicLayer):
         """A copy whose row i is this one's row `rows[i]`: a prompt's keys serve all its samples."""
         assert self.keys is not None and self.values is not None, "widen a prefilled layer"
         wide = PreallocatedLayer(self.capacity)
-        wide.lazy_initialization(self.keys[:1].expand(len(rows), -1, -1, -1), self.values[:1].expand(len(rows), -1, -1, -1))
+        wide.lazy_initialization(
+            self.keys[:1].expand(len(rows), -1, -1, -1), self.values[:1].expand(len(rows), -1, -1, -1)
+        )
         assert wide.keys is not None and wide.values is not None, "the layer was initialised above"
         wide.keys[:, :, : self.filled] = self.keys[rows, :, : self.filled]
         wide.values[:, :, : self.filled] = self.values[rows, :, : self.filled]

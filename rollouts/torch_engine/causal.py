@@ -26,9 +26,7 @@ class TorchEngine:
         use_cache: False recomputes the whole sequence at every step: slow, for parity tests.
     """
 
-    def __init__(
-        self, decoder: CausalDecoder, *, num_layers: int, max_rows: int = 512, use_cache: bool = True
-    ) -> None:
+    def __init__(self, decoder: CausalDecoder, *, num_layers: int, max_rows: int = 512, use_cache: bool = True) -> None:
         self.decoder, self.num_layers, self.max_rows, self.use_cache = decoder, num_layers, max_rows, use_cache
         self.weights_version = 0
 

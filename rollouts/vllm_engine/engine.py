@@ -63,6 +63,7 @@ class VllmEngine:
         _refuse_several_processes()
         self.layout, self.weights_version = layout, 0
         self._next = 0
+        self._owns_group = not torch.distributed.is_initialized()
         self.llm = _start(
             model=str(folder), dtype=dtype, max_model_len=max_length, max_num_seqs=max_rows,
             max_num_batched_tokens=max(max_prompt_tokens, max_length), kv_cache_memory_bytes=kv_bytes, block_size=BLOCK,
@@ -114,13 +115,15 @@ class VllmEngine:
         return digest
 
     def close(self) -> None:
-        """Free the model, the KV memory and vLLM's process group."""
-        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+        """Free the model, the KV memory, and the process group where vLLM was the one to make it."""
+        from vllm.distributed.parallel_state import destroy_distributed_environment, destroy_model_parallel
 
         self.llm.llm_engine.engine_core.shutdown()
         del self.llm
         gc.collect()
-        cleanup_dist_env_and_memory()
+        if self._owns_group:
+            destroy_model_parallel()
+            destroy_distributed_environment()
 
     def _samples(self, requests: Sequence[Request], law: Law) -> list[_Sample]:
         samples = []
@@ -215,6 +218,7 @@ def _start(**settings: Any) -> Any:
     # records can be fetched; the second runner has another interface for logits processors.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # it warns at length of what is chosen here
     try:
         from vllm import LLM
     except ImportError as error:

@@ -95,8 +95,7 @@ def test_k2_over_several_tokens_leaves_out_the_prefix() -> None:
     sequence KL, whose first token also answers for the KL of the second."""
     generator = torch.Generator().manual_seed(1)
     first, second, ref_first, ref_second = (
-        torch.randn(*shape, generator=generator, dtype=torch.float64)
-        for shape in [(3,), (3, 3), (3,), (3, 3)]
+        torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in [(3,), (3, 3), (3,), (3, 3)]
     )
     first.requires_grad_()
     logp = torch.stack([first.log_softmax(0)[:, None].expand(3, 3), second.log_softmax(1)], -1).reshape(9, 2)

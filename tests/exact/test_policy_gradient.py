@@ -156,9 +156,7 @@ def test_dr_grpo_is_the_exact_gradient_times_a_constant() -> None:
     # The mean includes the sample itself: a factor (G - 1) / G. The length constant is 3.
     chain = make_chain(end=3)
     exact = -chain.gradient(expected_reward(chain))
-    torch.testing.assert_close(
-        expected_gradient(chain, OBJECTIVES["dr_grpo"]), exact * (1 / 2) / 3, rtol=0, atol=1e-12
-    )
+    torch.testing.assert_close(expected_gradient(chain, OBJECTIVES["dr_grpo"]), exact * (1 / 2) / 3, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("end", [None, 3])
@@ -193,9 +191,7 @@ def test_dapo_in_pairs_divides_by_the_tokens_of_the_pair() -> None:
     logp_N, length_N = chain.logp().sum(1), chain.mask_NS.sum(1)
     probability_N = logp_N.detach().exp()
     sign_NN = (chain.reward_N[:, None] - chain.reward_N[None, :]).sign() / 2**0.5
-    pair_NN = (
-        probability_N[:, None] * probability_N[None, :] * sign_NN / (length_N[:, None] + length_N[None, :])
-    )
+    pair_NN = probability_N[:, None] * probability_N[None, :] * sign_NN / (length_N[:, None] + length_N[None, :])
     exact = -chain.gradient(2 * (pair_NN.sum(1) * logp_N).sum())
     torch.testing.assert_close(expected_gradient(chain, OBJECTIVES["dapo"]), exact, rtol=0, atol=1e-12)
 

@@ -112,7 +112,9 @@ def run_in_child(folder: Path, prepare: Callable[[], None] | None, log: Path) ->
 def digest(folder: Path) -> dict[str, str]:
     """A digest of every stage's weights and metrics (timings aside), and of the evaluation."""
     found: dict[str, str] = {}
-    for path in sorted(folder.glob("stages/*/model/model.safetensors")) + sorted(folder.glob("stages/*/codec/*.safetensors")):
+    for path in sorted(folder.glob("stages/*/model/model.safetensors")) + sorted(
+        folder.glob("stages/*/codec/*.safetensors")
+    ):
         found[str(path.relative_to(folder))] = hashlib.sha256(path.read_bytes()).hexdigest()
     for path in sorted(folder.glob("stages/*/metrics.jsonl")):
         rows = [

@@ -15,7 +15,9 @@ ROOT = Path(__file__).parents[2]
 def report(tmp_path_factory: pytest.TempPathFactory) -> dict:
     out = tmp_path_factory.mktemp("kills")
     driver = ROOT / "tests" / "integration" / "kill_driver.py"
-    answer = subprocess.run([sys.executable, str(driver), str(out)], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    answer = subprocess.run(
+        [sys.executable, str(driver), str(out)], cwd=ROOT, capture_output=True, text=True, timeout=600
+    )
     assert answer.returncode == 0, answer.stderr[-6000:]
     return json.loads(answer.stdout.splitlines()[-1])
 

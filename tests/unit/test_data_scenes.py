@@ -1,4 +1,5 @@
-"""Generated scenes: the exact verifier agrees, splits are disjoint, items are pure functions of their number."""
+"""Generated scenes: the exact verifier agrees, splits are disjoint, items are pure functions of their
+number."""
 
 from collections import Counter
 

@@ -162,6 +162,17 @@ def test_samples_pair_the_arms_by_prompt_and_seed(tmp_path: Path) -> None:
         assert all(row.seed == 0 and [s.arm for s in row.samples] == list(ARMS) for row in rows)
 
 
+def test_arms_are_shown_at_the_same_seed_whatever_the_order_of_rows(tmp_path: Path) -> None:
+    pairs = (("a", 5), ("a", 6), ("b", 6), ("b", 5))
+    rows = [
+        {"arm": arm, "temperature": 1.0, "seed": seed, "prompt": "p", "image": png("X"), "score/j": float(seed)}
+        for arm, seed in pairs
+    ]
+    write_parquet(tmp_path / "samples.parquet", rows)
+    (row,) = comparisons(tmp_path / "samples.parquet", Notes())[1.0]
+    assert [sample.verdicts[0].score for sample in row.samples] == [5.0, 5.0]
+
+
 def test_broken_and_absent_images_leave_a_reason(tmp_path: Path) -> None:
     rows = [
         {"prompt": "p", "group_id": "g", "reward": 0.5, "advantage": -1.0, "image": b"broken"},
@@ -238,9 +249,7 @@ def test_smoothing_keeps_straight_lines_and_bridges_gaps() -> None:
 
 def test_plot_is_free_of_fixed_colours_and_foreign_ids() -> None:
     curve = Curve(tuple(range(30)), tuple(0.1 * step for step in range(30)))
-    plot = line_plot(
-        "my-key", [Line("a & b", curve, 1, curve), Line("c", curve, 2, ceiling=2.0)], y_label="<y>"
-    )
+    plot = line_plot("my-key", [Line("a & b", curve, 1, curve), Line("c", curve, 2, ceiling=2.0)], y_label="<y>")
     assert not re.search(r"#[0-9a-f]{6}", plot.svg)
     assert "var(--series-1)" in plot.svg and "var(--grid)" in plot.svg
     assert all(found.startswith("my-key-") for found in re.findall(r'\bid="([^"]*)"', plot.svg))
@@ -251,9 +260,7 @@ def test_plot_is_free_of_fixed_colours_and_foreign_ids() -> None:
 
 def test_evaluation_table_by_arm_and_temperature() -> None:
     def row(arm: str, temperature: float, mean: float) -> EvalRow:
-        return EvalRow(
-            arm=arm, temperature=temperature, judge="j", metric="m", mean=mean, n_prompts=8, n_seeds=1
-        )
+        return EvalRow(arm=arm, temperature=temperature, judge="j", metric="m", mean=mean, n_prompts=8, n_seeds=1)
 
     evaluation = Evaluation((row("a", 1.0, 0.2), row("a", 0.5, 0.4), row("b", 1.0, 0.3)), (), ())
     (score,) = scores(evaluation, {}, "k")

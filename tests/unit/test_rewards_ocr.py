@@ -91,10 +91,12 @@ def test_the_text_may_come_from_a_column(column: str | list[str]) -> None:
 
 
 def test_settings_are_part_of_the_fingerprint() -> None:
-    prints = {
-        OcrReward(Scripted(), **options).fingerprint()
-        for options in ({}, {"case_sensitive": True}, {"text_column": "text"})
-    }
+    rewards = [
+        OcrReward(Scripted()),
+        OcrReward(Scripted(), case_sensitive=True),
+        OcrReward(Scripted(), text_column="text"),
+    ]
+    prints = {reward.fingerprint() for reward in rewards}
     assert len(prints) == 3
 
 
@@ -106,7 +108,7 @@ def test_an_engine_reads_words_and_tells_shuffled_prompts_apart(name: str) -> No
         [drawn(f'the word "{word}"', other) for word, other in zip(WORDS, WORDS[1:] + WORDS[:1], strict=True)]
     )
     assert max(score.parts["exact"] for score in shuffled) == 0
-    assert np.mean([score.value for score in shuffled]) < 0.35
+    assert np.mean([score.value or 0 for score in shuffled]) < 0.35
 
 
 @pytest.mark.parametrize("name", ENGINES)
@@ -159,8 +161,8 @@ def test_limited_characters_and_a_lower_height_still_read() -> None:
 
 
 def test_characters_that_the_model_lacks_are_named() -> None:
-    with pytest.raises(ValueError, match="U0001f600|😀"):
-        PaddleReader(characters="AB😀")
+    with pytest.raises(ValueError, match="knows no 'Ж'"):
+        PaddleReader(characters="ABЖ")
 
 
 def test_a_model_that_is_not_there_is_named(tmp_path: Path) -> None:

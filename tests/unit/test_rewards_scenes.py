@@ -50,7 +50,9 @@ def test_what_was_drawn_is_what_is_found(damage: str) -> None:
         cells = random_scene(seed)
         image = scene_image(cells)
         if damage == "blur":
-            image = image.resize((36, 36), Image.Resampling.BILINEAR).resize((48, 48), Image.Resampling.BICUBIC)
+            image = image.resize((36, 36), Image.Resampling.BILINEAR).resize(
+                (48, 48), Image.Resampling.BICUBIC
+            )
         if damage == "noise":
             noise = np.random.default_rng(seed).normal(0, 12, (48, 48, 3))
             image = Image.fromarray(np.clip(np.asarray(image) + noise, 0, 255).astype(np.uint8))
@@ -70,11 +72,10 @@ def test_right_scenes_score_1_and_shuffled_prompts_score_low() -> None:
 
 
 @pytest.mark.parametrize("scene", [TWO_OVER_ONE, {"objects": [{"shape": "circle", "color": "red"}]}])
-@pytest.mark.parametrize("color", ["white", "black", "gray", "red"])
+@pytest.mark.parametrize("color", ["white", "black", "gray", "red", "blue"])
 def test_a_blank_image_earns_nothing(scene: dict[str, Any], color: str) -> None:
     score = verdict(scene, Image.new("RGB", (48, 48), color))
-    assert score.status == "ok" and score.parts["strict"] == 0
-    assert (score.value or 0) <= (0.0 if color == "white" else 0.1)
+    assert (score.status, score.value, score.parts["strict"]) == ("ok", 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -84,11 +85,13 @@ def test_a_blank_image_earns_nothing(scene: dict[str, Any], color: str) -> None:
         ({(0, 0): None}, "count", 2 / 3),
         ({(3, 1): ("square", "green")}, "color", 2 / 3),
         ({(3, 1): ("triangle", "blue")}, "shape", 2 / 3),
-        ({(3, 1): None, (0, 1): BLUE}, "relation", 0.5),
+        ({(3, 1): None, (0, 1): BLUE}, "relation", 0.0),
         ({(3, 1): None, (1, 1): BLUE}, "relation", 0.5),
     ],
 )
-def test_each_fault_lowers_its_own_part_and_the_value(change: dict[Any, Any], part: str, value: float) -> None:
+def test_each_fault_lowers_its_own_part_and_the_value(
+    change: dict[Any, Any], part: str, value: float
+) -> None:
     cells = {cell: what for cell, what in {**RIGHT, **change}.items() if what is not None}
     score = verdict(TWO_OVER_ONE, cells)
     assert score.parts[part] == pytest.approx(value)
@@ -109,7 +112,12 @@ def test_filling_the_grid_does_not_pay() -> None:
 
 @pytest.mark.parametrize(
     ("kind", "a", "b"),
-    [("above", (0, 2), (1, 2)), ("below", (3, 0), (1, 3)), ("left_of", (2, 0), (2, 1)), ("right_of", (0, 3), (3, 2))],
+    [
+        ("above", (0, 2), (1, 2)),
+        ("below", (3, 0), (1, 3)),
+        ("left_of", (2, 0), (2, 1)),
+        ("right_of", (0, 3), (3, 2)),
+    ],
 )
 def test_relations(kind: str, a: tuple[int, int], b: tuple[int, int]) -> None:
     objects = [{"shape": "circle", "color": "red"}, {"shape": "triangle", "color": "blue"}]
@@ -173,7 +181,11 @@ def test_half_an_edit_is_half_done() -> None:
     [
         (None, None, "no 'scene' column"),
         ({**spec_of(EDITS["remove"][1]), "edit": EDITS["remove"][0]}, None, "one source image, got 0"),
-        ({**spec_of(RIGHT), "edit": {"kind": "remove", "shape": "circle", "color": "green"}}, SOURCE, "no green circle"),
+        (
+            {**spec_of(RIGHT), "edit": {"kind": "remove", "shape": "circle", "color": "green"}},
+            SOURCE,
+            "no green circle",
+        ),
         ({**spec_of(RIGHT), "edit": EDITS["add"][0]}, SOURCE, "the row's objects say"),
         ({"objects": [{"shape": "cirle", "color": "red"}]}, None, "Nearest: circle"),
         ({"objects": []}, None, "no objects"),
@@ -199,7 +211,11 @@ def test_a_specification_survives_its_plain_form() -> None:
     )
     assert SceneSpec.from_dict(spec.to_dict()) == spec
     bare = SceneSpec(spec.objects)
-    assert SceneSpec.from_dict(bare.to_dict()) == bare == SceneSpec.from_dict({"objects": bare.to_dict()["objects"]})
+    assert (
+        SceneSpec.from_dict(bare.to_dict())
+        == bare
+        == SceneSpec.from_dict({"objects": bare.to_dict()["objects"]})
+    )
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,8 @@ def equal(a: Trajectory, b: Trajectory) -> bool:
         if left.dtype != right.dtype or not torch.equal(left, right):
             return False
     streams = all(
-        torch.equal(a.streams[n].ids_BP, b.streams[n].ids_BP) and torch.equal(a.streams[n].mask_BP, b.streams[n].mask_BP)
+        torch.equal(a.streams[n].ids_BP, b.streams[n].ids_BP)
+        and torch.equal(a.streams[n].mask_BP, b.streams[n].mask_BP)
         for n in a.streams
     )
     names = ("spans", "seed", "group_id", "sample_id", "sources", "weights_version")

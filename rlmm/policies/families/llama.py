@@ -1,9 +1,17 @@
 """A Llama-style transformers model with text and image codes in one vocabulary."""
 
 from pathlib import Path
+from typing import cast
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from rlmm.config.policy import NewPolicy
 from rlmm.policies.causal import CausalPolicy
@@ -15,7 +23,7 @@ from rollouts.contract import Grid, Layout
 def build(config: NewPolicy, *, num_codes: int, grid: tuple[int, int], seed: int) -> CausalPolicy:
     """A fresh policy over a codec's codes; its weights are a function of `seed` alone."""
     tokenizer = character_tokenizer()
-    token = {name: int(tokenizer.convert_tokens_to_ids(name)) for name in (PAD, BOS, BOI, EOL, NULL)}
+    token = {name: tokenizer.get_vocab()[name] for name in (PAD, BOS, BOI, EOL, NULL)}
     text_size = len(tokenizer)
     layout = Layout(
         vocab_size=text_size + num_codes,
@@ -43,7 +51,7 @@ def build(config: NewPolicy, *, num_codes: int, grid: tuple[int, int], seed: int
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = LlamaForCausalLM(llama)
-    return CausalPolicy(model, tokenizer, layout)
+    return CausalPolicy(cast(PreTrainedModel, model), cast(PreTrainedTokenizerBase, tokenizer), layout)
 
 
 def load(folder: Path) -> CausalPolicy:
@@ -54,4 +62,4 @@ def load(folder: Path) -> CausalPolicy:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(f"{folder} is not a readable checkpoint ({error}); give a complete model folder") from error
-    return CausalPolicy(model, tokenizer, layout)
+    return CausalPolicy(cast(PreTrainedModel, model), cast(PreTrainedTokenizerBase, tokenizer), layout)

@@ -1,0 +1,125 @@
+"""vLLM behind the Engine contract: the trainer's law, the torch engine's tokens, and no stale weights."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rollouts.contract import Grid, Layout
+from rollouts.vllm_engine import plugin
+from rollouts.vllm_engine.engine import VllmEngine
+
+ROOT = Path(__file__).parents[2]
+LAYOUT = Layout(vocab_size=9, text=(0, 4), image=(4, 9), bos=0, pad=1, boi=2, grid=Grid(1, 2))
+needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, Any]:
+    program = ROOT / "tests" / "integration" / "vllm_program.py"
+    answer = subprocess.run(
+        [sys.executable, str(program)],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert answer.returncode == 0, answer.stderr[-6000:]
+    return json.loads(answer.stdout.splitlines()[-1])
+
+
+@needs_vllm
+@pytest.mark.slow
+@pytest.mark.parametrize("law", ["plain", "tempered", "top-k", "top-p", "guided", "two scales, cut"])
+def test_trainer_and_torch_engine_agree(found: dict[str, Any], law: str) -> None:
+    facts = found["laws"][law]
+    assert facts.pop("gap") < 1e-4
+    assert all(facts.values()), facts
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_a_sync_reaches_the_weights_that_run(found: dict[str, Any]) -> None:
+    syncs = found["syncs"]
+    assert syncs["at the start"]
+    assert syncs["done"]["agrees"] and syncs["done"]["gap"] < 1e-4 and syncs["done"]["version"] == 7
+    assert not syncs["later change leaks in"]
+    assert syncs["after half"]["agrees"] and syncs["after half"]["gap"] < 1e-4
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_a_skipped_or_half_taken_sync_is_caught(found: dict[str, Any]) -> None:
+    skipped = found["syncs"]["skipped"]
+    assert not skipped["agrees"] and skipped["gap"] > 0.01 and skipped["version"] == 0
+    assert not found["syncs"]["half"]
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_tied_embeddings_and_forced_row_ends(found: dict[str, Any]) -> None:
+    tied = found["tied"]
+    assert tied["agrees"] == [True, False, True]
+    assert tied["gap"] < 1e-4
+    assert tied["row ends forced"] and tied["silent elsewhere"] and tied["decided"] == [12]
+
+
+@needs_vllm
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("case", "says"),
+    [
+        ("text", "one image span"),
+        ("no stream", "the law needs 'uncond'"),
+        ("too long", "262 positions and the engine has 256"),
+        ("nothing", "no requests"),
+        ("parted", "RuntimeError: vLLM did not follow the draws"),
+    ],
+)
+def test_what_cannot_be_sampled_is_an_error(found: dict[str, Any], case: str, says: str) -> None:
+    assert says in found["faults"][case]
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_the_engine_goes_on_after_an_error_and_leaves_no_group(found: dict[str, Any]) -> None:
+    assert found["faults"]["gap after"] < 1e-4
+    assert not found["group left"]
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_a_grpo_stage_goes_the_same_way_under_both_engines(found: dict[str, Any]) -> None:
+    ours, theirs = found["stage"]["vllm"], found["stage"]["torch"]
+    assert len(ours) == len(theirs) == 4
+    for mine, reference in zip(ours, theirs, strict=True):
+        assert mine == pytest.approx(reference, rel=1e-3, abs=1e-5)
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_the_plugin_registers_architectures(found: dict[str, Any]) -> None:
+    assert found["registered"]
+
+
+def test_the_plugin_is_harmless_where_vllm_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    plugin.register()
+
+
+def test_without_vllm_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(ImportError, match="install the extra `cpu`"):
+        VllmEngine(Path("nowhere"), LAYOUT, max_length=16)
+
+
+def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RuntimeError, match="inside a single process"):
+        VllmEngine(Path("nowhere"), LAYOUT, max_length=16)

@@ -1,0 +1,222 @@
+"""What a real vLLM does behind the Engine contract, measured; prints one JSON object.
+
+A program of its own: vLLM changes the process it lives in (threads, memory policy, a process group).
+"""
+
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+from vllm import ModelRegistry
+
+from rlmm import pipeline
+from rlmm.config.policy import Lora, NewPolicy
+from rlmm.config.recipe import validate_recipe
+from rlmm.config.stages import VllmEngineConfig
+from rlmm.policies.causal import CausalPolicy
+from rlmm.policies.families.llama import build
+from rlmm.train.engines import build_engine
+from rollouts.contract import Request
+from rollouts.fingerprint import weights_fingerprint
+from rollouts.law import Law
+from rollouts.torch_engine.causal import TorchEngine
+from rollouts.trajectory import Span, Trajectory
+from rollouts.vllm_engine import plugin
+from rollouts.vllm_engine.engine import VllmEngine
+
+LAWS = {
+    "plain": {},
+    "tempered": {"temperature": 0.7},
+    "top-k": {"top_k": 9},
+    "top-p": {"top_p": 0.8, "top_k": 30},
+    "guided": {"guidance_scale": 3.0},
+    "two scales, cut": {"guidance_scale": 2.0, "source_scale": 1.5, "top_k": 20, "temperature": 0.8},
+}
+# The second is longer than one block of the prefix cache, so that stale keys would be found and used.
+PROMPTS = ["a", "two red circles and a very long blue line between them", 'render "HELLO"']
+
+
+def make_policy(*, lora: bool, tied: bool = False, row_ends: bool = False) -> CausalPolicy:
+    config = NewPolicy(
+        hidden_size=64, num_layers=2, num_heads=2, intermediate_size=96, row_ends=row_ends, tie_embeddings=tied
+    )  # fmt: skip
+    policy = build(config, num_codes=40, grid=(3, 4), seed=1)
+    with torch.no_grad():  # a fresh head is nearly uniform; a peaked one makes a wrong law visible
+        policy.base.get_output_embeddings().weight.mul_(40)
+    if lora:
+        policy.add_lora(Lora(rank=4, target_modules=("q_proj", "gate_proj", "lm_head")), seed=1)
+    policy.model.eval()
+    return policy
+
+
+def change(policy: CausalPolicy, seed: int) -> None:
+    """What an optimiser step does to the trainable weights, only larger."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in policy.model.parameters():
+            if weight.requires_grad:
+                weight.add_(0.05 * torch.randn(weight.shape, generator=generator))
+
+
+def requests(policy: CausalPolicy, samples: int = 3) -> list[Request]:
+    layout = policy.layout
+    streams = {"uncond": layout.prefix(layout.null_prompt), "source": layout.prefix([9, 10, 11])}
+    return [
+        Request(
+            group_id=prompt,
+            streams={"cond": layout.prefix(policy.encode_prompt(prompt)), **streams},
+            seeds=tuple((1 << 62) + 100 * p + s for s in range(samples)),
+            sample_ids=tuple(f"{prompt}/{s}" for s in range(samples)),
+        )
+        for p, prompt in enumerate(PROMPTS)
+    ]
+
+
+def sample(engine: Any, policy: CausalPolicy, law: dict[str, Any]) -> Trajectory:
+    return engine.generate(requests(policy), [Span("image", Law(policy.layout.image, **law), policy.layout.grid.length)])
+
+
+def gap(policy: CausalPolicy, made: Trajectory) -> float:
+    with torch.no_grad():
+        logp_BS = policy.log_probs(made).logp_BS
+    return float((logp_BS - made.sampler_logp)[made.target_mask].abs().max())
+
+
+def same(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is b if a is None or b is None else torch.equal(a, b)
+
+
+def agrees(engine: VllmEngine, policy: CausalPolicy) -> bool:
+    return engine.fingerprint() == weights_fingerprint(policy.named_weights())
+
+
+def refusal(call: Callable[[], Any]) -> str:
+    """The type and text of the error, empty where there is none."""
+    try:
+        call()
+    except (RuntimeError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def under_laws(engine: VllmEngine, policy: CausalPolicy) -> dict[str, Any]:
+    found, reference = {}, TorchEngine(policy, num_layers=2)
+    for name, law in LAWS.items():
+        made, wanted = sample(engine, policy, law), sample(reference, policy, law)
+        found[name] = {
+            "gap": gap(policy, made),
+            "same tokens": torch.equal(made.ids, wanted.ids),
+            "same support": same(made.support, wanted.support),
+            "same masks": torch.equal(made.target_mask, wanted.target_mask),
+            "same streams": all(torch.equal(made.streams[s].ids_BP, wanted.streams[s].ids_BP) for s in made.streams),
+            "same names": (made.seed, made.group_id, made.sample_id) == (wanted.seed, wanted.group_id, wanted.sample_id),
+        }
+    return found
+
+
+def half(weights: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    return (pair for pair in weights if "layers.1.mlp" not in pair[0])
+
+
+def syncs(engine: VllmEngine, policy: CausalPolicy) -> dict[str, Any]:
+    found: dict[str, Any] = {"at the start": agrees(engine, policy)}
+    change(policy, 2)
+    stale = sample(engine, policy, {})
+    found["skipped"] = {"agrees": agrees(engine, policy), "gap": gap(policy, stale), "version": stale.weights_version}
+    engine.sync(policy.named_weights(), 7)
+    fresh = sample(engine, policy, {})
+    found["done"] = {"agrees": agrees(engine, policy), "gap": gap(policy, fresh), "version": fresh.weights_version}
+    before = engine.fingerprint()
+    change(policy, 3)
+    found["later change leaks in"] = engine.fingerprint() != before
+    engine.sync(half(policy.named_weights()), 8)
+    found["half"] = agrees(engine, policy)
+    engine.sync(policy.named_weights(), 9)
+    found["after half"] = {"agrees": agrees(engine, policy), "gap": gap(policy, sample(engine, policy, {}))}
+    return found
+
+
+def faults(engine: VllmEngine, policy: CausalPolicy) -> dict[str, Any]:
+    law = Law(policy.layout.image)
+    span, (first, *_) = Span("image", law, policy.layout.grid.length), requests(policy)
+    guided = Span("image", Law(policy.layout.image, guidance_scale=2.0), policy.layout.grid.length)
+    lacking = Request("lacking", {"cond": first.streams["cond"]}, (1,), ("x",))
+    long = Request("long", {"cond": tuple([9] * 250)}, (1,), ("x",))
+    found = {
+        "text": refusal(lambda: engine.generate([first], [Span("text", law, 5)])),
+        "no stream": refusal(lambda: engine.generate([lacking], [guided])),
+        "too long": refusal(lambda: engine.generate([long], [span])),
+        "nothing": refusal(lambda: engine.generate([], [span])),
+    }
+    planned = engine._waves
+    engine._waves = lambda samples: iter([list(samples)])  # all at once: more rows than vLLM runs side by side
+    found["parted"] = refusal(lambda: sample(engine, policy, {"guidance_scale": 2.0}))
+    engine._waves = planned
+    found["gap after"] = gap(policy, sample(engine, policy, {"guidance_scale": 2.0}))
+    return found
+
+
+def tied_and_gridded() -> dict[str, Any]:
+    policy = make_policy(lora=False, tied=True, row_ends=True)
+    engine = build_engine(VllmEngineConfig(max_rows=16, kv_megabytes=32), policy)
+    start = agrees(engine, policy)
+    change(policy, 4)
+    skipped = agrees(engine, policy)
+    engine.sync(policy.named_weights(), 1)
+    made, grid = sample(engine, policy, {"top_k": 5}), policy.layout.grid
+    ends = made.ids[:, grid.cols :: grid.stride]
+    found = {
+        "agrees": [start, skipped, agrees(engine, policy)],
+        "gap": gap(policy, made),
+        "row ends forced": bool((ends == grid.row_end).all()),
+        "decided": made.target_mask.sum(1).unique().tolist(),
+        "silent elsewhere": bool((made.sampler_logp[~made.target_mask] == 0).all()),
+    }
+    engine.close()
+    return found
+
+
+def stage(engine: dict[str, Any], folder: Path) -> list[dict[str, float]]:
+    """The GRPO metrics of the tiny recipe under an engine, timings aside."""
+    recipe = yaml.safe_load((Path(__file__).parents[1] / "recipes" / "tiny.yaml").read_text())
+    recipe["stages"] = {name: recipe["stages"][name] for name in ("codec", "sft", "grpo")}
+    recipe["stages"]["grpo"] |= {"engine": engine, "steps": 4}
+    recipe["policy"]["hidden_size"] = 64
+    run = pipeline.run_recipe(validate_recipe(recipe | {"run_dir": str(folder)}, "tiny"), lambda _: None)
+    rows = [json.loads(line) for line in (run.stage("grpo") / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if not name.startswith("time/")} for row in rows]
+
+
+def main() -> None:
+    plugin.MODELS["RlmmAlias"] = "vllm.model_executor.models.llama:LlamaForCausalLM"
+    plugin.register()
+    found: dict[str, Any] = {"registered": "RlmmAlias" in ModelRegistry.get_supported_archs()}
+    policy = make_policy(lora=True)
+    change(policy, 1)
+    started = time.perf_counter()
+    # An odd number of rows, and a prefill too small for all prompts: guided samples fit only in waves.
+    engine = build_engine(VllmEngineConfig(max_rows=7, max_prompt_tokens=130, kv_megabytes=32), policy)
+    found["start seconds"] = time.perf_counter() - started
+    found["laws"] = under_laws(engine, policy)
+    found["syncs"] = syncs(engine, policy)
+    found["faults"] = faults(engine, policy)
+    engine.close()
+    found["group left"] = torch.distributed.is_initialized()
+    found["tied"] = tied_and_gridded()
+    with tempfile.TemporaryDirectory() as folder:
+        found["stage"] = {
+            "vllm": stage({"kind": "vllm", "max_rows": 16, "kv_megabytes": 32}, Path(folder) / "vllm"),
+            "torch": stage({"kind": "torch"}, Path(folder) / "torch"),
+        }
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
