@@ -55,9 +55,7 @@ def model_card(info: CardInfo) -> str:
         f"# {info.name}",
         _summary(info),
         "## How it was made",
-        "\n".join(
-            f"{number}. **{name}**: {text}" for number, (name, text) in enumerate(info.stages, start=1)
-        ),
+        "\n".join(f"{number}. **{name}**: {text}" for number, (name, text) in enumerate(info.stages, start=1)),
         _facts(info),
         "## On held-out prompts",
         _held_out_table(info.held_out),

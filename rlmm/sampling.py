@@ -7,6 +7,7 @@ from PIL import Image
 
 from rlmm.codecs import load_codec
 from rlmm.config.stages import Sampling, TorchEngineConfig
+from rlmm.data import Example
 from rlmm.policies.families import llama
 from rlmm.seeds import derive
 from rlmm.train import experience as phases
@@ -30,7 +31,9 @@ def sample_grid(
     codec.eval()
     law = phases.law_of(policy.layout, Sampling(temperature=temperature, guidance_scale=guidance_scale))
     requests = [
-        phases.request_for(policy, law, prompt, str(p), [derive(seed, "sample", p, s) for s in range(samples)])
+        phases.request_for(
+            policy, codec, law, Example(prompt), str(p), [derive(seed, "sample", p, s) for s in range(samples)]
+        )
         for p, prompt in enumerate(prompts)
     ]
     made = phases.generate(build_engine(TorchEngineConfig(), policy), policy, law, requests, policy.model)

@@ -64,9 +64,11 @@ class Layout:
     null_prompt: tuple[int, ...] = ()
     extra: Mapping[str, Any] = field(default_factory=dict)
 
-    def prefix(self, prompt_ids: Sequence[int]) -> tuple[int, ...]:
-        """The conditioning ids before an image span: bos, prompt, begin-of-image."""
-        return (self.bos, *prompt_ids, self.boi)
+    def prefix(self, prompt_ids: Sequence[int], sources: Sequence[Sequence[int]] = ()) -> tuple[int, ...]:
+        """The conditioning ids before an image span: bos, source images (each with its begin-of-image), prompt,
+        begin-of-image. `sources` are spelled images: token ids, forced ones included."""
+        images = [token for source in sources for token in (self.boi, *source)]
+        return (self.bos, *images, *prompt_ids, self.boi)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

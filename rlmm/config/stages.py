@@ -66,6 +66,8 @@ class Sampling(Strict):
 
     temperature: float = Field(1.0, gt=0)
     guidance_scale: float = 1.0
+    source_scale: float | None = None
+    """Editing: a scale of its own for the source image (Brooks et al. 2023)."""
     guidance: Literal["none", "guided", "conditional_only", "rescaled"] = "guided"
     top_k: int = Field(0, ge=0)
     top_p: float = Field(1.0, gt=0, le=1)

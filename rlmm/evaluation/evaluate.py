@@ -124,7 +124,7 @@ def sample_held_out(
     seed = derive(context.recipe.seed, "evaluation")
     requests = [
         phases.request_for(
-            policy, law, example.prompt, f"eval/{p:05d}", [derive(seed, p, s) for s in range(config.sampling_seeds)]
+            policy, codec, law, example, f"eval/{p:05d}", [derive(seed, p, s) for s in range(config.sampling_seeds)]
         )
         for p, example in enumerate(examples)
     ]

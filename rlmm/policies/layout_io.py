@@ -52,16 +52,24 @@ def read_codes(layout: Layout, ids_BS: Tensor) -> Tensor:
     return ids_BS[:, layout.grid.decided()] - layout.image[0]
 
 
-def supervised_batch(layout: Layout, prompts: Sequence[Sequence[int]], codes: Sequence[Sequence[int]]) -> SequenceBatch:
-    """bos, prompt, begin-of-image, image: right-padded, with prompt text and image codes as targets.
+def supervised_batch(
+    layout: Layout,
+    prompts: Sequence[Sequence[int]],
+    codes: Sequence[Sequence[int]],
+    sources: Sequence[Sequence[Sequence[int]]] | None = None,
+) -> SequenceBatch:
+    """The prefix, then the image: right-padded, with prompt text and image codes as targets.
 
-    Forced grid tokens, `bos` and begin-of-image are no targets: nothing decides them.
+    Source images (spelled, one list a row), forced grid tokens, `bos` and begin-of-image are no targets: they are
+    given, and nothing decides them.
     """
-    decided = set(layout.grid.decided())
+    positions = set(layout.grid.decided())
+    decided = [position in positions for position in range(layout.grid.length)]
     rows: list[tuple[list[int], list[bool], list[int]]] = []
-    for prompt, image in zip(prompts, codes, strict=True):
-        prefix, span = layout.prefix(prompt), spell_image(layout, image)
-        targets = [False, *[True] * len(prompt), False, *[p in decided for p in range(len(span))]]
+    for prompt, image, given in zip(prompts, codes, sources or [()] * len(prompts), strict=True):
+        prefix, span = layout.prefix(prompt, given), spell_image(layout, image)
+        before = len(prefix) - len(prompt) - 1
+        targets = [*[False] * before, *[True] * len(prompt), False, *decided]
         rows.append(([*prefix, *span], targets, [TEXT] * len(prefix) + [IMAGE] * len(span)))
     width = max(len(ids) for ids, _, _ in rows)
     ids = torch.full((len(rows), width), layout.pad, dtype=torch.long)

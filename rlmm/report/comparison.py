@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rlmm.report.findings import JudgeRole, interval, tone
+from rlmm.report.findings import JudgeRole, interval, signed, tone
 from rlmm.report.panels import Figure
 from rlmm.report.plots import Point, interval_plot
 from rlmm.report.records import Contrast, EvalRow, Evaluation
@@ -65,9 +65,7 @@ def diversity_figure(evaluation: Evaluation, prefix: str) -> Figure | None:
     if not evaluation.diversity:
         return None
     arms = list(dict.fromkeys([row.arm for row in evaluation.rows] + [d.arm for d in evaluation.diversity]))
-    points = {
-        arm: [Point(d.temperature, d.value) for d in evaluation.diversity if d.arm == arm] for arm in arms
-    }
+    points = {arm: [Point(d.temperature, d.value) for d in evaluation.diversity if d.arm == arm] for arm in arms}
     plot = interval_plot(f"{prefix}-diversity", points, x_label="temperature", y_label="diversity")
     caption = (
         "How much the samples for one prompt differ, by temperature. An arm that scores higher but lies "
@@ -82,9 +80,10 @@ def differences(contrasts: Sequence[Contrast]) -> list[Difference]:
         Difference(
             f"{c.arm} − {c.baseline}",
             f"{c.metric} by {c.judge}",
-            " / ".join("–" if t is None else f"{t:g}" for t in (c.arm_temperature, c.baseline_temperature)),
-            f"{c.difference:+.3f}".replace("-", "−"),
-            interval(c.low, c.high, signed=True),
+            ("best: " if c.at == "best" else "")
+            + " / ".join("–" if t is None else f"{t:g}" for t in (c.arm_temperature, c.baseline_temperature)),
+            signed(c.difference),
+            interval(c.low, c.high, difference=True),
             tone(c),
         )
         for c in contrasts
@@ -100,8 +99,7 @@ def _score(rows: Sequence[EvalRow], arms: Sequence[str], role: JudgeRole, key: s
     judge, metric = rows[0].judge, rows[0].metric
     by_arm = {arm: [row for row in rows if row.arm == arm] for arm in arms}
     points = {
-        arm: [Point(row.temperature, row.mean, row.low, row.high) for row in found]
-        for arm, found in by_arm.items()
+        arm: [Point(row.temperature, row.mean, row.low, row.high) for row in found] for arm, found in by_arm.items()
     }
     plot = interval_plot(key, points, x_label="temperature", y_label=f"{metric} by {judge}")
     caption = (

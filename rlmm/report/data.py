@@ -113,9 +113,7 @@ def _gates(info: Mapping[str, Any], config: Mapping[str, Any] | None, name: str)
     configured = config
     for key in ("stages", name, "gates"):
         configured = configured.get(key) if isinstance(configured, Mapping) else None
-    found = (
-        {_GATED[k]: v for k, v in configured.items() if k in _GATED} if isinstance(configured, dict) else {}
-    )
+    found = {_GATED[k]: v for k, v in configured.items() if k in _GATED} if isinstance(configured, dict) else {}
     resolved = info.get("gates")
     found |= resolved if isinstance(resolved, dict) else {}
     return {key: float(value) for key, value in found.items() if isinstance(value, int | float)}
@@ -182,9 +180,7 @@ def _moment(value: Any, folder: Path, notes: Notes) -> datetime | None:
             return datetime.fromtimestamp(value, UTC)
         moment = datetime.fromisoformat(str(value))
     except (ValueError, OverflowError, OSError):
-        notes.add(
-            f"{_short(folder)}/stage.json: {value!r} is neither seconds since 1970 nor an ISO 8601 time."
-        )
+        notes.add(f"{_short(folder)}/stage.json: {value!r} is neither seconds since 1970 nor an ISO 8601 time.")
         return None
     return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
 

@@ -36,10 +36,12 @@ class Headline:
 
 
 def headline(run: Run, evaluation: Evaluation | None, rl_stages: Sequence[Stage]) -> Headline:
-    """The first contrast by a held-out judge makes the sentence (any first contrast where there is none)."""
+    """One contrast makes the sentence: a held-out judge goes before others, then each arm at its best temperature
+    before both at the same (an arm that was only sharpened loses there), then the order they were written in.
+    """
     roles = judge_roles(run.stages)
     contrasts = list(evaluation.contrasts) if evaluation else []
-    contrasts.sort(key=lambda contrast: roles.get(contrast.judge) == "trained on")
+    contrasts.sort(key=lambda contrast: (roles.get(contrast.judge) == "trained on", contrast.at != "best"))
     if not evaluation or not contrasts:
         return Headline(_before_evaluation(rl_stages), "open", ())
     first = contrasts[0]
@@ -89,8 +91,7 @@ def _change(curve: Curve, against: Literal["first", "middle"]) -> int:
     later = values[-third:]
     means = [sum(part) / third for part in (earlier, later)]
     variances = [
-        sum((v - mean) ** 2 for v in part) / (third - 1)
-        for part, mean in zip((earlier, later), means, strict=True)
+        sum((v - mean) ** 2 for v in part) / (third - 1) for part, mean in zip((earlier, later), means, strict=True)
     ]
     difference, error = means[1] - means[0], math.sqrt(sum(variances) / third)
     return 0 if abs(difference) <= 2 * error else (1 if difference > 0 else -1)
@@ -105,9 +106,7 @@ def _sentence(contrast: Contrast, evaluation: Evaluation, role: JudgeRole) -> st
     after = _mean(evaluation, contrast.arm, contrast.arm_temperature, contrast)
     before = _mean(evaluation, contrast.baseline, contrast.baseline_temperature, contrast)
     figures = (
-        f": {contrast.metric} went from {before:.2f} to {after:.2f}"
-        if after is not None and before is not None
-        else ""
+        f": {contrast.metric} went from {before:.2f} to {after:.2f}" if after is not None and before is not None else ""
     )
     verdict = {
         "better": f"{contrast.arm} does better than {contrast.baseline}",
@@ -120,25 +119,32 @@ def _sentence(contrast: Contrast, evaluation: Evaluation, role: JudgeRole) -> st
 def _finding(contrast: Contrast, role: JudgeRole) -> Finding:
     where = [f"{contrast.metric} by {contrast.judge}" + (f" ({role})" if role else "")]
     temperatures = (contrast.arm_temperature, contrast.baseline_temperature)
+    if contrast.at == "best":
+        where.append("each at its best temperature")
     if temperatures[0] is not None and temperatures[0] == temperatures[1]:
         where.append(f"both at T={temperatures[0]:g}")
     elif None not in temperatures:
         where.append(f"at T={temperatures[0]:g} against T={temperatures[1]:g}")
     return Finding(
         title=f"{contrast.arm} − {contrast.baseline}",
-        difference=f"{contrast.difference:+.3f}".replace("-", "−"),
-        interval=interval(contrast.low, contrast.high, signed=True),
+        difference=signed(contrast.difference),
+        interval=interval(contrast.low, contrast.high, difference=True),
         detail=", ".join(where),
         tone=tone(contrast),
     )
 
 
-def interval(low: float | None, high: float | None, *, signed: bool = False) -> str:
-    """'[+0.120, +0.240]', or 'no interval'."""
+def signed(value: float) -> str:
+    """'+0.123'; with an exponent where three decimals would show a difference from 0 as none."""
+    text = f"{value:+.3f}" if value == 0 or abs(value) >= 5e-4 else f"{value:+.1e}"
+    return text.replace("-", "−", 1) if value < 0 else text
+
+
+def interval(low: float | None, high: float | None, *, difference: bool = False) -> str:
+    """'[+0.120, +0.240]' for a difference, '[0.120, 0.240]' for a mean, or 'no interval'."""
     if low is None or high is None:
         return "no interval"
-    form = "+.3f" if signed else ".3f"
-    return f"[{low:{form}}, {high:{form}}]".replace("-", "−")
+    return f"[{signed(low)}, {signed(high)}]" if difference else f"[{low:.3f}, {high:.3f}]".replace("-", "−")
 
 
 def _mean(evaluation: Evaluation, arm: str, temperature: float | None, contrast: Contrast) -> float | None:

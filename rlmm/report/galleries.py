@@ -141,9 +141,7 @@ def _arm_sample(arm: str, row: Row | None, broken: list[str]) -> ArmSample:
 
 def _members(rows: list[Row], broken: list[str]) -> tuple[GroupMember, ...]:
     members = [_member(row, broken) for row in rows]
-    return tuple(
-        sorted(members, key=lambda m: -math.inf if m.advantage is None else m.advantage, reverse=True)
-    )
+    return tuple(sorted(members, key=lambda m: -math.inf if m.advantage is None else m.advantage, reverse=True))
 
 
 def _member(row: Row, broken: list[str]) -> GroupMember:

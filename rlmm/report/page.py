@@ -73,9 +73,7 @@ def batch_equations(config: Mapping[str, Any] | None) -> list[tuple[str, str]]:
         updates = objective.get("updates_per_rollout") if isinstance(objective, dict) else None
         text = f"{prompts} prompts × {samples} samples = {prompts * samples} rollouts a step"
         if isinstance(updates, int) and updates > 0:
-            text += (
-                f" = {updates} update{'s' if updates > 1 else ''} × {prompts * samples // updates} rollouts"
-            )
+            text += f" = {updates} update{'s' if updates > 1 else ''} × {prompts * samples // updates} rollouts"
         if isinstance(stage.get("micro_batch_size"), int):
             text += f", in micro-batches of {stage['micro_batch_size']}"
         found.append((str(name), text))

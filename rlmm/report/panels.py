@@ -120,17 +120,14 @@ SFT = (
         "loss",
         "Loss",
         ("loss", "loss/image", "loss/text"),
-        "Negative log-likelihood of the training targets, in nats a token. It should fall and then level "
-        "off.",
+        "Negative log-likelihood of the training targets, in nats a token. It should fall and then level off.",
     ),
     Panel("grad", "Gradient norm", ("grad_norm",), "Length of the gradient before clipping."),
     Panel("rate", "Learning rate", ("learning_rate",), "The schedule as it was applied."),
 )
 
 CODEC = (
-    Panel(
-        "loss", "Loss", ("loss",), "Reconstruction loss of the image tokenizer. It should fall and level off."
-    ),
+    Panel("loss", "Loss", ("loss",), "Reconstruction loss of the image tokenizer. It should fall and level off."),
     Panel(
         "psnr",
         "Reconstruction quality",
@@ -171,9 +168,7 @@ def reward_figure(stage: Stage, prefix: str) -> Figure | None:
     reward = stage.curves.get("reward/mean")
     if reward is None:
         return None
-    terms = [
-        k for k in stage.curves if k.startswith("reward/") and k.endswith("/mean") and k != "reward/mean"
-    ]
+    terms = [k for k in stage.curves if k.startswith("reward/") and k.endswith("/mean") and k != "reward/mean"]
     lines = [Line("reward", reward, BLUE, stage.curves.get("reward/std"))]
     if len(terms) > 1:
         names = [(key, key.removeprefix("reward/").removesuffix("/mean")) for key in terms]
@@ -210,8 +205,7 @@ def judges_figure(stage: Stage, prefix: str, parted: bool) -> Figure | None:
 
 def _figure(panel: Panel, keys: Sequence[str], stage: Stage, prefix: str) -> Figure:
     lines = [
-        Line(_label(key), stage.curves[key], BLUE + slot, ceiling=stage.gates.get(key))
-        for slot, key in enumerate(keys)
+        Line(_label(key), stage.curves[key], BLUE + slot, ceiling=stage.gates.get(key)) for slot, key in enumerate(keys)
     ]
     plot = line_plot(f"{prefix}-{panel.name}", lines, size=SMALL, log=panel.log)
     alarms = [_passed(line) for line in lines if line.ceiling is not None]

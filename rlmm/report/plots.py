@@ -9,10 +9,10 @@ import matplotlib
 import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator, NullLocator, StrMethodFormatter
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 from rlmm.report.records import Curve
-from rlmm.report.svg import N_COLOURS, PAPER, STYLE, WIDE, inline_svg, new_figure, stand_in
+from rlmm.report.svg import N_COLOURS, PAPER, STYLE, TICKS, WIDE, inline_svg, new_figure, stand_in
 
 
 @dataclass(frozen=True)
@@ -94,8 +94,8 @@ def line_plot(
         values = [v for line in lines for v in line.curve.values if not math.isnan(v)]
         if log and values and min(values) > 0:
             axes.set_yscale("log")
-            axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
             axes.yaxis.set_minor_locator(NullLocator())
+            axes.yaxis.set_major_formatter(TICKS)
         axes.set_xlabel("step", loc="right")
         axes.set_title(y_label)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=8 if size == WIDE else 5, integer=True))

@@ -73,6 +73,8 @@ class Contrast(Record):
     high: Bound = None
     arm_temperature: float | None = None
     baseline_temperature: float | None = None
+    at: str | None = None
+    """`best`: each arm at the temperature where it does best; else the temperature of both."""
 
 
 class Diversity(Record):

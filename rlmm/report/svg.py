@@ -11,6 +11,7 @@ import matplotlib
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import StrMethodFormatter
 
 N_COLOURS = 7
 INK, MUTED, GRID, PAPER = "#0a0001", "#0a0002", "#0a0003", "#0a0004"
@@ -36,6 +37,9 @@ STYLE = {
     "lines.solid_capstyle": "round",
 }
 
+TICKS = StrMethodFormatter("{x:.6g}")
+"""Plain numbers at every tick: no factor or offset written aside. A change of an axis's scale resets it."""
+
 WIDE, SMALL = (11.4, 3.9), (4.2, 2.1)
 """Figure sizes in inches: the full width of the page, and one cell of a grid of small plots."""
 
@@ -54,6 +58,7 @@ def new_figure(size: tuple[float, float]) -> tuple[Figure, Axes]:
     axes.set_axisbelow(True)
     axes.tick_params(axis="y", length=0)
     axes.locator_params(axis="y", nbins=5)
+    axes.yaxis.set_major_formatter(TICKS)
     return figure, axes
 
 

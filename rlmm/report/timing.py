@@ -8,7 +8,7 @@ from rlmm.report.plots import stacked_plot
 from rlmm.report.records import Curve, Stage
 from rlmm.report.svg import N_COLOURS
 
-ORDER = ("rollout", "score", "update", "save", "eval", "step", "other")
+ORDER = ("rollout", "score", "update", "save", "replay", "held_out", "other", "eval", "step")
 """Fixed, so that a kind of work has the same colour in every bar; kinds not named here come last."""
 
 
@@ -42,9 +42,7 @@ def bars(stages: Sequence[Stage]) -> list[Bar]:
         total = sum(parts.values())
         if total > 0:
             segments = [
-                Segment(k, parts[k], parts[k] / longest, slot(k))
-                for k in sorted(parts, key=_rank)
-                if parts[k] > 0
+                Segment(k, parts[k], parts[k] / longest, slot(k)) for k in sorted(parts, key=_rank) if parts[k] > 0
             ]
             found.append(Bar(name, total, tuple(segments)))
     return found
@@ -81,9 +79,7 @@ def duration(seconds: float) -> str:
 
 
 def _times(stage: Stage) -> dict[str, Curve]:
-    return {
-        key.removeprefix("time/"): curve for key, curve in stage.curves.items() if key.startswith("time/")
-    }
+    return {key.removeprefix("time/"): curve for key, curve in stage.curves.items() if key.startswith("time/")}
 
 
 def _sums(stage: Stage) -> dict[str, float]:

@@ -3,6 +3,7 @@
 Every phase is a function of the step and the weights, so a rollout that is made again after a kill is the same one.
 """
 
+import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,17 +18,17 @@ from torch import Tensor
 
 from rewards.base import Sample
 from rewards.compose import Scored
-from rlmm.codecs import Codec, tensor_to_images
+from rlmm.codecs import Codec, images_to_tensor, tensor_to_images
 from rlmm.config.stages import GrpoStage, Sampling
 from rlmm.data import Dataset, Example
 from rlmm.evaluation.statistics import diversity, duplicate_share
 from rlmm.objectives.advantages import AdvantageResult, group_advantages
 from rlmm.policies.base import Policy
-from rlmm.policies.layout_io import read_codes
+from rlmm.policies.layout_io import read_codes, spell_image
 from rlmm.seeds import derive, epoch_indices
 from rlmm.train.processes import gather, share, world
 from rollouts.contract import Engine, Layout, Request
-from rollouts.law import COND, UNCOND, Law
+from rollouts.law import COND, SOURCE, UNCOND, Law
 from rollouts.store import read_trajectory, write_trajectory
 from rollouts.trajectory import Span, Trajectory
 
@@ -48,6 +49,7 @@ def law_of(layout: Layout, sampling: Sampling) -> Law:
         vocabulary=layout.image,
         temperature=sampling.temperature,
         guidance_scale=sampling.guidance_scale,
+        source_scale=sampling.source_scale,
         mode=sampling.guidance,
         top_k=sampling.top_k,
         top_p=sampling.top_p,
@@ -58,16 +60,38 @@ def image_span(layout: Layout, law: Law) -> Span:
     return Span("image", law, layout.grid.length)
 
 
-def request_for(policy: Policy, law: Law, prompt: str, group: str, seeds: Sequence[int]) -> Request:
-    """A prompt's request: the streams its law reads, and one id a seed."""
+def spell_sources(codec: Codec, layout: Layout, images: Sequence[Image.Image]) -> list[list[int]]:
+    """Token ids of source images."""
+    if not images:
+        return []
+    with torch.no_grad():
+        codes = codec.encode(images_to_tensor(images, codec))
+    return [spell_image(layout, row) for row in codes.tolist()]
+
+
+def request_for(policy: Policy, codec: Codec, law: Law, example: Example, group: str, seeds: Sequence[int]) -> Request:
+    """A prompt's request: the streams its law reads, and one id a seed. `cond` sees prompt and sources, `source` the
+    sources alone, `uncond` neither."""
     layout = policy.layout
-    streams = {COND: layout.prefix(policy.encode_prompt(prompt)), UNCOND: layout.prefix(layout.null_prompt)}
+    sources = spell_sources(codec, layout, example.sources)
+    streams = {
+        COND: layout.prefix(policy.encode_prompt(example.prompt), sources),
+        UNCOND: layout.prefix(layout.null_prompt),
+        SOURCE: layout.prefix(layout.null_prompt, sources),
+    }
     return Request(
         group_id=group,
         streams={name: streams[name] for name in law.streams()},
         seeds=tuple(seeds),
         sample_ids=tuple(f"{group}/{i}" for i in range(len(seeds))),
+        sources=tuple(image_hash(image) for image in example.sources),
     )
+
+
+def image_hash(image: Image.Image) -> str:
+    """A content hash: mode, size and pixels."""
+    head = f"{image.mode} {image.size[0]}x{image.size[1]} ".encode()
+    return hashlib.sha256(head + image.tobytes()).hexdigest()[:32]
 
 
 def step_prompts(data: Dataset, config: GrpoStage, rollout: int, seed: int) -> list[tuple[int, Example]]:
@@ -79,14 +103,21 @@ def step_prompts(data: Dataset, config: GrpoStage, rollout: int, seed: int) -> l
 
 
 def rollout_requests(
-    policy: Policy, law: Law, prompts: Sequence[tuple[int, Example]], config: GrpoStage, rollout: int, seed: int
+    policy: Policy,
+    codec: Codec,
+    law: Law,
+    prompts: Sequence[tuple[int, Example]],
+    config: GrpoStage,
+    rollout: int,
+    seed: int,
 ) -> list[Request]:
     """Seeds hash (run, stage, rollout, prompt's place, sample): independent of rank and of batch position."""
     return [
         request_for(
             policy,
+            codec,
             law,
-            example.prompt,
+            example,
             f"{rollout:06d}/{place:04d}",
             [derive(seed, "sample", rollout, place, sample) for sample in range(config.samples_per_prompt)],
         )

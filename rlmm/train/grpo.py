@@ -14,13 +14,13 @@ from rlmm.objectives.kl import kl_estimate, kl_loss
 from rlmm.objectives.policy_gradient import clipped_policy_loss, policy_metrics
 from rlmm.objectives.weights import Totals, count_totals, token_weights
 from rlmm.policies.causal import CausalPolicy
-from rlmm.rewarding import build_composite
+from rlmm.rewarding import build_composite, gold_results
 from rlmm.seeds import generator
 from rlmm.train import experience as phases
 from rlmm.train.context import StageContext, run_codec, starting_policy
 from rlmm.train.engines import build_engine
 from rlmm.train.experience import Experience, Timed
-from rlmm.train.gates import check_mismatch, check_shares, finite_loss, measure_mismatch
+from rlmm.train.gates import GateError, check_mismatch, check_shares, finite_loss, measure_mismatch
 from rlmm.train.metrics import Meter, MetricsFile
 from rlmm.train.processes import gather, share
 from rlmm.train.results import save_result
@@ -86,7 +86,7 @@ class GrpoSource:
         with timed("rollout"):
             self._sync(rollout)
             prompts = phases.step_prompts(self.data, config, rollout, self.seed)
-            requests = phases.rollout_requests(self.policy, self.law, prompts, config, rollout, self.seed)
+            requests = phases.rollout_requests(self.policy, self.codec, self.law, prompts, config, rollout, self.seed)
             made = phases.generate(self.engine, self.policy, self.law, requests, self.policy.model)
         with timed("score"):
             examples = [example for _, example in prompts for _ in range(config.samples_per_prompt)]
@@ -233,6 +233,17 @@ def _penalty(objective: ObjectiveConfig, logp_BS: Tensor, old_BS: Tensor, batch:
     return objective.kl.coefficient * penalty_BS
 
 
+def check_gold(context: StageContext) -> None:
+    """Before training, every reward that brings a known good and a known bad sample ranks them rightly."""
+    for part, rewards in (("rewards", context.recipe.rewards), ("held_out", context.recipe.held_out)):
+        for term, result in gold_results(rewards).items():
+            if result is not None and not result.passed:
+                raise GateError(
+                    f"{part}.{term} ranks a known bad sample above a known good one: {'; '.join(result.lines)}. "
+                    "Training on it would teach the opposite; look at `rlmm reward check`"
+                )
+
+
 def run_grpo(context: StageContext) -> None:
     """Train from the starting policy on the recipe's prompts; leaves model/ (and adapter/) in the stage's folder."""
     config: GrpoStage = context.config
@@ -240,6 +251,7 @@ def run_grpo(context: StageContext) -> None:
     policy = starting_policy(context, codec)
     if config.objective.kl.coefficient > 0:
         policy.freeze_reference()
+    check_gold(context)
     meter = Meter()
     source = GrpoSource(context, policy, codec, meter)
     train(

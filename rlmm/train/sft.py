@@ -1,6 +1,5 @@
 """The SFT stage: cross-entropy on image (and text) tokens under one set of weights that sum to 1 over a step."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,10 +13,12 @@ from rlmm.policies.base import Policy, SequenceBatch
 from rlmm.policies.layout_io import supervised_batch
 from rlmm.seeds import epoch_indices, generator
 from rlmm.train.context import StageContext, run_codec, starting_policy
+from rlmm.train.experience import spell_sources
 from rlmm.train.metrics import Meter
 from rlmm.train.processes import share
 from rlmm.train.results import save_result
 from rlmm.train.running import forget_checkpoints, train
+from rollouts.contract import Layout
 from rollouts.trajectory import IMAGE, TEXT
 
 
@@ -35,21 +36,25 @@ class SftBatch:
 class SftSource:
     """Step -> micro-batches. Rows of a step are sorted by length, so that short ones are not padded to long ones."""
 
-    def __init__(self, policy: Policy, prompts: Sequence[str], codes_NT: Tensor, config: SftStage, seed: int) -> None:
-        self.policy, self.codes_NT, self.config, self.seed = policy, codes_NT, config, seed
-        self.prompts = [policy.encode_prompt(prompt) for prompt in prompts]
-        rows = share(config.batch_size, "batch_size")
-        self.micro_batches_per_step = _whole(rows.stop - rows.start, config.micro_batch_size)
+    def __init__(self, policy: Policy, rows: "SupervisedRows", config: SftStage, seed: int) -> None:
+        self.policy, self.rows, self.config, self.seed = policy, rows, config, seed
+        self.prompts = [policy.encode_prompt(prompt) for prompt in rows.prompts]
+        mine = share(config.batch_size, "batch_size")
+        self.micro_batches_per_step = _whole(mine.stop - mine.start, config.micro_batch_size)
 
     def micro_batches(self, step: int) -> list[SftBatch]:
         config = self.config
         picked = epoch_indices(len(self.prompts), step * config.batch_size, config.batch_size, self.seed)
-        dropped = generator(self.seed, "prompt dropout", step).random(len(picked)) < config.prompt_dropout
+        luck = generator(self.seed, "prompt dropout", step).random(len(picked))
+        dropped = luck < config.prompt_dropout
         prompts = [
             list(self.policy.layout.null_prompt) if drop else self.prompts[i]
             for i, drop in zip(picked, dropped, strict=True)
         ]
-        whole = supervised_batch(self.policy.layout, prompts, self.codes_NT[picked].tolist())
+        # Half of the dropped prompts lose their source images too: guidance has a stream with them and one without.
+        bare = luck < config.prompt_dropout / 2
+        sources = [[] if drop else self.rows.sources[i] for i, drop in zip(picked, bare, strict=True)]
+        whole = supervised_batch(self.policy.layout, prompts, self.rows.codes_NT[picked].tolist(), sources)
         totals = count_modalities(whole.target_BT, whole.modality_BT)
         weight_BT = sft_token_weights(
             whole.target_BT, whole.modality_BT, config.text_weight, config.image_weight, totals=totals
@@ -75,10 +80,20 @@ def sft_loss(policy: Policy, model: nn.Module, batch: SftBatch, meter: Meter) ->
     return -(batch.weight_BT * logp_BT).sum()
 
 
-def encode_targets(codec: Codec, data: Dataset, batch: int = 256) -> tuple[list[str], Tensor]:
-    """Prompts and codes [N, T] of every row that has a target image."""
+@dataclass(frozen=True)
+class SupervisedRows:
+    """Prompts, codes [N, T] of the target images, and the spelled source images of each row."""
+
+    prompts: list[str]
+    codes_NT: Tensor
+    sources: list[list[list[int]]]
+
+
+def encode_targets(codec: Codec, layout: Layout, data: Dataset, batch: int = 256) -> SupervisedRows:
+    """Every row that has a target image, as codes."""
     prompts: list[str] = []
     codes: list[Tensor] = []
+    sources: list[list[list[int]]] = []
     codec.eval()
     for start in range(0, len(data), batch):
         rows = [data[i] for i in range(start, min(start + batch, len(data)))]
@@ -88,12 +103,13 @@ def encode_targets(codec: Codec, data: Dataset, batch: int = 256) -> tuple[list[
             with torch.no_grad():
                 codes.append(codec.encode(images))
             prompts += [row.prompt for row in rows]
+            sources += [spell_sources(codec, layout, row.sources) for row in rows]
     if not codes:
         raise ValueError(
             f"none of the {len(data)} training rows has a target image, which SFT needs; name the image column in "
             "data.target_column, or drop the SFT stage"
         )
-    return prompts, torch.cat(codes)
+    return SupervisedRows(prompts, torch.cat(codes), sources)
 
 
 def run_sft(context: StageContext) -> None:
@@ -102,8 +118,8 @@ def run_sft(context: StageContext) -> None:
     codec = run_codec(context)
     policy = starting_policy(context, codec)
     data = build_dataset(context.recipe.data, "train", context.recipe.seed)
-    prompts, codes_NT = encode_targets(codec, data)
-    source = SftSource(policy, prompts, codes_NT, config, context.seed("batches"))
+    rows = encode_targets(codec, policy.layout, data)
+    source = SftSource(policy, rows, config, context.seed("batches"))
     train(
         context,
         policy.model,

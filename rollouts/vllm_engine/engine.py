@@ -102,7 +102,10 @@ class VllmEngine:
 
     def sync(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Load the weights and forget every key and value the old ones made."""
+        from rollouts.vllm_engine.weights import refresh_tied_head
+
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
+        self.llm.apply_model(refresh_tied_head)
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("vLLM kept keys and values of the old weights: requests are still running; finish them")
         self.weights_version = version

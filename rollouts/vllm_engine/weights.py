@@ -22,6 +22,12 @@ def running_fingerprint(model: nn.Module) -> str:
         return weights_fingerprint(running_weights(model))
 
 
+def refresh_tied_head(model: Any) -> None:
+    """Repack the head of a model with tied embeddings: a reload repacks the embedding's layer alone."""
+    if model.config.tie_word_embeddings:
+        model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
+
+
 def running_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
     """One weight at a time. Raises NotImplementedError on a layer that cannot be read so."""
     tied = bool(model.config.tie_word_embeddings)

@@ -12,9 +12,7 @@ from synthetic_run import build_run
 from rlmm.report import write_report
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(
-    BROWSER is None, reason="no Chromium on PATH (Debian: apt-get install chromium)"
-)
+pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium on PATH (Debian: apt-get install chromium)")
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +47,7 @@ def test_browser_shows_every_image_and_runs_the_script(report: Path, tmp_path: P
 
 def test_a_missing_image_is_noticed(report: Path, tmp_path: Path) -> None:
     page = tmp_path / "broken.html"
-    page.write_text(
-        report.read_text().replace("data:image/png;base64,iVBOR", "data:image/png;base64,xxxxx", 1)
-    )
+    page.write_text(report.read_text().replace("data:image/png;base64,iVBOR", "data:image/png;base64,xxxxx", 1))
     assert seen(page, tmp_path / "profile")["broken-images"] == "1"
 
 

@@ -209,6 +209,17 @@ def test_verdict_follows_the_interval() -> None:
     assert [tone(contrast(*pair)) for pair in pairs] == ["better", "worse", "open", "open", "open"]
 
 
+def test_headline_prefers_each_arm_at_its_best(finished: Path) -> None:
+    run = read_run(finished)
+    evaluation = run.stages[-1].evaluation
+    assert evaluation is not None
+    best = evaluation.contrasts[3].model_copy(update={"at": "best", "difference": -2e-5, "low": -0.1, "high": 0.1})
+    told = headline(run, Evaluation(evaluation.rows, (*evaluation.contrasts, best), ()), run.stages[2:3])
+    assert "no difference between grpo and sft-more is shown" in told.sentence and told.tone == "open"
+    assert (told.findings[0].difference, told.findings[0].interval) == ("−2.0e-05", "[−0.100, +0.100]")
+    assert "each at its best temperature" in told.findings[0].detail
+
+
 def test_headline_prefers_the_held_out_judge(finished: Path) -> None:
     run = read_run(finished)
     evaluation = run.stages[-1].evaluation

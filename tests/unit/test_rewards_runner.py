@@ -147,6 +147,16 @@ def test_the_deadline_bounds_retries_too() -> None:
     assert {score.status for score in scores} == {"unavailable"}
 
 
+def test_the_deadline_bounds_the_search_for_the_bad_sample_too() -> None:
+    def answer(samples: Sequence[Sample]) -> list[float]:
+        time.sleep(0.1)
+        raise ConnectionError("down")
+
+    runner = RewardRunner(Judge(answer), batch_size=8, deadline_s=0.35, retries=0)
+    assert {score.status for score in runner.score(make(8))} == {"unavailable"}
+    assert runner.stats.unavailable["deadline"] >= 4
+
+
 @pytest.mark.parametrize("deadline_s", [None, 5.0])
 def test_an_interrupt_is_not_taken_for_a_failing_judge(deadline_s: float | None) -> None:
     def answer(samples: Sequence[Sample]) -> list[float]:
