@@ -19,7 +19,7 @@ reward_app = typer.Typer(help="Rewards: which there are, and whether one tells g
 app.add_typer(reward_app, name="reward")
 console = Console()
 
-Config = Annotated[Path, typer.Argument(help="A recipe, e.g. configs/quickstart.yaml")]
+Config = Annotated[Path, typer.Argument(help="A recipe file, or the name of a shipped one")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key.subkey=value, any number of them")]
 RunDir = Annotated[Path, typer.Argument(help="A run folder, e.g. runs/quickstart")]
 
@@ -27,7 +27,7 @@ RunDir = Annotated[Path, typer.Argument(help="A run folder, e.g. runs/quickstart
 def say(line: str) -> None:
     """A line for the person at the terminal, from the first process alone."""
     if os.environ.get("RANK", "0") == "0":
-        console.print(line, markup=False, highlight=False)
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()

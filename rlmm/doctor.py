@@ -123,9 +123,7 @@ def _package_dir(name: str) -> Path | None:
 
 def import_error(name: str) -> str:
     """The last line of the error of `import name` in a fresh process, "" when it succeeds."""
-    done = subprocess.run(
-        [sys.executable, "-c", f"import {name}"], capture_output=True, text=True, timeout=300
-    )
+    done = subprocess.run([sys.executable, "-c", f"import {name}"], capture_output=True, text=True, timeout=300)
     return done.stderr.strip().splitlines()[-1] if done.returncode else ""
 
 

@@ -6,12 +6,14 @@ import torch
 from transformers.utils import logging as hf_logging
 
 from rlmm.config.recipe import Recipe
+from rlmm.config.stages import GrpoStage
 from rlmm.evaluation.evaluate import run_eval
 from rlmm.export import run_export
 from rlmm.report import write_report
 from rlmm.run_folder import RunFolder
 from rlmm.train.codec import run_codec_stage
 from rlmm.train.context import StageContext
+from rlmm.train.gates import ceilings
 from rlmm.train.grpo import run_grpo
 from rlmm.train.processes import world
 from rlmm.train.sft import run_sft
@@ -44,10 +46,11 @@ def run_recipe(recipe: Recipe, say: Callable[[str], None]) -> RunFolder:
             say(f"{name}: done before")
             continue
         say(f"{name} ({stage.kind})")
+        gates = ceilings(stage.gates, stage.precision) if isinstance(stage, GrpoStage) else None
         if first:
-            folder.mark(name, stage.kind, "running")
+            folder.mark(name, stage.kind, "running", gates)
         STAGES[stage.kind](StageContext(recipe, folder, name, stage, say))
         if first:
-            folder.mark(name, stage.kind, "done")
+            folder.mark(name, stage.kind, "done", gates)
             write_report(folder.path)
     return folder

@@ -38,18 +38,11 @@ class RunFolder:
         path = self.stage(name) / "stage.json"
         return json.loads(path.read_text()) if path.is_file() else {}
 
-    def mark(self, name: str, kind: str, status: str) -> None:
-        """Record a stage's status with the time it took its first and its last step."""
+    def mark(self, name: str, kind: str, status: str, gates: dict[str, float] | None = None) -> None:
+        """Record a stage's status, when it was first started and finished, and the ceilings of its gates."""
         before, now = self.status(name), datetime.now(UTC).isoformat(timespec="seconds")
-        record: dict[str, str | None] = {
-            "name": name,
-            "kind": kind,
-            "status": status,
-            "started": before.get("started", now),
-            "finished": None,
-        }
-        if status == "done":
-            record["finished"] = now
+        times = {"started": before.get("started", now), "finished": now if status == "done" else None}
+        record = {"name": name, "kind": kind, "status": status, **times, "gates": gates or {}}
         self.stage(name).mkdir(parents=True, exist_ok=True)
         write_json_atomically(self.stage(name) / "stage.json", record)
 

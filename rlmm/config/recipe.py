@@ -14,6 +14,7 @@ from rlmm.config.data import Data
 from rlmm.config.policy import NewPolicy, Policy
 from rlmm.config.rewards import Rewards
 from rlmm.config.stages import EvalStage, ExportStage, GrpoStage, SftStage, Stage
+from rlmm.installation import recipes_dir
 from rlmm.objectives.legality import LogProbKind, check_legal
 
 
@@ -84,22 +85,31 @@ def read_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
     Raises:
         RecipeError: no such file, no mapping, a broken override, or a value that does not fit.
     """
-    if not path.is_file():
-        near = [str(p) for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
-        raise RecipeError(f"no recipe at {path}.{nearest(str(path), near) if near else ''}")
+    path = _locate(path)
     try:
         config = OmegaConf.load(path)
         for override in overrides or []:
             if "=" not in override:
                 raise RecipeError(f"override {override!r} has no '='; write key.subkey=value")
             key, value = override.split("=", 1)
-            OmegaConf.update(config, key, yaml.safe_load(value), force_add=True)
+            OmegaConf.update(config, key, yaml.safe_load(value), merge=False, force_add=True)
         raw = OmegaConf.to_container(config, resolve=True)
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise RecipeError(f"{path} cannot be read as YAML with these overrides: {error}") from error
     if not isinstance(raw, dict):
         raise RecipeError(f"{path} holds a {type(raw).__name__}; a recipe is a mapping of keys")
     return validate_recipe(raw, str(path))
+
+
+def _locate(path: Path) -> Path:
+    """A file, or the shipped recipe of that name (`quickstart`, `configs/quickstart.yaml`)."""
+    shipped = {recipe.stem: recipe for recipe in recipes_dir().glob("*.yaml")}
+    if path.is_file():
+        return path
+    if path.stem in shipped and path.parent in (Path("."), Path("configs")):
+        return shipped[path.stem]
+    near = [str(p) for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+    raise RecipeError(f"no recipe at {path}.{nearest(str(path), [*near, *shipped])}")
 
 
 def validate_recipe(raw: dict[Any, Any], source: str) -> Recipe:

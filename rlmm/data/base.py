@@ -1,7 +1,7 @@
 """What a data set hands to the stages."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -37,12 +37,15 @@ class Dataset(Protocol):
     `excluded` counts the rows that were left out, by reason; they are not part of `len`.
     """
 
-    @property
-    def excluded(self) -> Counter[str]: ...
+    excluded: Counter[str]
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Example: ...
+
+    def __iter__(self) -> Iterator[Example]:
+        for index in range(len(self)):
+            yield self[index]
 
 
 def position(index: int, length: int) -> int:

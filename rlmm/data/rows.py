@@ -10,7 +10,7 @@ from PIL import Image
 
 from rlmm.config.base import nearest
 from rlmm.config.data import RowsData, Split
-from rlmm.data.base import Example, UnusableRow, position
+from rlmm.data.base import Dataset, Example, UnusableRow, position
 from rlmm.data.images import ImageReader
 from rlmm.data.messages import last_request
 from rlmm.seeds import derive
@@ -47,7 +47,8 @@ def parse_row(raw: Mapping[str, Any], config: RowsData) -> Request:
     used = {config.prompt_column, config.target_column, config.sources_column}
     rest = {name: value for name, value in raw.items() if name not in used}
     asked = raw[config.prompt_column]
-    given = () if config.sources_column is None else _listed(raw[config.sources_column])
+    given = () if config.sources_column is None else raw[config.sources_column]
+    given = tuple(given) if isinstance(given, list | tuple) else (given,)
     target, unread = None, 0
     if isinstance(asked, list):
         turn = last_request(asked)
@@ -70,13 +71,6 @@ def _checked_prompt(prompt: Any, longest: int | None) -> str:
     if longest is not None and len(prompt) > longest:
         raise UnusableRow(f"prompt longer than {longest} characters", f"{len(prompt)} characters")
     return prompt
-
-
-def _listed(value: Any) -> tuple[Any, ...]:
-    images = tuple(value) if isinstance(value, list | tuple) else (value,)
-    if any(image is None for image in images):
-        raise UnusableRow("missing image", "a source image is null")
-    return images
 
 
 def _placed(parts: tuple[Any, ...], given: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -104,7 +98,7 @@ def is_held_out(prompt: str, share: float) -> bool:
     return derive("rows", "held out", prompt) < share * 2**63
 
 
-class Rows:
+class Rows(Dataset):
     """The usable rows of one split, decoded when asked for.
 
     `excluded` counts the rows of this split that were left out, by reason; rows whose prompt cannot be read
@@ -117,7 +111,7 @@ class Rows:
 
         Raises ValueError for a missing column, more exclusions than `max_excluded_share`, or nothing left.
         """
-        self.excluded: Counter[str] = Counter()
+        self.excluded = Counter()
         self.faults: list[str] = []
         self.unread_turns = 0
         self._raw, self._config = raw, config

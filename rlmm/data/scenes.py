@@ -14,7 +14,7 @@ from PIL import Image
 
 from rewards.scenes_spec import BACKGROUND, CELL, GRID, PALETTE, SIZE, Edit, ObjectGroup, Relation, SceneSpec
 from rlmm.config.data import ScenesData, Split
-from rlmm.data.base import Example, position
+from rlmm.data.base import Dataset, Example, position
 from rlmm.data.scene_combinations import Combination, by_task
 from rlmm.seeds import derive, generator
 
@@ -94,12 +94,12 @@ def edited(cells: Cells, edit: Edit, draw: np.random.Generator | None) -> Cells:
     return {cell: new if what == named else what for cell, what in cells.items()}
 
 
-class Scenes:
+class Scenes(Dataset):
     """One split: a combination an item; cells are drawn from `seed` and the item's number, unless they are
     fixed."""
 
     def __init__(self, items: Sequence[Combination], seed: int, *, drawn: bool, fixed: bool) -> None:
-        self.excluded: Counter[str] = Counter()
+        self.excluded = Counter()
         self._items, self._seed, self._drawn, self._fixed = items, seed, drawn, fixed
 
     def __len__(self) -> int:

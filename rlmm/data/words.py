@@ -14,7 +14,7 @@ import matplotlib
 from PIL import Image, ImageDraw, ImageFont
 
 from rlmm.config.data import Split, WordsData
-from rlmm.data.base import Example, position
+from rlmm.data.base import Dataset, Example, position
 from rlmm.seeds import derive
 
 CELL: Final = (16, 32)
@@ -72,11 +72,11 @@ def split_words(config: WordsData) -> tuple[list[str], list[str]]:
     return ordered[config.held_out_words :], ordered[: config.held_out_words]
 
 
-class Words:
+class Words(Dataset):
     """One split: `words` in order, wrapping around with the next font where `size` exceeds their number."""
 
     def __init__(self, words: list[str], size: int, *, seed: int, drawn: bool, font_in_prompt: bool) -> None:
-        self.excluded: Counter[str] = Counter()
+        self.excluded = Counter()
         self._words, self._size, self._seed = words, size, seed
         self._drawn, self._font_in_prompt = drawn, font_in_prompt
 

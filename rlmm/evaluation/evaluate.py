@@ -104,6 +104,7 @@ def _cell(
         {"arm": name[0], "temperature": name[1], "seed": i % config.sampling_seeds, "prompt": sample.prompt}
         | {"image": phases.png_bytes(sample.images[0])}
         | {f"score/{term}": column[i].value for term, column in scores.items()}
+        | {f"reading/{term}": column[i].reason for term, column in scores.items()}
         for i, sample in enumerate(samples)
     ]
     spread = diversity(made.ids.numpy(), made.target_mask.numpy(), list(made.group_id))

@@ -234,6 +234,7 @@ def store(
     }
     for name in scored[0].terms:
         columns[f"reward/{name}"] = [one.terms[name].value for one in scored]
+        columns[f"reading/{name}"] = [one.terms[name].reason for one in scored]
     for name, value in (("old_logp", experience.old_logp_BS), ("reference_logp", experience.reference_logp_BS)):
         if value is not None:
             columns[name] = list(value.double().numpy())

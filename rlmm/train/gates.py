@@ -37,13 +37,21 @@ def measure_mismatch(logp_BS: Tensor, sampler_logp_BS: Tensor, target_BS: Tensor
     return Mismatch(float(gap.sum()), gap.numel(), float(gap.max()))
 
 
+def ceilings(gates: Gates, precision: str) -> dict[str, float]:
+    """Metric name -> the value above which its gate acts, defaults resolved."""
+    mean = gates.mismatch_mean if gates.mismatch_mean is not None else TOLERANCE[precision]
+    largest = gates.mismatch_max if gates.mismatch_max is not None else MAX_FACTOR * mean
+    shares = {name: getattr(gates, limit) for name, (limit, _) in SHARES.items()}
+    return {"mismatch/mean": mean, "mismatch/max": largest, **shares}
+
+
 def check_mismatch(found: Mismatch, gates: Gates, precision: str) -> None:
     """Before the first update of a rollout the trainer's log-probs must be the sampler's.
 
     Raises GateError past the tolerance, unless off-policy training was asked for.
     """
-    mean_limit = gates.mismatch_mean if gates.mismatch_mean is not None else TOLERANCE[precision]
-    max_limit = gates.mismatch_max if gates.mismatch_max is not None else MAX_FACTOR * mean_limit
+    limits = ceilings(gates, precision)
+    mean_limit, max_limit = limits["mismatch/mean"], limits["mismatch/max"]
     within = found.mean <= mean_limit and found.largest <= max_limit
     if within or gates.off_policy == "allow":
         return

@@ -84,7 +84,9 @@ class VllmEngine:
         if not requests:
             raise ValueError("no requests to generate from; pass at least one prompt")
         if span.law.vocabulary[1] > self.layout.vocab_size:
-            raise ValueError(f"the law's slice {span.law.vocabulary} ends past the vocabulary, {self.layout.vocab_size}")
+            raise ValueError(
+                f"the law's slice {span.law.vocabulary} ends past the vocabulary, {self.layout.vocab_size}"
+            )
         samples = self._samples(requests, span.law)
         drawn = [one for wave in self._waves(samples) for one in self._run(wave, span.law)]
         supports = [one.support for one in drawn if one.support is not None]
@@ -183,7 +185,10 @@ class VllmEngine:
                 # Greedy: the processor leaves one token to take.
                 parameters.append(
                     SamplingParams(
-                        temperature=0.0, max_tokens=grid.length, ignore_eos=True, detokenize=False,
+                        temperature=0.0,
+                        max_tokens=grid.length,
+                        ignore_eos=True,
+                        detokenize=False,
                         extra_args={KEY: row},
                     )  # fmt: skip
                 )

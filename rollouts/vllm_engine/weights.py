@@ -36,9 +36,8 @@ def running_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
             if not tied:
                 yield f"{name}.weight", _answers(module)[: module.org_vocab_size]
         elif isinstance(module, VocabParallelEmbedding):
-            head = model.lm_head if tied else None
-            weight = module.weight if head is None else _answers(head)
-            yield f"{name}.weight", weight[: module.org_vocab_size]
+            weight_VH = _answers(model.lm_head) if tied else module.get_parameter("weight")
+            yield f"{name}.weight", weight_VH[: module.org_vocab_size]
         elif isinstance(module, LinearBase):
             yield from _split(name, module, model.packed_modules_mapping)
         else:

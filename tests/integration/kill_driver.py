@@ -73,8 +73,8 @@ def kill_in_save() -> None:
 def kill_between_stages() -> None:
     mark = RunFolder.mark
 
-    def marked(self: RunFolder, name: str, kind: str, status: str) -> None:
-        mark(self, name, kind, status)
+    def marked(self: RunFolder, name: str, kind: str, status: str, gates: dict[str, float] | None = None) -> None:
+        mark(self, name, kind, status, gates)
         if name == "sft" and status == "done":
             die()
 

@@ -96,7 +96,7 @@ def test_the_engine_goes_on_after_an_error_and_leaves_no_group(found: dict[str, 
 @needs_vllm
 @pytest.mark.slow
 def test_a_grpo_stage_goes_the_same_way_under_both_engines(found: dict[str, Any]) -> None:
-    ours, theirs = found["stage"]["vllm"], found["stage"]["torch"]
+    ours, theirs = found["stage"]
     assert len(ours) == len(theirs) == 4
     for mine, reference in zip(ours, theirs, strict=True):
         assert mine == pytest.approx(reference, rel=1e-3, abs=1e-5)

@@ -4,6 +4,7 @@ import base64
 import io
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from rlmm.data.base import UnusableRow
 from rlmm.data.images import FORMATS, ImageReader, fit
 
 
-def encoded(image: Image.Image, format: str = "PNG", **options) -> bytes:
+def encoded(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
     stream = io.BytesIO()
     image.save(stream, format, **options)
     return stream.getvalue()
@@ -57,7 +58,7 @@ def test_every_stored_form_gives_the_same_pixels(tmp_path: Path) -> None:
         ("data:image/png,abc", "corrupt image"),
         ("https://example.com/a.png", "remote image"),
         (3.5, "not an image"),
-        (encoded(picture(), "EPS"), "corrupt image"),
+        (encoded(picture(), "PCX"), "corrupt image"),
     ],
 )
 def test_what_cannot_be_read_says_why(value: object, reason: str, tmp_path: Path) -> None:

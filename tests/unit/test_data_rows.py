@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from rlmm.config.data import RowsData
+from rlmm.config.data import RowsData, Split
 from rlmm.data import build_dataset
 from rlmm.data.rows import Rows, is_held_out
 
@@ -31,9 +31,14 @@ def jsonl(path: Path, rows: list[dict[str, Any]]) -> str:
     return str(path)
 
 
-def read(tmp_path: Path, path: str, split: str = "train", **settings: Any) -> Rows:
-    settings = {"held_out_share": 0.0, "cache_dir": str(tmp_path / "cache")} | settings
-    data = build_dataset(RowsData(path=path, **settings), split, 0)  # type: ignore[arg-type]
+def corner(image: Image.Image | None) -> Any:
+    assert image is not None
+    return image.getpixel((0, 0))
+
+
+def read(tmp_path: Path, path: str, split: Split = "train", **settings: Any) -> Rows:
+    config: dict[str, Any] = {"held_out_share": 0.0, "cache_dir": str(tmp_path / "cache")} | settings
+    data = build_dataset(RowsData(path=path, **config), split, 0)
     assert isinstance(data, Rows)
     return data
 
@@ -54,7 +59,7 @@ def test_json_lines_keep_other_columns_as_they_are(tmp_path: Path, streaming: bo
             "mixed": "one",
         },
     ]
-    settings = {"streaming": True, "limit": 10} if streaming else {}
+    settings: dict[str, Any] = {"streaming": True, "limit": 10} if streaming else {}
     data = read(tmp_path, jsonl(tmp_path / "rows.jsonl", rows), **settings)
     assert [item.prompt for item in data] == ["a cat", " a dog "]
     assert [dict(item.row) for item in data] == [
@@ -106,15 +111,46 @@ def test_parquet_with_images_inside(tmp_path: Path, typed: bool, streaming: bool
     else:
         pq.write_table(pa.table(columns), path)
     names = {"prompt_column": "caption", "target_column": "image", "sources_column": "inputs"}
-    data = read(tmp_path, str(path), **names, **({"streaming": True, "limit": 5} if streaming else {}))
-    assert [item.target.getpixel((0, 0)) for item in data] == [(255, 0, 0), (0, 0, 255)]
-    assert [[image.getpixel((0, 0)) for image in item.sources] for item in data] == [
+    data = read(tmp_path, str(path), **names, streaming=streaming, limit=5)
+    assert [corner(item.target) for item in data] == [(255, 0, 0), (0, 0, 255)]
+    assert [[corner(image) for image in item.sources] for item in data] == [
         [(255, 0, 0), (0, 0, 255)],
         [],
     ]
     assert [item.row["scene"] for item in data] == columns["scene"]
     assert data[0].row["other"]["bytes"] == png("red"), "an image nobody asked for stays encoded"
     assert set(data[0].row) == {"scene", "other"}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_corrupt_images_inside_typed_columns_are_counted(tmp_path: Path, streaming: bool) -> None:
+    """`datasets` decodes such columns itself, and stops at the first damaged one, unless told not to."""
+    image = {"bytes": png(), "path": None}
+    cut = {"bytes": png(size=(64, 64))[:60], "path": None}
+    columns = {
+        "prompt": list("abc"),
+        "image": [image, cut, image],
+        "inputs": [[image], [image], [image, cut]],
+        "unused": [[cut]] * 3,
+    }
+    features = datasets.Features(
+        prompt=datasets.Value("string"),
+        image=datasets.Image(),
+        inputs=datasets.List(datasets.Image()),
+        unused=datasets.List(datasets.Image()),
+    )
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(tmp_path / "rows.parquet")
+    data = read(
+        tmp_path,
+        str(tmp_path / "rows.parquet"),
+        target_column="image",
+        sources_column="inputs",
+        max_excluded_share=0.7,
+        streaming=streaming,
+        limit=5,
+    )
+    assert [item.prompt for item in data] == ["a"]
+    assert data.excluded == {"corrupt image": 2}
 
 
 def image_folder(tmp_path: Path) -> Path:
@@ -137,7 +173,7 @@ def test_image_folder_counts_corrupt_and_missing_images(
             tmp_path, str(folder), target_column="file_name", image_size=(4, 4), max_excluded_share=0.4
         )
     assert [item.prompt for item in data] == ["red", "green", "blue"]
-    assert [item.target.size for item in data] == [(4, 4)] * 3
+    assert [item.target and item.target.size for item in data] == [(4, 4)] * 3
     assert data.excluded == {"corrupt image": 1, "missing image": 1}
     assert "2 of 5 rows excluded" in caplog.text
     assert "row 1: corrupt image" in caplog.text and "gone.png: No such file" in caplog.text
@@ -213,7 +249,7 @@ def test_null_images_are_missing_and_an_empty_list_is_none(tmp_path: Path) -> No
     )
     assert [(item.prompt, len(item.sources)) for item in data] == [("both", 2), ("no sources", 0)]
     assert data.excluded == {"missing image": 3}
-    assert data[0].target.mode == "L"
+    assert data[0].target and data[0].target.mode == "L"
 
 
 def test_messages_bring_images_and_the_answer_is_the_target(
@@ -234,7 +270,7 @@ def test_messages_bring_images_and_the_answer_is_the_target(
         data = read(tmp_path, path, prompt_column="messages", max_excluded_share=0.5)
     first, second = data
     assert (first.prompt, dict(first.row)) == ("make it blue", {"id": 1})
-    assert first.target.getpixel((0, 0)) == (0, 0, 255) and first.sources[0].getpixel((0, 0)) == (255, 0, 0)
+    assert corner(first.target) == (0, 0, 255) and corner(first.sources[0]) == (255, 0, 0)
     assert (second.prompt, second.target, second.sources) == ("draw", None, ())
     assert data.excluded == {
         "messages without a user turn at their end": 1,
@@ -254,22 +290,20 @@ def test_image_parts_are_filled_from_the_sources_column(tmp_path: Path) -> None:
     data = read(tmp_path, jsonl(tmp_path / "a.jsonl", rows), sources_column="images", max_excluded_share=0.5)
     assert len(data) == 2
     for item in data:
-        assert [image.getpixel((0, 0)) for image in item.sources] == [(255, 0, 0), (0, 0, 255)]
+        assert [corner(image) for image in item.sources] == [(255, 0, 0), (0, 0, 255)]
     assert data.excluded == {"image parts without images": 1}
 
 
 def test_held_out_prompts_are_chosen_by_their_text_alone(tmp_path: Path) -> None:
     rows = numbered(300) + numbered(300)
     path = jsonl(tmp_path / "a.jsonl", rows)
+    splits: tuple[Split, ...] = ("train", "prompts", "held_out")
     train, prompts, held_out = (
-        [item.prompt for item in read(tmp_path, path, split, held_out_share=0.2)]
-        for split in ("train", "prompts", "held_out")
+        [item.prompt for item in read(tmp_path, path, split, held_out_share=0.2)] for split in splits
     )
     assert train == prompts and not set(train) & set(held_out)
     assert len(train) + len(held_out) == 600 and 80 < len(held_out) < 160
-    assert {prompt for prompt in held_out} == {
-        row["prompt"] for row in rows if is_held_out(row["prompt"], 0.2)
-    }
+    assert set(held_out) == {row["prompt"] for row in rows if is_held_out(row["prompt"], 0.2)}
     backwards = jsonl(tmp_path / "b.jsonl", rows[::-1])
     assert [item.prompt for item in read(tmp_path, backwards, "held_out", held_out_share=0.2)] == held_out[
         ::-1

@@ -2,14 +2,17 @@
 number."""
 
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from rewards.base import Sample
 from rewards.scenes import ScenesReward
+from rewards.scenes_detect import detect
 from rewards.scenes_spec import EDITS, SceneSpec
-from rlmm.config.data import ScenesData
+from rlmm.config.data import ScenesData, Split
 from rlmm.data import build_dataset
 from rlmm.data.base import Example
 from rlmm.data.scenes import render
@@ -17,7 +20,11 @@ from rlmm.data.scenes import render
 VARIANTS = ("text_to_image", "edit")
 
 
-def strict(item: Example, image=None) -> float:
+def scenes(**settings: Any) -> ScenesData:
+    return ScenesData(**settings)
+
+
+def strict(item: Example, image: Image.Image | None = None) -> float:
     """The verifier's strict part for an image, by default the item's own target."""
     assert item.target is not None
     sample = Sample("s", "g", item.prompt, (image or item.target,), source_images=item.sources, row=item.row)
@@ -34,13 +41,13 @@ def digest(item: Example) -> tuple:
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("placement", ["free", "fixed"])
 def test_clean_pictures_pass_the_exact_verifier(variant: str, placement: str) -> None:
-    config = ScenesData(variant=variant, placement=placement, max_count=4, train_images=250)
+    config = scenes(variant=variant, placement=placement, max_count=4, train_images=250)
     assert all(strict(item) == 1 for item in build_dataset(config, "train", 1))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_other_pictures_do_not(variant: str) -> None:
-    items = list(build_dataset(ScenesData(variant=variant, train_images=100), "train", 1))
+    items = list(build_dataset(scenes(variant=variant, train_images=100), "train", 1))
     others = [strict(item, wrong.target) for item, wrong in zip(items, items[1:], strict=False)]
     assert sum(others) <= 2
     if variant == "edit":
@@ -49,10 +56,10 @@ def test_other_pictures_do_not(variant: str) -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_what_is_held_out_is_never_together_in_training(variant: str) -> None:
-    config = ScenesData(variant=variant, shapes=("circle", "square"), train_images=800, held_out=100)
+    config = scenes(variant=variant, shapes=("circle", "square"), train_images=800, held_out=100)
 
-    def sets(split: str, seed: int) -> set:
-        found = set()
+    def sets(split: Split, seed: int) -> set[frozenset]:
+        found: set[frozenset] = set()
         for item in build_dataset(config, split, seed):
             image = item.sources[0] if item.sources else None
             spec = SceneSpec.from_dict(item.row["scene"])
@@ -65,10 +72,8 @@ def test_what_is_held_out_is_never_together_in_training(variant: str) -> None:
     assert not held_out & sets("prompts", 7)
 
 
-def _cells(image) -> Counter:
+def _cells(image: Image.Image) -> Counter:
     """(shape, color) counts of an image, by the verifier's eyes."""
-    from rewards.scenes_detect import detect
-
     return Counter((found.shape, found.color) for found in detect(image))
 
 
@@ -81,7 +86,7 @@ def test_held_out_prompts_are_distinct_and_of_every_task() -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_tasks_have_equal_shares_of_train(variant: str) -> None:
     shares = Counter(
-        item.row["task"] for item in build_dataset(ScenesData(variant=variant, train_images=90), "prompts", 0)
+        item.row["task"] for item in build_dataset(scenes(variant=variant, train_images=90), "prompts", 0)
     )
     assert max(shares.values()) - min(shares.values()) <= 1
     assert set(shares) == (set(EDITS) if variant == "edit" else {"count", "pair", "relation"})
@@ -89,8 +94,8 @@ def test_tasks_have_equal_shares_of_train(variant: str) -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("split", ["train", "prompts", "held_out"])
-def test_an_item_is_the_same_in_any_order(variant: str, split: str) -> None:
-    config = ScenesData(variant=variant, train_images=60, held_out=60)
+def test_an_item_is_the_same_in_any_order(variant: str, split: Split) -> None:
+    config = scenes(variant=variant, train_images=60, held_out=60)
     forward = [digest(item) for item in build_dataset(config, split, 3)]
     data = build_dataset(config, split, 3)
     assert [digest(data[index]) for index in reversed(range(60))] == forward[::-1]
@@ -99,7 +104,7 @@ def test_an_item_is_the_same_in_any_order(variant: str, split: str) -> None:
 
 
 def test_prompts_have_sources_and_no_targets() -> None:
-    item = build_dataset(ScenesData(variant="edit"), "prompts", 0)[0]
+    item = build_dataset(scenes(variant="edit"), "prompts", 0)[0]
     assert item.target is None and len(item.sources) == 1
     assert build_dataset(ScenesData(), "prompts", 0)[0].sources == ()
 
@@ -134,24 +139,25 @@ def test_instructions_read_well() -> None:
 def test_a_fixed_placement_gives_each_prompt_one_picture() -> None:
     looks: dict[str, set[bytes]] = {"free": set(), "fixed": set()}
     for placement, seen in looks.items():
-        config = ScenesData(tasks=("count",), placement=placement, colors=("red", "blue"), train_images=200)
+        config = scenes(tasks=("count",), placement=placement, colors=("red", "blue"), train_images=200)
         for item in build_dataset(config, "train", 0):
             if item.prompt == "two red circles":
-                seen.add(item.target.tobytes())
+                seen.add(digest(item)[1][0])
     assert len(looks["fixed"]) == 1
     assert len(looks["free"]) > 5
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_smallest_world_still_gives_all_splits(variant: str) -> None:
-    config = ScenesData(variant=variant, colors=("red",), max_count=1, train_images=30)
-    for split in ("train", "prompts", "held_out"):
+    config = scenes(variant=variant, colors=("red",), max_count=1, train_images=30)
+    splits: tuple[Split, ...] = ("train", "prompts", "held_out")
+    for split in splits:
         assert len(build_dataset(config, split, 0)) >= 1
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_fullest_world_fits_the_grid(variant: str) -> None:
-    config = ScenesData(variant=variant, max_count=4, train_images=400)
+    config = scenes(variant=variant, max_count=4, train_images=400)
     for item in build_dataset(config, "train", 0):
         assert SceneSpec.from_dict(item.row["scene"]).total <= 9
 

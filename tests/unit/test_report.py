@@ -8,7 +8,6 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from synthetic_run import ARMS, WORDS, build_run, png, write_parquet, write_samples
 
 from rlmm.report import write_report
 from rlmm.report.comparison import scores
@@ -20,6 +19,7 @@ from rlmm.report.page import batch_equations
 from rlmm.report.plots import Line, line_plot, smoothed
 from rlmm.report.records import Contrast, Curve, EvalRow, Evaluation, Notes
 from rlmm.report.timing import bars, duration
+from tests.synthetic_run import ARMS, WORDS, build_run, png, write_parquet, write_samples
 
 
 class Page(HTMLParser):

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import cast
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -60,6 +61,6 @@ def load(folder: Path) -> CausalPolicy:
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{folder} is not a readable checkpoint ({error}); give a complete model folder") from error
     return CausalPolicy(cast(PreTrainedModel, model), cast(PreTrainedTokenizerBase, tokenizer), layout)

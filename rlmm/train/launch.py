@@ -1,0 +1,58 @@
+"""The process group of a run: there before a stage asks how many processes it has, gone before the process ends."""
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+
+@contextmanager
+def processes(*, deepspeed: bool) -> Iterator[None]:
+    """Joins the processes that torchrun (or another launcher that sets RANK and WORLD_SIZE) started.
+
+    `deepspeed`: a stage trains under DeepSpeed, which needs a group even for a single process.
+
+    Raises ImportError where DeepSpeed is asked for and not installed.
+    """
+    if deepspeed:
+        _prepare_deepspeed()
+    if "WORLD_SIZE" not in os.environ or dist.is_initialized():
+        yield
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        yield
+        # A process that leaves while another still talks to it takes both down.
+        dist.barrier()
+    finally:
+        # Without it DeepSpeed's threads now and then abort a process whose work is done.
+        dist.destroy_process_group()
+
+
+def _prepare_deepspeed() -> None:
+    """Environment and switches that DeepSpeed reads when it is imported or first used."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if "WORLD_SIZE" not in os.environ:
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+        os.environ.update(alone | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())})
+    try:
+        import deepspeed as library
+    except ImportError as error:
+        raise ImportError(
+            "a stage names a DeepSpeed configuration and DeepSpeed is not installed; install the extra `deepspeed`, or "
+            "take the stage's `deepspeed` out"
+        ) from error
+    # Shared-memory collectives for CPUs: compiled at first use, which takes a minute and needs a compiler.
+    library.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,34 @@
+"""The tiny recipe up to GRPO, as one process or as one of several: `FOLDER [DEEPSPEED_JSON]`."""
+
+import sys
+from pathlib import Path
+
+import yaml
+
+from rlmm import pipeline
+from rlmm.config.recipe import validate_recipe
+from rlmm.train.context import StageContext
+from rlmm.train.launch import processes
+
+RECIPE = Path(__file__).parents[1] / "recipes" / "tiny.yaml"
+GRPO = {
+    "steps": 3, "prompts_per_step": 4, "micro_batch_size": 4, "checkpoint_every": 3, "max_grad_norm": 0.02,
+    "objective": {"name": "grpo", "kl": {"kind": "k3", "coefficient": 0.05}},
+}  # fmt: skip
+
+
+def main(folder: str, deepspeed: str = "") -> None:
+    raw = yaml.safe_load(RECIPE.read_text())
+    raw["stages"] = {name: raw["stages"][name] for name in ("codec", "sft", "grpo")}
+    raw["stages"]["grpo"] |= GRPO | ({"deepspeed": deepspeed} if deepspeed else {})
+    recipe = validate_recipe(raw | {"run_dir": folder}, "tiny")
+    run = pipeline.run_folder(recipe)
+    with processes(deepspeed=bool(deepspeed)):
+        for name, config in recipe.stages.items():
+            if not (run.stage(name) / "model").is_dir() and not (run.stage(name) / "codec").is_dir():
+                run.stage(name).mkdir(parents=True, exist_ok=True)
+                pipeline.STAGES[config.kind](StageContext(recipe, run, name, config, print))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,67 @@
+"""Recipes: every shipped one is valid, and what is wrong in one is named with its place and its nearest neighbour."""
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from rlmm.batch import batch_equations
+from rlmm.cli import app
+from rlmm.config.recipe import RecipeError, read_recipe
+from rlmm.installation import recipes_dir
+
+TINY = Path(__file__).parents[1] / "recipes" / "tiny.yaml"
+
+
+@pytest.mark.parametrize("path", sorted(recipes_dir().glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_recipe_is_valid(path: Path) -> None:
+    recipe = read_recipe(path)
+    assert recipe.name == path.stem and recipe.description
+    assert batch_equations(recipe)
+    assert "make " in path.read_text() or f"rlmm run configs/{path.name}" in path.read_text()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stages.grpo.learning_rat=1", r"stages\.grpo.*learning_rat.*Nearest: learning_rate"),
+        ("sed=1", r"unknown key 'sed'\. Nearest: seed"),
+        ("stages.grpo.objective.name=grop", r"unknown objective 'grop'\. Nearest: grpo"),
+        ("stages.grpo.micro_batch_size=3", r"not a multiple of micro_batch_size = 3.*\[1, 2, 4\]"),
+        ("stages.grpo.start_from=sftt", r"refers to 'sftt'.*Nearest: sft"),
+        ("stages.grpo.sampling.temperature=0", r"temperature.*greater than 0"),
+        ("stages.sft.image_weight=0 stages.sft.text_weight=0", "nothing would be trained"),
+        ("data.kind=word", "words"),
+        ("policy.hidden_size=abc", r"policy.*hidden_size.*given: 'abc'"),
+        ("stages.evaluation.arms=[grpo, dpo]", r"refers to 'dpo'"),
+        ("nonsense", "has no '='"),
+    ],
+)
+def test_what_is_wrong_is_named(override: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        read_recipe(TINY, override.split(" ") if "[" not in override else [override])
+
+
+def test_a_missing_recipe_names_the_nearest() -> None:
+    with pytest.raises(RecipeError, match="quickstart"):
+        read_recipe(Path("quikstart"))
+    assert read_recipe(Path("quickstart")).name == "quickstart"
+
+
+def test_overrides_reach_the_recipe() -> None:
+    recipe = read_recipe(TINY, ["stages.grpo.lora.rank=7", "name=other", "stages.sft.betas=[0.8, 0.9]"])
+    assert recipe.stages["grpo"].lora.rank == 7  # pyrefly: ignore
+    assert str(recipe.folder) == "runs/other"
+
+
+def test_check_prints_the_config_the_batch_equation_and_a_memory_plan() -> None:
+    answer = CliRunner().invoke(app, ["check", str(TINY), "stages.grpo.steps=8"])
+    assert answer.exit_code == 0, answer.output
+    assert "2 prompts x 4 samples = 8 rollouts" in answer.output
+    assert "2 update(s) a rollout, each 1 process(es) x 2 micro-batch(es) x 2 rows" in answer.output
+    assert "Memory plan" in answer.output and "run_dir" in answer.output
+
+
+def test_reward_list_names_the_built_in_rewards() -> None:
+    answer = CliRunner().invoke(app, ["reward", "list"])
+    assert {"ocr", "scenes", "tesseract"} <= set(answer.output.split())
