@@ -52,7 +52,8 @@ class Fsq(nn.Module):
         return (digits - half_D).float() / half_D
 
     def _bound(self, latents: Tensor) -> Tensor:
-        half_width = (self.levels_D - 1) * (1 - 1e-3) / 2
+        # A little wider than the outermost level, which the tanh then reaches (with 2 levels the shift needs it).
+        half_width = (self.levels_D - 1) * (1 + 1e-3) / 2
         offset = torch.where(self.levels_D % 2 == 0, 0.5, 0.0)
         shift = torch.atanh(offset / half_width)
         return (latents + shift).tanh() * half_width - offset

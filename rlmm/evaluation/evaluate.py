@@ -16,7 +16,7 @@ from rewards.base import Sample, Score
 from rewards.compose import CompositeReward
 from rlmm.codecs import Codec
 from rlmm.config.stages import EvalStage, GrpoStage, Sampling, SftStage, TorchEngineConfig
-from rlmm.data import Example, build_dataset
+from rlmm.data import Example
 from rlmm.evaluation.statistics import bootstrap_mean, diversity, paired_difference
 from rlmm.policies.causal import CausalPolicy
 from rlmm.policies.families import llama
@@ -24,7 +24,7 @@ from rlmm.rewarding import build_composite
 from rlmm.seeds import derive
 from rlmm.train import experience as phases
 from rlmm.train.checkpoint import write_json_atomically
-from rlmm.train.context import StageContext, policy_stage_before, run_codec
+from rlmm.train.context import StageContext, load_split, policy_stage_before, run_codec
 from rlmm.train.engines import build_engine
 from rlmm.train.metrics import MetricsFile
 from rollouts.trajectory import Trajectory
@@ -46,7 +46,7 @@ class Cell:
 def run_eval(context: StageContext) -> None:
     """Score every arm; leaves eval.json and samples.parquet in the stage's folder, and prints the contrasts."""
     config: EvalStage = context.config
-    data = build_dataset(context.recipe.data, "held_out", context.recipe.seed)
+    data = load_split(context, "held_out")
     if len(data) < config.prompts:
         raise ValueError(f"the held-out split has {len(data)} prompts and the stage asks for {config.prompts}")
     judges = {"held_out": build_composite(context.recipe.held_out), "trained": build_composite(context.recipe.rewards)}

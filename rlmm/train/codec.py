@@ -19,10 +19,9 @@ from rlmm.codecs import (
 )
 from rlmm.config.data import Split
 from rlmm.config.stages import CodecStage
-from rlmm.data import build_dataset
 from rlmm.seeds import epoch_indices
 from rlmm.train.checkpoint import write_json_atomically
-from rlmm.train.context import StageContext
+from rlmm.train.context import StageContext, load_split
 from rlmm.train.metrics import Meter
 from rlmm.train.processes import share, world
 from rlmm.train.running import forget_checkpoints, train
@@ -55,7 +54,7 @@ class ImageSource:
 
 def training_images(context: StageContext, codec: Codec, split: Split, limit: int | None) -> Tensor:
     """Target images [N, C, H, W] of a split; ValueError where it has none."""
-    data = build_dataset(context.recipe.data, split, context.recipe.seed)
+    data = load_split(context, split)
     rows = [data[i] for i in range(min(len(data), limit or len(data)))]
     images = [row.target for row in rows if row.target is not None]
     if not images:

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from rlmm.codecs import Codec, load_codec
+from rlmm.config.data import Split
 from rlmm.config.policy import CheckpointPolicy
 from rlmm.config.recipe import Recipe
 from rlmm.config.stages import CodecStage, GrpoStage, SftStage
+from rlmm.data import Dataset, build_dataset
 from rlmm.policies.causal import CausalPolicy
 from rlmm.policies.families import llama
 from rlmm.run_folder import RunFolder
@@ -36,6 +38,15 @@ class StageContext:
     def seed(self, *parts: int | str) -> int:
         """A seed for one purpose of this stage."""
         return derive(self.recipe.seed, self.name, *parts)
+
+
+def load_split(context: StageContext, split: Split) -> Dataset:
+    """The rows of a split; what was left out of it is said, by reason."""
+    data = build_dataset(context.recipe.data, split, context.recipe.seed)
+    if data.excluded:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in data.excluded.most_common())
+        context.say(f"{split} data: {len(data)} rows, {data.excluded.total()} excluded ({reasons})")
+    return data
 
 
 def run_codec(context: StageContext) -> Codec:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from rlmm.codecs import Codec
 from rlmm.config.objectives import ObjectiveConfig
 from rlmm.config.stages import GrpoStage
-from rlmm.data import Dataset, build_dataset
+from rlmm.data import Dataset
 from rlmm.objectives.kl import kl_estimate, kl_loss
 from rlmm.objectives.policy_gradient import clipped_policy_loss, policy_metrics
 from rlmm.objectives.weights import Totals, count_totals, token_weights
@@ -17,7 +17,7 @@ from rlmm.policies.causal import CausalPolicy
 from rlmm.rewarding import build_composite, gold_results
 from rlmm.seeds import generator
 from rlmm.train import experience as phases
-from rlmm.train.context import StageContext, run_codec, starting_policy
+from rlmm.train.context import StageContext, load_split, run_codec, starting_policy
 from rlmm.train.engines import build_engine
 from rlmm.train.experience import Experience, Timed
 from rlmm.train.gates import GateError, check_mismatch, check_shares, finite_loss, measure_mismatch
@@ -56,7 +56,7 @@ class GrpoSource:
         self.context, self.policy, self.codec, self.meter = context, policy, codec, meter
         self.config: GrpoStage = context.config
         self.seed = context.seed("rollouts")
-        self.data: Dataset = build_dataset(context.recipe.data, "prompts", context.recipe.seed)
+        self.data: Dataset = load_split(context, "prompts")
         self.reward = build_composite(context.recipe.rewards)
         self.held_out = build_composite(context.recipe.held_out)
         self.engine: Engine = build_engine(self.config.engine, policy)

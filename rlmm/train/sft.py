@@ -7,12 +7,12 @@ from torch import Tensor, nn
 
 from rlmm.codecs import Codec, images_to_tensor
 from rlmm.config.stages import SftStage
-from rlmm.data import Dataset, build_dataset
+from rlmm.data import Dataset
 from rlmm.objectives.weights import count_modalities, sft_token_weights
 from rlmm.policies.base import Policy, SequenceBatch
 from rlmm.policies.layout_io import supervised_batch
 from rlmm.seeds import epoch_indices, generator
-from rlmm.train.context import StageContext, run_codec, starting_policy
+from rlmm.train.context import StageContext, load_split, run_codec, starting_policy
 from rlmm.train.experience import spell_sources
 from rlmm.train.metrics import Meter
 from rlmm.train.processes import share
@@ -117,7 +117,7 @@ def run_sft(context: StageContext) -> None:
     config: SftStage = context.config
     codec = run_codec(context)
     policy = starting_policy(context, codec)
-    data = build_dataset(context.recipe.data, "train", context.recipe.seed)
+    data = load_split(context, "train")
     rows = encode_targets(codec, policy.layout, data)
     source = SftSource(policy, rows, config, context.seed("batches"))
     train(

@@ -1,0 +1,180 @@
+"""Codecs: exact bijections, gradients, files, and that training one works."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from pydantic import TypeAdapter, ValidationError
+
+from rlmm.codecs import (
+    Codec,
+    build_codec,
+    codec_hash,
+    codec_loss,
+    images_to_tensor,
+    load_codec,
+    reconstruction_metrics,
+    save_codec,
+    tensor_to_images,
+)
+from rlmm.codecs.loss import code_use, edge_loss, psnr_db
+from rlmm.codecs.quantizers import Fsq, Lfq, Vq
+from rlmm.config.codec import CodecConfig, FsqCodec, LfqCodec, VqCodec
+
+SIZE = {"image_size": (16, 24), "channels": 1, "patch": 8, "width": 16, "blocks": 1}
+CONFIGS = {
+    "fsq": FsqCodec.model_validate({**SIZE, "levels": (4, 5, 3)}),
+    "vq": VqCodec.model_validate({**SIZE, "codebook_size": 32}),
+    "lfq": LfqCodec.model_validate({**SIZE, "bits": 5}),
+}
+
+
+def codec(kind: str, seed: int = 0) -> Codec:
+    torch.manual_seed(seed)
+    return build_codec(CONFIGS[kind])
+
+
+def pictures(count: int = 6) -> torch.Tensor:
+    """Dark rectangles on white."""
+    images = torch.ones(count, 1, 16, 24)
+    for i in range(count):
+        images[i, :, 2 + i % 5 : 10, 3 * (i % 4) : 12 + i % 7] = 0.1
+    return images
+
+
+@pytest.mark.parametrize("levels", [(2,), (3, 2), (8, 6, 5), (7, 5, 5, 5)])
+def test_fsq_codes_and_latents_are_a_bijection(levels: tuple[int, ...]) -> None:
+    quantizer = Fsq(FsqCodec.model_validate({**SIZE, "levels": levels}))
+    ids = torch.arange(CONFIGS["fsq"].model_copy(update={"levels": levels}).num_codes).unsqueeze(0)
+    latents = quantizer.codes(ids)
+    assert len({tuple(row) for row in latents[0].tolist()}) == ids.shape[1]
+    assert latents.abs().max() <= 1
+    # The pre-image of each level under the bound, found by inverting it, must quantize back to its code.
+    half_width = (torch.tensor(levels) - 1) * (1 + 1e-3) / 2
+    offset = torch.where(torch.tensor(levels) % 2 == 0, 0.5, 0.0)
+    wanted = latents * (torch.tensor(levels) // 2)
+    ratio = ((wanted + offset) / half_width).clamp(-1 + 1e-6, 1 - 1e-6)
+    _, back, _ = quantizer(torch.atanh(ratio) - torch.atanh(offset / half_width))
+    assert torch.equal(back, ids)
+
+
+def test_lfq_codes_are_the_signs() -> None:
+    quantizer = Lfq(CONFIGS["lfq"])
+    ids = torch.arange(32).unsqueeze(0)
+    assert torch.equal(quantizer(quantizer.codes(ids))[1], ids)
+    assert quantizer.codes(torch.tensor([[5]])).tolist() == [[[1, -1, 1, -1, -1]]]
+
+
+def test_vq_picks_the_nearest_code_and_pulls_both_ways() -> None:
+    torch.manual_seed(0)
+    quantizer = Vq(CONFIGS["vq"])
+    latents = torch.randn(2, 3, 8, requires_grad=True)
+    quantized, ids, loss = quantizer(latents)
+    unit = torch.nn.functional.normalize(latents.detach(), dim=-1)
+    distance = torch.cdist(unit.flatten(0, 1), torch.nn.functional.normalize(quantizer.codebook_CD.detach(), dim=-1))
+    assert torch.equal(distance.argmin(-1), ids.flatten())
+    assert torch.allclose(quantized, quantizer.codes(ids))
+    loss.backward()
+    assert latents.grad is not None and latents.grad.abs().sum() > 0
+    touched = quantizer.codebook_CD.grad
+    assert touched is not None and set(touched.abs().sum(-1).nonzero().flatten().tolist()) <= set(
+        ids.flatten().tolist()
+    )
+
+
+def test_straight_through_gradient_is_the_bounds_own() -> None:
+    quantizer = Fsq(CONFIGS["fsq"])
+    latents = torch.randn(1, 4, 3, requires_grad=True)
+    weight = torch.randn(1, 4, 3)
+    (quantizer(latents)[0] * weight).sum().backward()
+    again = latents.detach().clone().requires_grad_()
+    (quantizer._bound(again) / (torch.tensor([4, 5, 3]) // 2) * weight).sum().backward()
+    torch.testing.assert_close(latents.grad, again.grad)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_an_image_does_not_depend_on_its_batch(kind: str) -> None:
+    model, images = codec(kind).eval(), pictures()
+    with torch.no_grad():
+        ids = model.encode(images)
+        assert ids.shape == (6, 6) and ids.dtype == torch.int64 and int(ids.max()) < model.num_codes
+        assert torch.equal(model.encode(images[2:3]), ids[2:3])
+        torch.testing.assert_close(model.decode(ids)[2:3], model.decode(ids[2:3]), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_training_brings_the_picture_back(kind: str) -> None:
+    model, images = codec(kind), pictures(12)
+    before = reconstruction_metrics(model.eval(), images)["psnr_db"]
+    optimizer = torch.optim.AdamW(model.train().parameters(), lr=5e-3)
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss, figures = codec_loss(model, images)
+        loss.backward()
+        optimizer.step()
+    after = reconstruction_metrics(model.eval(), images)
+    assert after["psnr_db"] > before + 5 and figures.keys() == {"psnr_db", "codebook_use", "codebook_perplexity"}
+    assert 0 < after["codebook_use"] <= 1 and after["codebook_perplexity"] > 2
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_saved_codec_comes_back_bit_equal(kind: str, tmp_path: Path) -> None:
+    model = codec(kind).eval()
+    save_codec(model, tmp_path)
+    back = load_codec(tmp_path)
+    assert codec_hash(back) == codec_hash(model) != codec_hash(codec(kind, seed=1))
+    assert back.settings == model.settings
+    with torch.no_grad():
+        assert torch.equal(back.decode(back.encode(pictures())), model.decode(model.encode(pictures())))
+
+
+def test_unreadable_codecs_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"codec\.safetensors, codec\.json missing"):
+        load_codec(tmp_path)
+    save_codec(codec("fsq"), tmp_path)
+    weights = (tmp_path / "codec.safetensors").read_bytes()
+    (tmp_path / "codec.safetensors").write_bytes(weights[:-9])
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_codec(tmp_path)
+    (tmp_path / "codec.safetensors").write_bytes(weights)
+    (tmp_path / "codec.json").write_text(CONFIGS["fsq"].model_copy(update={"width": 24}).model_dump_json())
+    with pytest.raises(ValueError, match="does not fit"):
+        load_codec(tmp_path)
+
+
+def test_wrong_sizes_and_codes_are_refused() -> None:
+    model = codec("fsq")
+    with pytest.raises(ValueError, match="takes"):
+        model.encode(torch.zeros(1, 1, 16, 16))
+    with pytest.raises(ValueError, match="grid is 2x3"):
+        model.decode(torch.zeros(1, 5, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"outside \[0, 60\)"):
+        model.decode(torch.full((1, 6), 60))
+    with pytest.raises(ValueError, match="image 1 is 9x9"):
+        images_to_tensor([Image.new("L", (24, 16)), Image.new("L", (9, 9))], model)
+
+
+def test_images_survive_the_way_to_tensors_and_back() -> None:
+    image = Image.effect_noise((24, 16), 60)
+    (back,) = tensor_to_images(images_to_tensor([image], codec("fsq")))
+    assert back.tobytes() == image.tobytes() and back.mode == "L"
+
+
+def test_figures_against_closed_forms() -> None:
+    a = torch.zeros(1, 1, 8, 8)
+    assert psnr_db(a + 0.1, a) == pytest.approx(20.0, abs=1e-4)
+    assert code_use(torch.tensor([[0, 0, 1, 1]]), 4) == {"codebook_use": 0.5, "codebook_perplexity": pytest.approx(2.0)}
+    assert edge_loss(a, a + 0.5) == 0  # edges alone: a shift of grey is none
+    step = a.clone()
+    step[..., 4:] = 1
+    assert edge_loss(a, step) > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [({"patch": 7}, "7-pixel patches"), ({"levels": (1, 4)}, "2 levels"), ({"width": 20}, "multiple of 8")],
+)
+def test_impossible_codecs_are_refused(change: dict[str, object], named: str) -> None:
+    with pytest.raises(ValidationError, match=named):
+        TypeAdapter(CodecConfig).validate_python({"kind": "fsq", **SIZE, "levels": (4, 4), **change})
