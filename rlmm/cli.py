@@ -35,10 +35,10 @@ def run(config: Config, overrides: Overrides = None) -> None:
     """Run a recipe's stages in order. A second call resumes where the first one stopped."""
     from rlmm.config.recipe import read_recipe
     from rlmm.pipeline import run_recipe
-    from rlmm.train.launch import distributed
+    from rlmm.train.launch import processes
 
     recipe = read_recipe(config, overrides)
-    with distributed():
+    with processes(deepspeed=any(getattr(stage, "deepspeed", None) for stage in recipe.stages.values())):
         folder = run_recipe(recipe, say)
     say(f"report: {folder.path / 'report.html'}")
 

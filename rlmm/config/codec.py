@@ -1,9 +1,9 @@
 """Image tokenizers: how pixels become codes."""
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from rlmm.config.base import Strict
 
@@ -15,7 +15,8 @@ class CodecNetwork(Strict):
     """(height, width) in pixels, multiples of `patch`."""
     channels: Literal[1, 3] = 3
     """1: grey, 3: RGB."""
-    patch: int = Field(8, ge=1)
+    patch: tuple[int, int] = (8, 8)
+    """(height, width) in pixels of what one token stands for; one number makes it square."""
     width: int = Field(64, ge=8)
     """Channels of the hidden layers, a multiple of 8."""
     blocks: int = Field(2, ge=0)
@@ -23,12 +24,17 @@ class CodecNetwork(Strict):
     edge_weight: float = Field(0.0, ge=0)
     """Weight of the multi-scale edge loss, which keeps strokes and outlines sharp; 0 leaves it out."""
 
+    @field_validator("patch", mode="before")
+    @classmethod
+    def _square(cls, value: Any) -> Any:
+        return (value, value) if isinstance(value, int) else value
+
     @model_validator(mode="after")
     def _whole_patches(self) -> "CodecNetwork":
-        height, width = self.image_size
-        if height % self.patch or width % self.patch or min(height, width) < self.patch:
+        (height, width), (rows, columns) = self.image_size, self.patch
+        if min(rows, columns) < 1 or height % rows or width % columns or min(height, width) < 1:
             raise ValueError(
-                f"image_size {height}x{width} is not made of whole {self.patch}-pixel patches; change either"
+                f"image_size {height}x{width} is not made of whole {rows}x{columns}-pixel patches; change either"
             )
         if self.width % 8:
             raise ValueError(f"width {self.width} is not a multiple of 8, the size of a normalisation group")
@@ -37,7 +43,7 @@ class CodecNetwork(Strict):
     @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of tokens."""
-        return self.image_size[0] // self.patch, self.image_size[1] // self.patch
+        return self.image_size[0] // self.patch[0], self.image_size[1] // self.patch[1]
 
 
 class FsqCodec(CodecNetwork):

@@ -63,9 +63,7 @@ class ScenesData(Strict):
             if not values or len(set(values)) != len(values):
                 raise ValueError(f"{name} must list at least one value, each once; given: {list(values)}")
         if len(self.colors) * len(self.shapes) < 3:
-            raise ValueError(
-                f"{len(self.colors)} colors x {len(self.shapes)} shapes are too few; three are the least"
-            )
+            raise ValueError(f"{len(self.colors)} colors x {len(self.shapes)} shapes are too few; three are the least")
         return self
 
 

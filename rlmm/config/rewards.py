@@ -96,7 +96,5 @@ class Rewards(Strict):
         if self.mode == "product" and any(term.weight < 0 for term in self.terms):
             raise ValueError("mode product takes no negative weight; swap lo and hi of the term's transform")
         if self.gate is not None and self.gate.term not in keys:
-            raise ValueError(
-                f"the gate names no reward term: {self.gate.term!r}.{nearest(self.gate.term, keys)}"
-            )
+            raise ValueError(f"the gate names no reward term: {self.gate.term!r}.{nearest(self.gate.term, keys)}")
         return self
