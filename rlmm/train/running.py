@@ -4,6 +4,9 @@ import shutil
 from collections.abc import Sequence
 
 from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+from transformers import TrainerCallback
+from transformers.integrations import TensorBoardCallback
 
 from rlmm.train.context import StageContext
 from rlmm.train.metrics import Meter, MetricsFile
@@ -25,17 +28,22 @@ def train(
 
     `show`: the metric names printed as a line a few times during the stage.
     """
+    trackers = context.recipe.runtime.trackers
     arguments = training_arguments(
         context.config,
         context.folder / "checkpoints",
         micro_batch_size=micro_batch_size,
         accumulation=source.micro_batches_per_step,
-        report_to=context.recipe.runtime.trackers,
+        report_to=[tracker for tracker in trackers if tracker != "tensorboard"],
         name=f"{context.recipe.name}-{context.name}",
     )
     metrics = MetricsFile(context.folder / "metrics.jsonl")
     progress = RichProgress(context.name, show, every=max(1, context.config.steps // 20))
-    trainer = StageTrainer(model, arguments, source, loss_fn, metrics, meter, [progress])
+    callbacks: list[TrainerCallback] = [progress]
+    if "tensorboard" in trackers:
+        # Beside the metrics, not inside the checkpoints, which a finished stage drops.
+        callbacks.append(TensorBoardCallback(SummaryWriter(str(context.folder / "tensorboard"))))
+    trainer = StageTrainer(model, arguments, source, loss_fn, metrics, meter, callbacks)
     trainer.run(context.say)
     return trainer
 

@@ -22,6 +22,7 @@ from tests.integration.conftest import TINY, TinyRun
 
 def test_every_stage_is_done_and_the_page_is_there(tiny_run: TinyRun) -> None:
     assert all(tiny_run.folder.done(name) for name in tiny_run.recipe.stages)
+    assert list((tiny_run.folder.stage("grpo") / "tensorboard").glob("events.*"))
     for name in ("config.yaml", "environment.json", "report.html", "adapter/adapter_config.json", "merged/README.md"):
         assert (tiny_run.folder.path / name).is_file()
     for name in ("codec", "sft", "grpo"):
