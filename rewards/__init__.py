@@ -83,9 +83,7 @@ def check_options(name: str, options: Sequence[str]) -> None:
         raise ValueError(f"there is no reward {name!r}. {nearest(name, REWARDS)}")
     parameters = inspect.signature(REWARDS[name]).parameters.values()
     known = [item.name for item in parameters if item.kind is item.KEYWORD_ONLY]
-    required = [
-        item.name for item in parameters if item.kind is item.KEYWORD_ONLY and item.default is item.empty
-    ]
+    required = [item.name for item in parameters if item.kind is item.KEYWORD_ONLY and item.default is item.empty]
     if missing := [option for option in required if option not in options]:
         raise ValueError(f"reward {name!r} needs the option {missing[0]!r}")
     if any(item.kind is item.VAR_KEYWORD for item in parameters):

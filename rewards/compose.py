@@ -83,15 +83,11 @@ class CompositeReward:
         if len(set(names)) != len(names):
             raise ValueError(f"reward terms need different names, got {', '.join(names)}")
         if not any(term.weight for term in terms):
-            raise ValueError(
-                f"no reward term has a weight other than 0 (terms: {', '.join(names) or 'none'})"
-            )
+            raise ValueError(f"no reward term has a weight other than 0 (terms: {', '.join(names) or 'none'})")
         if mode == "product" and any(term.weight < 0 for term in terms):
             raise ValueError("mode product is a weighted geometric mean and takes no negative weight")
         if gate is not None and gate.term not in names:
-            raise ValueError(
-                f"the gate's term {gate.term!r} is not a reward term. {nearest(gate.term, names)}"
-            )
+            raise ValueError(f"the gate's term {gate.term!r} is not a reward term. {nearest(gate.term, names)}")
         self.terms = tuple(terms)
         self.mode: Mode = mode
         self.gate = gate
@@ -114,9 +110,7 @@ class CompositeReward:
         values = {term.name: _value(scores[term.name]) for term in counting}
         if self.gate is not None and values[self.gate.term] < self.gate.threshold:
             return Score.ok(self.gate.floor)
-        weighted = [
-            (term.name, term.weight, term.transform(values[term.name])) for term in counting if term.weight
-        ]
+        weighted = [(term.name, term.weight, term.transform(values[term.name])) for term in counting if term.weight]
         return combine(weighted, self.mode)
 
 

@@ -32,9 +32,7 @@ def load_function(target: str) -> Callable[..., Any]:
     module = _load_file(Path(place)) if place.endswith(".py") else _load_module(place)
     function = getattr(module, name, None)
     if function is None:
-        functions = [
-            key for key, value in vars(module).items() if callable(value) and not key.startswith("_")
-        ]
+        functions = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise RewardLoadError(f"{place} has no function {name!r}. {nearest(name, functions)}")
     if not callable(function):
         raise RewardLoadError(f"{target} is a {type(function).__name__}, not a function that can be called")

@@ -84,14 +84,10 @@ def pair_from_row(
     """
     for column in (good, bad, prompt):
         if row.get(column) is None:
-            raise ValueError(
-                f"a gold pair needs column {column!r}, and the row has none. {nearest(column, row)}"
-            )
+            raise ValueError(f"a gold pair needs column {column!r}, and the row has none. {nearest(column, row)}")
     rest = {key: value for key, value in row.items() if key not in (good, bad, source, prompt)}
     sources = (_image(row[source]),) if row.get(source) is not None else ()
-    first = Sample(
-        "gold good", "gold", str(row[prompt]), (_image(row[good]),), source_images=sources, row=rest
-    )
+    first = Sample("gold good", "gold", str(row[prompt]), (_image(row[good]),), source_images=sources, row=rest)
     return GoldPair(first, replace(first, sample_id="gold bad", images=(_image(row[bad]),)), "your pair")
 
 

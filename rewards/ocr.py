@@ -86,9 +86,7 @@ class OcrReward:
             return Sample(text, "gold", 'the word "HELLO"', (word_image(text),), row=row)
 
         wrong = {"another word": "BRICK", "extra text": "HELLO FRIEND", "a blank image": ""}
-        return [
-            GoldPair(drawn("HELLO"), drawn(text), f"HELLO against {what}") for what, text in wrong.items()
-        ]
+        return [GoldPair(drawn("HELLO"), drawn(text), f"HELLO against {what}") for what, text in wrong.items()]
 
     def _wanted(self, sample: Sample) -> list[str] | Score:
         """The wanted spans, or why there are none."""

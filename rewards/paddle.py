@@ -30,14 +30,10 @@ def bundled_model() -> Path:
     """Path of the recogniser in the installed rapidocr package (found without importing it)."""
     spec = importlib.util.find_spec("rapidocr")
     if spec is None or spec.origin is None:
-        raise ModuleNotFoundError(
-            "the ocr reward needs the model in the rapidocr package: pip install 'rlmm[ocr]'"
-        )
+        raise ModuleNotFoundError("the ocr reward needs the model in the rapidocr package: pip install 'rlmm[ocr]'")
     path = Path(spec.origin).parent / "models" / BUNDLED_MODEL
     if not path.exists():
-        raise FileNotFoundError(
-            f"this rapidocr ships no {BUNDLED_MODEL} (looked at {path}); give `model` a path"
-        )
+        raise FileNotFoundError(f"this rapidocr ships no {BUNDLED_MODEL} (looked at {path}); give `model` a path")
     return path
 
 
@@ -64,9 +60,7 @@ def _argmax_graph(path: Path, characters: str | None) -> tuple[bytes, list[str]]
         kept = [BLANK] + [index for index, text in enumerate(table) if text and text in characters]
         table = [table[index] for index in kept]
         for item in heads:
-            item.CopyFrom(
-                onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(item)[..., kept], item.name)
-            )
+            item.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(item)[..., kept], item.name))
     graph.node[-1].CopyFrom(onnx.helper.make_node("ArgMax", softmax.input, ["classes"], axis=-1, keepdims=0))
     del graph.output[:], graph.value_info[:]
     graph.output.append(onnx.helper.make_tensor_value_info("classes", onnx.TensorProto.INT64, None))
@@ -138,9 +132,7 @@ class PaddleReader:
         pixels = [self._prepare(image) for image in images]
         texts = [""] * len(pixels)
         for chunk in self._chunks([item.shape[2] for item in pixels]):
-            (classes_BT,) = self._session.run(
-                None, {self._input: np.stack([pixels[index] for index in chunk])}
-            )
+            (classes_BT,) = self._session.run(None, {self._input: np.stack([pixels[index] for index in chunk])})
             for index, classes_T in zip(chunk, np.asarray(classes_BT), strict=True):
                 texts[index] = self._decode(classes_T)
         return texts

@@ -233,9 +233,7 @@ class RewardRunner:
         alone = [self._attempt([sample], ends) for sample in batch]
         return [self._failed(error) if verdicts is None else verdicts[0] for verdicts, error in alone]
 
-    def _attempt(
-        self, batch: list[Sample], ends: float | None
-    ) -> tuple[list[_Verdict] | None, Exception | None]:
+    def _attempt(self, batch: list[Sample], ends: float | None) -> tuple[list[_Verdict] | None, Exception | None]:
         """One call: its verdicts, or what the judge raised."""
         remaining = None if ends is None else ends - time.monotonic()
         if remaining is not None and remaining <= 0:

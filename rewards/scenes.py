@@ -190,9 +190,7 @@ class ScenesReward:
             "edit": {"kind": "recolor", "shape": "circle", "color": "red", "to": "green"},
         }
         right = _gold(row, {(0, 0): red, (1, 2): red, (3, 1): blue})
-        swapped = _gold(
-            row, {(0, 0): ("circle", "blue"), (1, 2): ("circle", "blue"), (3, 1): ("square", "red")}
-        )
+        swapped = _gold(row, {(0, 0): ("circle", "blue"), (1, 2): ("circle", "blue"), (3, 1): ("square", "red")})
         source = {(0, 0): red, (2, 3): blue}
         edited = _gold(edit, {(0, 0): ("circle", "green"), (2, 3): blue}, source)
         return [

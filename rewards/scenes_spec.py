@@ -61,9 +61,7 @@ def _fields(what: str, data: object, required: Sequence[str], optional: Sequence
     given = {str(key): value for key, value in data.items() if value is not None}
     for key in given:
         if key not in (*required, *optional):
-            raise ValueError(
-                f"scene: {what} has an unknown key {key!r}. {nearest(key, (*required, *optional))}"
-            )
+            raise ValueError(f"scene: {what} has an unknown key {key!r}. {nearest(key, (*required, *optional))}")
     if missing := [key for key in required if key not in given]:
         raise ValueError(f"scene: {what} lacks {', '.join(missing)}; it has {', '.join(given) or 'nothing'}.")
     return given
@@ -81,9 +79,7 @@ class ObjectGroup:
         _one_of("shape", self.shape, SHAPES)
         _one_of("color", self.color, list(PALETTE))
         if not isinstance(self.count, int) or not 1 <= self.count <= GRID * GRID:
-            raise ValueError(
-                f"scene: count must be a whole number from 1 to {GRID * GRID}, got {self.count!r}."
-            )
+            raise ValueError(f"scene: count must be a whole number from 1 to {GRID * GRID}, got {self.count!r}.")
 
 
 @dataclass(frozen=True)
@@ -144,9 +140,7 @@ class SceneSpec:
         if self.relation is not None:
             a, b = self.relation.a, self.relation.b
             if a == b or not (0 <= a < len(kinds) and 0 <= b < len(kinds)):
-                raise ValueError(
-                    f"scene: relation needs two different groups below {len(kinds)}, got a={a}, b={b}."
-                )
+                raise ValueError(f"scene: relation needs two different groups below {len(kinds)}, got a={a}, b={b}.")
 
     @property
     def total(self) -> int:

@@ -29,9 +29,7 @@ def quoted_spans(prompt: str) -> list[str]:
     Knows straight double and single quotes, curly double and single quotes, low-high quotes and corner
     brackets. A span quoted inside another one is part of the outer span.
     """
-    spans = (
-        next(group for group in match.groups() if group is not None) for match in _QUOTED.finditer(prompt)
-    )
+    spans = (next(group for group in match.groups() if group is not None) for match in _QUOTED.finditer(prompt))
     return [span.strip() for span in spans if span.strip()]
 
 

@@ -80,9 +80,7 @@ def _placed(parts: tuple[Any, ...], given: tuple[Any, ...]) -> tuple[Any, ...]:
     if not empty:
         return given + parts
     if empty != len(given):
-        raise UnusableRow(
-            "image parts without images", f"{empty} empty image parts, {len(given)} images in sources"
-        )
+        raise UnusableRow("image parts without images", f"{empty} empty image parts, {len(given)} images in sources")
     rest = iter(given)
     return tuple(next(rest) if part is None else part for part in parts)
 
@@ -160,9 +158,7 @@ class Rows(Dataset):
         """Report the exclusions; ValueError if they are too many, or if no row is left."""
         out, read = self.excluded.total(), len(self._raw)
         counts = ", ".join(f"{reason}: {count}" for reason, count in self.excluded.most_common())
-        story = f"{self._raw.name}: {out} of {read} rows excluded ({counts}). First: " + "; ".join(
-            self.faults
-        )
+        story = f"{self._raw.name}: {out} of {read} rows excluded ({counts}). First: " + "; ".join(self.faults)
         if out > self._config.max_excluded_share * read:
             raise ValueError(
                 f"{story}. That is more than data.max_excluded_share {self._config.max_excluded_share}:"
@@ -176,9 +172,7 @@ class Rows(Dataset):
         if out:
             logger.warning(story)
         if self.unread_turns:
-            logger.warning(
-                "%s: %d earlier or system turns are in no prompt", self._raw.name, self.unread_turns
-            )
+            logger.warning("%s: %d earlier or system turns are in no prompt", self._raw.name, self.unread_turns)
 
 
 def _require_columns(raw: "RawRows", config: RowsData) -> None:

@@ -79,17 +79,11 @@ def by_task(config: ScenesData, *, held_out: bool) -> dict[str, list[Combination
     groups = all_groups(config)
     singles = [(group,) for group in groups]
     pairs = [
-        pair
-        for pair in combinations(groups, 2)
-        if (pair[0].shape, pair[0].color) != (pair[1].shape, pair[1].color)
+        pair for pair in combinations(groups, 2) if (pair[0].shape, pair[0].color) != (pair[1].shape, pair[1].color)
     ]
-    sides = [
-        (wanted, held_out_sets(map(frozenset, wanted), config.held_out_share)) for wanted in (singles, pairs)
-    ]
+    sides = [(wanted, held_out_sets(map(frozenset, wanted), config.held_out_share)) for wanted in (singles, pairs)]
     ones, twos = ([one for one in wanted if (frozenset(one) in out) == held_out] for wanted, out in sides)
-    made = (
-        _edited([*ones, *twos], config) if config.variant == "edit" else _described(ones, twos, config.tasks)
-    )
+    made = _edited([*ones, *twos], config) if config.variant == "edit" else _described(ones, twos, config.tasks)
     tasks: dict[str, list[Combination]] = {}
     for combination in made:
         tasks.setdefault(combination.task, []).append(combination)

@@ -133,10 +133,7 @@ def build(config: ScenesData, split: Split, seed: int) -> Scenes:
     fixed = config.placement == "fixed"
     run = 0 if split == "held_out" else seed
     shuffled = [
-        [
-            combinations[index]
-            for index in generator(run, "scenes", split, task).permutation(len(combinations))
-        ]
+        [combinations[index] for index in generator(run, "scenes", split, task).permutation(len(combinations))]
         for task, combinations in tasks.items()
     ]
     if split == "held_out":

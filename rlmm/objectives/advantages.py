@@ -100,8 +100,7 @@ def _std(reward_G: np.ndarray) -> float:
 def _check(reward: np.ndarray, valid: np.ndarray, group: np.ndarray) -> None:
     if not (reward.shape == valid.shape == group.shape) or reward.ndim != 1:
         raise ValueError(
-            f"rewards {reward.shape}, validity {valid.shape} and groups {group.shape} must be columns of"
-            " equal length"
+            f"rewards {reward.shape}, validity {valid.shape} and groups {group.shape} must be columns of equal length"
         )
     bad = np.flatnonzero(valid & ~np.isfinite(reward))
     if len(bad):

@@ -86,6 +86,4 @@ def check_legal(objective: str, kind: LogProbKind, *, force: bool = False) -> st
     if reason == _HEURISTIC or force:
         return message
     sound = ", ".join(k.value for k, why in rows[objective].items() if why is None)
-    raise IllegalObjective(
-        f"{message}. Sound kinds: {sound}. To run it as a baseline all the same, force it."
-    )
+    raise IllegalObjective(f"{message}. Sound kinds: {sound}. To run it as a baseline all the same, force it.")

@@ -48,9 +48,7 @@ OBJECTIVES: dict[str, Objective] = {
     # Understanding R1-Zero-like training, arXiv 2503.20783, section 3.2
     "dr_grpo": Objective("dr_grpo", baseline="mean", scale="none", weights="dr_grpo", flat_groups="count"),
     # DAPO, arXiv 2503.14476, eq. 8-12: clip-higher, token mean, dynamic sampling
-    "dapo": Objective(
-        "dapo", baseline="mean", scale="group_std", weights="dapo", flat_groups="drop", clip_high=0.28
-    ),
+    "dapo": Objective("dapo", baseline="mean", scale="group_std", weights="dapo", flat_groups="drop", clip_high=0.28),
     # Back to basics, arXiv 2402.14740, eq. 7
     "rloo": Objective("rloo", baseline="leave_one_out", scale="none", weights="rloo", flat_groups="count"),
 }

@@ -55,9 +55,7 @@ def _token_mean(length_B: Tensor, totals: Totals, max_length: int | None) -> Ten
 
 def _constant_length(length_B: Tensor, totals: Totals, max_length: int | None) -> Tensor:
     if max_length is None:
-        raise ValueError(
-            "dr_grpo divides by a constant length: pass max_length, the longest a response may be"
-        )
+        raise ValueError("dr_grpo divides by a constant length: pass max_length, the longest a response may be")
     if length_B.numel() and length_B.max() > max_length:
         raise ValueError(f"a row has {int(length_B.max())} decided tokens, more than max_length {max_length}")
     return torch.full_like(length_B, 1 / (totals.sequences * max_length))
@@ -107,9 +105,7 @@ def count_modalities(target_mask_BS: Tensor, modality_BS: Tensor) -> ModalityTot
     """Target tokens of each modality in these rows; add or all-reduce them to those of the step."""
     unknown = modality_BS[target_mask_BS & (modality_BS != TEXT) & (modality_BS != IMAGE)]
     if unknown.numel():
-        raise ValueError(
-            f"target tokens of modality {int(unknown[0])}; known are {TEXT} (text) and {IMAGE} (image)"
-        )
+        raise ValueError(f"target tokens of modality {int(unknown[0])}; known are {TEXT} (text) and {IMAGE} (image)")
     text = int((target_mask_BS & (modality_BS == TEXT)).sum())
     return ModalityTotals(text, int(target_mask_BS.sum()) - text)
 
@@ -129,28 +125,20 @@ def sft_token_weights(
     target_mask_BS: bool; modality_BS: 0 text, 1 image; totals: of the whole optimiser step.
     """
     if text_weight < 0 or image_weight < 0:
-        raise ValueError(
-            f"weights of text {text_weight} and image {image_weight} tokens must not be negative"
-        )
+        raise ValueError(f"weights of text {text_weight} and image {image_weight} tokens must not be negative")
     local = count_modalities(target_mask_BS, modality_BS)
     if local.text > totals.text or local.image > totals.image:
-        raise ValueError(
-            f"{local} of these rows exceed the step's {totals}: pass the counts of the whole step"
-        )
+        raise ValueError(f"{local} of these rows exceed the step's {totals}: pass the counts of the whole step")
     mass = text_weight * totals.text + image_weight * totals.image
     if mass <= 0:
         raise ValueError(
             f"no token of the step has weight ({totals}, text_weight {text_weight}, image_weight"
             f" {image_weight}): nothing would be learnt; give a modality that is there a positive weight"
         )
-    weight_BS = torch.full(
-        target_mask_BS.shape, image_weight / mass, dtype=dtype, device=target_mask_BS.device
-    )
+    weight_BS = torch.full(target_mask_BS.shape, image_weight / mass, dtype=dtype, device=target_mask_BS.device)
     return weight_BS.masked_fill(modality_BS == TEXT, text_weight / mass).masked_fill(~target_mask_BS, 0.0)
 
 
 def _check_share(local: Totals, totals: Totals) -> None:
     if local.sequences > totals.sequences or local.tokens > totals.tokens:
-        raise ValueError(
-            f"{local} of these rows exceed the step's {totals}: pass the counts of the whole step"
-        )
+        raise ValueError(f"{local} of these rows exceed the step's {totals}: pass the counts of the whole step")

@@ -62,9 +62,7 @@ def test_json_lines_keep_other_columns_as_they_are(tmp_path: Path, streaming: bo
     settings: dict[str, Any] = {"streaming": True, "limit": 10} if streaming else {}
     data = read(tmp_path, jsonl(tmp_path / "rows.jsonl", rows), **settings)
     assert [item.prompt for item in data] == ["a cat", " a dog "]
-    assert [dict(item.row) for item in data] == [
-        {k: v for k, v in row.items() if k != "prompt"} for row in rows
-    ]
+    assert [dict(item.row) for item in data] == [{k: v for k, v in row.items() if k != "prompt"} for row in rows]
     assert all(item.target is None and item.sources == () for item in data)
     assert not data.excluded
 
@@ -164,14 +162,10 @@ def image_folder(tmp_path: Path) -> Path:
     return folder
 
 
-def test_image_folder_counts_corrupt_and_missing_images(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_image_folder_counts_corrupt_and_missing_images(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = image_folder(tmp_path)
     with caplog.at_level(logging.WARNING):
-        data = read(
-            tmp_path, str(folder), target_column="file_name", image_size=(4, 4), max_excluded_share=0.4
-        )
+        data = read(tmp_path, str(folder), target_column="file_name", image_size=(4, 4), max_excluded_share=0.4)
     assert [item.prompt for item in data] == ["red", "green", "blue"]
     assert [item.target and item.target.size for item in data] == [(4, 4)] * 3
     assert data.excluded == {"corrupt image": 1, "missing image": 1}
@@ -187,9 +181,7 @@ def test_past_the_ceiling_it_is_an_error_that_names_the_rows(tmp_path: Path) -> 
 
 def test_a_header_check_finds_only_what_does_not_open(tmp_path: Path) -> None:
     folder = image_folder(tmp_path)
-    data = read(
-        tmp_path, str(folder), target_column="file_name", check_images="header", max_excluded_share=0.4
-    )
+    data = read(tmp_path, str(folder), target_column="file_name", check_images="header", max_excluded_share=0.4)
     assert data.excluded == {"missing image": 1}
     with pytest.raises(ValueError, match="row 1 of .* cannot now: corrupt image.*check_images: decode"):
         data[1]
@@ -208,9 +200,7 @@ def test_a_missing_column_names_the_nearest(tmp_path: Path) -> None:
         read(tmp_path, path)
     with pytest.raises(ValueError, match=r"no column 'pictures' \(data.target_column\). Nearest: picture"):
         read(tmp_path, path, prompt_column="promt", target_column="pictures")
-    with pytest.raises(
-        ValueError, match=r"no column 'zzz' \(data.sources_column\). Known: id, picture, promt"
-    ):
+    with pytest.raises(ValueError, match=r"no column 'zzz' \(data.sources_column\). Known: id, picture, promt"):
         read(tmp_path, path, prompt_column="promt", sources_column="zzz", streaming=True, limit=1)
 
 
@@ -252,9 +242,7 @@ def test_null_images_are_missing_and_an_empty_list_is_none(tmp_path: Path) -> No
     assert data[0].target and data[0].target.mode == "L"
 
 
-def test_messages_bring_images_and_the_answer_is_the_target(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_messages_bring_images_and_the_answer_is_the_target(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for color in ("red", "blue"):
         (tmp_path / f"{color}.png").write_bytes(png(color))
     ask = [{"type": "image", "image": "red.png"}, {"type": "text", "text": "make it blue"}]
@@ -305,9 +293,7 @@ def test_held_out_prompts_are_chosen_by_their_text_alone(tmp_path: Path) -> None
     assert len(train) + len(held_out) == 600 and 80 < len(held_out) < 160
     assert set(held_out) == {row["prompt"] for row in rows if is_held_out(row["prompt"], 0.2)}
     backwards = jsonl(tmp_path / "b.jsonl", rows[::-1])
-    assert [item.prompt for item in read(tmp_path, backwards, "held_out", held_out_share=0.2)] == held_out[
-        ::-1
-    ]
+    assert [item.prompt for item in read(tmp_path, backwards, "held_out", held_out_share=0.2)] == held_out[::-1]
 
 
 def test_held_out_rows_may_have_a_file_of_their_own(tmp_path: Path) -> None:
@@ -326,9 +312,7 @@ def test_one_bad_row_does_not_condemn_a_small_held_out_side(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_limit_reads_the_first_rows_and_items_do_not_depend_on_the_order(
-    tmp_path: Path, streaming: bool
-) -> None:
+def test_a_limit_reads_the_first_rows_and_items_do_not_depend_on_the_order(tmp_path: Path, streaming: bool) -> None:
     path = jsonl(tmp_path / "a.jsonl", numbered(50))
     data = read(tmp_path, path, limit=20, streaming=streaming)
     forward = [(item.prompt, dict(item.row)) for item in data]

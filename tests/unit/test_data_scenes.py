@@ -85,9 +85,7 @@ def test_held_out_prompts_are_distinct_and_of_every_task() -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_tasks_have_equal_shares_of_train(variant: str) -> None:
-    shares = Counter(
-        item.row["task"] for item in build_dataset(scenes(variant=variant, train_images=90), "prompts", 0)
-    )
+    shares = Counter(item.row["task"] for item in build_dataset(scenes(variant=variant, train_images=90), "prompts", 0))
     assert max(shares.values()) - min(shares.values()) <= 1
     assert set(shares) == (set(EDITS) if variant == "edit" else {"count", "pair", "relation"})
 
@@ -114,17 +112,13 @@ def test_the_prompt_says_what_the_record_holds() -> None:
     sides = {"left_of": " left of ", "right_of": " right of ", "above": " above ", "below": " below "}
     for item in build_dataset(ScenesData(train_images=300), "train", 2):
         scene = item.row["scene"]
-        phrases = [
-            f"{words[g['count']]} {g['color']} {g['shape']}{'s' * (g['count'] > 1)}" for g in scene["objects"]
-        ]
+        phrases = [f"{words[g['count']]} {g['color']} {g['shape']}{'s' * (g['count'] > 1)}" for g in scene["objects"]]
         link = sides[scene["relation"]["kind"]] if scene["relation"] else " and "
         assert item.prompt == link.join(phrases)
 
 
 def test_instructions_read_well() -> None:
-    config = ScenesData(
-        variant="edit", colors=("red", "green", "blue", "yellow"), max_count=2, train_images=1000
-    )
+    config = ScenesData(variant="edit", colors=("red", "green", "blue", "yellow"), max_count=2, train_images=1000)
     prompts = {item.prompt for item in build_dataset(config, "train", 0)}
     assert {
         "make the red circles blue",

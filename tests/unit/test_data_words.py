@@ -64,9 +64,7 @@ def test_an_item_is_the_same_in_another_process() -> None:
         "print([(i.prompt, hashlib.md5(i.target.tobytes()).hexdigest()) for i in d])"
     )
     runs = {
-        subprocess.check_output(
-            [sys.executable, "-c", code], cwd=ROOT, env={"PYTHONHASHSEED": salt}, text=True
-        )
+        subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, env={"PYTHONHASHSEED": salt}, text=True)
         for salt in ("1", "2")
     }
     assert len(runs) == 1

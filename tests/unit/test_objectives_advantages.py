@@ -46,14 +46,10 @@ def test_unavailable_rewards_leave_the_statistics() -> None:
 
 
 def test_group_with_one_available_reward_is_skipped() -> None:
-    result = advantages(
-        [1, NAN, 2, 4, NAN], [0, 0, 1, 1, 2], [True, False, True, True, False], scale="batch_std"
-    )
+    result = advantages([1, NAN, 2, 4, NAN], [0, 0, 1, 1, 2], [True, False, True, True, False], scale="batch_std")
     np.testing.assert_array_equal(result.kept_B, [False, False, True, True, False])
     assert (result.groups, result.small_groups, result.unavailable) == (1, 2, 2)
-    np.testing.assert_allclose(
-        result.advantage_B[2:4], [-(0.5**0.5), 0.5**0.5]
-    )  # the lone 1 is in no statistic
+    np.testing.assert_allclose(result.advantage_B[2:4], [-(0.5**0.5), 0.5**0.5])  # the lone 1 is in no statistic
 
 
 @pytest.mark.parametrize(("flat_groups", "kept"), [("drop", False), ("count", True)])

@@ -25,9 +25,7 @@ def test_published_defaults() -> None:
 
 
 def test_a_given_part_replaces_only_itself() -> None:
-    config = ObjectiveConfig.model_validate(
-        {"name": "dapo", "clip_low": 0.1, "advantage": {"scale": "batch_std"}}
-    )
+    config = ObjectiveConfig.model_validate({"name": "dapo", "clip_low": 0.1, "advantage": {"scale": "batch_std"}})
     objective = config.objective()
     assert (objective.clip_low, objective.clip_high) == (0.1, 0.28)
     assert (objective.scale, objective.baseline, objective.weights) == ("batch_std", "mean", "dapo")
@@ -64,9 +62,7 @@ def test_ratios_are_sound_on_likelihoods(name: str, kind: LogProbKind) -> None:
 
 
 def test_token_ratio_on_a_bound_is_refused_unless_forced() -> None:
-    with pytest.raises(
-        IllegalObjective, match="token_ratio .* elbo: a bound.*Sound kinds: exact, trajectory"
-    ):
+    with pytest.raises(IllegalObjective, match="token_ratio .* elbo: a bound.*Sound kinds: exact, trajectory"):
         check_legal("token_ratio", LogProbKind.ELBO)
     assert "a bound" in (check_legal("token_ratio", LogProbKind.ELBO, force=True) or "")
     sequence = ObjectiveConfig.model_validate({"level": "sequence"}).objective()

@@ -36,9 +36,7 @@ def ratios(*values: float) -> tuple[Tensor, Tensor]:
         (0.0, [0.0] * 4, [0.0] * 4, [False] * 4),
     ],
 )
-def test_clip_is_one_sided(
-    gain: float, loss: list[float], gradient: list[float], clipped: list[bool]
-) -> None:
+def test_clip_is_one_sided(gain: float, loss: list[float], gradient: list[float], clipped: list[bool]) -> None:
     logp, old = ratios(0.5, 1.0, 1.25, 2.0)
     policy = clipped_policy_loss(logp, old, torch.tensor([gain]), clip_low=0.2, clip_high=0.28)
     torch.testing.assert_close(policy.loss_BS[0].detach(), torch.tensor(loss, dtype=torch.float64))
@@ -54,9 +52,7 @@ def test_sequence_ratio_is_the_geometric_mean_over_targets() -> None:
         logp, old, torch.tensor([1.0]), clip_low=0.2, clip_high=9.0, level="sequence", target_mask_BS=mask
     )
     torch.testing.assert_close(policy.ratio_BS, torch.tensor([[4.0, 4.0, 1.0]], dtype=torch.float64))
-    torch.testing.assert_close(
-        policy.loss_BS.detach(), torch.tensor([[-4.0, -4.0, 0.0]], dtype=torch.float64)
-    )
+    torch.testing.assert_close(policy.loss_BS.detach(), torch.tensor([[-4.0, -4.0, 0.0]], dtype=torch.float64))
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])

@@ -27,10 +27,7 @@ class Says:
 
 
 def total(answers: dict[str, Any], weights: dict[str, float] | None = None, **options: Any) -> Score:
-    terms = [
-        Term(name, RewardRunner(Says(answer)), (weights or {}).get(name, 1.0))
-        for name, answer in answers.items()
-    ]
+    terms = [Term(name, RewardRunner(Says(answer)), (weights or {}).get(name, 1.0)) for name, answer in answers.items()]
     return CompositeReward(terms, **options).score(SAMPLES)[0].total
 
 

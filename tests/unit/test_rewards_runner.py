@@ -84,9 +84,7 @@ def test_a_retry_that_succeeds_leaves_no_trace_but_the_count() -> None:
 @pytest.mark.parametrize("answers", [[1.0], [1.0, 2.0, 3.0], []])
 def test_a_wrong_number_of_scores_stops_the_run_and_is_not_retried(answers: list[float]) -> None:
     judge = Judge(lambda samples: answers)
-    with pytest.raises(
-        RewardContractError, match=rf"'judge' answered {len(answers)} .* 2 samples; expected 2"
-    ):
+    with pytest.raises(RewardContractError, match=rf"'judge' answered {len(answers)} .* 2 samples; expected 2"):
         RewardRunner(judge, retries=3).score(make(2))
     assert len(judge.asked) == 1
 

@@ -50,9 +50,7 @@ def test_what_was_drawn_is_what_is_found(damage: str) -> None:
         cells = random_scene(seed)
         image = scene_image(cells)
         if damage == "blur":
-            image = image.resize((36, 36), Image.Resampling.BILINEAR).resize(
-                (48, 48), Image.Resampling.BICUBIC
-            )
+            image = image.resize((36, 36), Image.Resampling.BILINEAR).resize((48, 48), Image.Resampling.BICUBIC)
         if damage == "noise":
             noise = np.random.default_rng(seed).normal(0, 12, (48, 48, 3))
             image = Image.fromarray(np.clip(np.asarray(image) + noise, 0, 255).astype(np.uint8))
@@ -89,9 +87,7 @@ def test_a_blank_image_earns_nothing(scene: dict[str, Any], color: str) -> None:
         ({(3, 1): None, (1, 1): BLUE}, "relation", 0.5),
     ],
 )
-def test_each_fault_lowers_its_own_part_and_the_value(
-    change: dict[Any, Any], part: str, value: float
-) -> None:
+def test_each_fault_lowers_its_own_part_and_the_value(change: dict[Any, Any], part: str, value: float) -> None:
     cells = {cell: what for cell, what in {**RIGHT, **change}.items() if what is not None}
     score = verdict(TWO_OVER_ONE, cells)
     assert score.parts[part] == pytest.approx(value)
@@ -211,11 +207,7 @@ def test_a_specification_survives_its_plain_form() -> None:
     )
     assert SceneSpec.from_dict(spec.to_dict()) == spec
     bare = SceneSpec(spec.objects)
-    assert (
-        SceneSpec.from_dict(bare.to_dict())
-        == bare
-        == SceneSpec.from_dict({"objects": bare.to_dict()["objects"]})
-    )
+    assert SceneSpec.from_dict(bare.to_dict()) == bare == SceneSpec.from_dict({"objects": bare.to_dict()["objects"]})
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,9 @@ def step_loss(policy: CausalPolicy, batches: list[SftBatch]) -> tuple[float, tor
         loss = sft_loss(policy, policy.model, batch, meter)
         loss.backward()
         total += float(loss.detach())
-    return total, policy.model.get_input_embeddings().weight.grad.clone()
+    gradient = policy.model.get_input_embeddings().weight.grad
+    assert gradient is not None
+    return total, gradient.clone()
 
 
 @pytest.mark.parametrize("row_ends", [False, True])

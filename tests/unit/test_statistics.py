@@ -28,9 +28,7 @@ def test_interval_matches_the_normal_one_for_many_prompts() -> None:
     assert interval.low == pytest.approx(values.mean() - half, abs=0.05 * half * 2)
     assert interval.high == pytest.approx(values.mean() + half, abs=0.05 * half * 2)
     narrow = bootstrap_mean(values, n=4000, confidence=0.5)
-    assert (narrow.high - narrow.low) / (interval.high - interval.low) == pytest.approx(
-        0.6745 / 1.96, abs=0.04
-    )
+    assert (narrow.high - narrow.low) / (interval.high - interval.low) == pytest.approx(0.6745 / 1.96, abs=0.04)
 
 
 def test_interval_covers_at_its_rate_when_the_seeds_of_a_prompt_agree() -> None:

@@ -14,11 +14,7 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[2]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-SOURCES = [
-    path
-    for room in ("rlmm", "rewards", "rollouts", "examples")
-    for path in sorted((ROOT / room).rglob("*.py"))
-]
+SOURCES = [path for room in ("rlmm", "rewards", "rollouts", "examples") for path in sorted((ROOT / room).rglob("*.py"))]
 BUILT_IN_MARKS = {"filterwarnings", "parametrize", "skip", "skipif", "usefixtures", "xfail"}
 
 
@@ -75,9 +71,7 @@ def test_the_readers_see_what_they_should() -> None:
     assert marks(tree) == {"slow"}
 
 
-@pytest.mark.parametrize(
-    ("room", "forbidden"), [("rewards", {"rlmm", "rollouts"}), ("rollouts", {"rlmm", "rewards"})]
-)
+@pytest.mark.parametrize(("room", "forbidden"), [("rewards", {"rlmm", "rollouts"}), ("rollouts", {"rlmm", "rewards"})])
 def test_imports_go_one_way(room: str, forbidden: set[str]) -> None:
     files = sorted((ROOT / room).rglob("*.py"))
     assert files
@@ -121,9 +115,7 @@ def test_the_lock_fits_the_declared_ranges(lock: str) -> None:
     for need in declared("cpu", "deepspeed", "ocr", "dev"):
         version = versions[normal(need.name)]
         assert need.specifier.contains(version, prereleases=True), f"{need} is locked at {version}"
-    assert not {"torchvision", "torchaudio", "torchcodec"} & set(versions), (
-        "they do not import beside this torch"
-    )
+    assert not {"torchvision", "torchaudio", "torchcodec"} & set(versions), "they do not import beside this torch"
 
 
 @pytest.mark.parametrize("stray", ["rewards/__init__.py", "rollouts.py"])
@@ -143,7 +135,5 @@ def test_a_stray_package_of_the_same_name_is_an_error_that_names_it(stray: str, 
 
 def test_importing_the_program_loads_nothing_heavy(tmp_path: Path) -> None:
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import rlmm, rlmm.doctor; print(*sys.modules)"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True)
     assert not {"torch", "transformers", "deepspeed", "vllm", "numpy"} & set(done.stdout.split())
