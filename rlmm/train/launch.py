@@ -1,22 +1,26 @@
 """The process group of a run: there before a stage asks how many processes it has, gone before the process ends."""
 
+import json
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 
 @contextmanager
-def processes(*, deepspeed: bool) -> Iterator[None]:
+def processes(deepspeed: Sequence[str] = ()) -> Iterator[None]:
     """Joins the processes that torchrun (or another launcher that sets RANK and WORLD_SIZE) started.
 
-    `deepspeed`: a stage trains under DeepSpeed, which needs a group even for a single process.
+    `deepspeed`: the DeepSpeed configuration files of the run's stages; it needs a group even for a single process.
 
-    Raises ImportError where DeepSpeed is asked for and not installed.
+    Raises ImportError where DeepSpeed is asked for and not installed, ValueError on a file it cannot train with.
     """
+    for path in deepspeed:
+        check_deepspeed(Path(path))
     if deepspeed:
         _prepare_deepspeed()
     if "WORLD_SIZE" not in os.environ or dist.is_initialized():
@@ -32,6 +36,21 @@ def processes(*, deepspeed: bool) -> Iterator[None]:
     finally:
         # Without it DeepSpeed's threads now and then abort a process whose work is done.
         dist.destroy_process_group()
+
+
+def check_deepspeed(path: Path) -> None:
+    """Raises ValueError where the file is no DeepSpeed configuration or asks for ZeRO-3."""
+    try:
+        stage = json.loads(path.read_text()).get("zero_optimization", {}).get("stage", 0)
+    except (OSError, json.JSONDecodeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is not a readable DeepSpeed configuration ({error}); start from configs/deepspeed/zero2.json"
+        ) from error
+    if stage not in (0, 1, 2):
+        raise ValueError(
+            f"{path} asks for ZeRO stage {stage}, which leaves no process with whole weights to sample from; "
+            "use stage 1 or 2 (configs/deepspeed/zero2.json)"
+        )
 
 
 def _prepare_deepspeed() -> None:

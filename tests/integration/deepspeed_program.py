@@ -1,10 +1,18 @@
-"""The tiny recipe up to GRPO, as one process or as one of several: `FOLDER [DEEPSPEED_JSON]`."""
+"""The tiny recipe up to GRPO, as one process or as one of several: `FOLDER [DEEPSPEED_JSON]`.
 
+Stages whose result is there are passed over. Leaves wrapped.json: what the loss went through, on how many processes.
+"""
+
+import json
+import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import yaml
+from torch import Tensor, nn
 
+import rlmm.train.grpo as grpo
 from rlmm import pipeline
 from rlmm.config.recipe import validate_recipe
 from rlmm.train.context import StageContext
@@ -17,13 +25,27 @@ GRPO = {
 }  # fmt: skip
 
 
+def watch(folder: Path) -> None:
+    """Note the module that the GRPO loss is computed with."""
+    original = grpo.grpo_loss
+
+    def watched(policy: Any, config: Any, model: nn.Module, *rest: Any) -> Tensor:
+        stage = model.zero_optimization_stage() if hasattr(model, "zero_optimization_stage") else None  # pyrefly: ignore
+        seen = {"kind": type(model).__name__, "zero": stage, "processes": int(os.environ.get("WORLD_SIZE", "1"))}
+        (folder / "wrapped.json").write_text(json.dumps(seen))
+        return original(policy, config, model, *rest)
+
+    grpo.grpo_loss = watched
+
+
 def main(folder: str, deepspeed: str = "") -> None:
     raw = yaml.safe_load(RECIPE.read_text())
     raw["stages"] = {name: raw["stages"][name] for name in ("codec", "sft", "grpo")}
     raw["stages"]["grpo"] |= GRPO | ({"deepspeed": deepspeed} if deepspeed else {})
     recipe = validate_recipe(raw | {"run_dir": folder}, "tiny")
     run = pipeline.run_folder(recipe)
-    with processes(deepspeed=bool(deepspeed)):
+    watch(Path(folder))
+    with processes([deepspeed] if deepspeed else []):
         for name, config in recipe.stages.items():
             if not (run.stage(name) / "model").is_dir() and not (run.stage(name) / "codec").is_dir():
                 run.stage(name).mkdir(parents=True, exist_ok=True)
