@@ -30,6 +30,7 @@ from rlmm.train.metrics import MetricsFile
 from rollouts.trajectory import Trajectory
 
 BEST = "best"
+HEADLINE = ("exact", "strict", "value")
 
 
 @dataclass(frozen=True)
@@ -158,13 +159,15 @@ def _rows(cell: Cell, config: EvalStage) -> Iterator[dict[str, Any]]:
 
 def contrasts(cells: Sequence[Cell], arms: Sequence[str], held_out: set[str]) -> list[dict[str, Any]]:
     """Every later arm against every earlier one by the held-out judge: at each temperature, and best against best.
+    The last arm comes first, and of the metrics those that say whether a sample is wholly right.
 
     "Best" is each arm's temperature with the highest mean of the metric, so that a policy which merely became sharper
     gains nothing over one sampled colder.
     """
-    pairs = [(arm, baseline) for i, arm in enumerate(arms) for baseline in arms[:i]]
+    pairs = [(arm, baseline) for i, arm in reversed(list(enumerate(arms))) for baseline in arms[:i]]
     judged = [(judge, metric) for judge, values in cells[0].values.items() if judge in held_out for metric in values]
-    return [row for arm, baseline in pairs for name in judged for row in _contrast(cells, arm, baseline, *name)]
+    judged.sort(key=lambda name: HEADLINE.index(name[1]) if name[1] in HEADLINE else len(HEADLINE))
+    return [row for name in judged for arm, baseline in pairs for row in _contrast(cells, arm, baseline, *name)]
 
 
 def _contrast(cells: Sequence[Cell], arm: str, baseline: str, judge: str, metric: str) -> Iterator[dict[str, Any]]:
@@ -222,5 +225,5 @@ def contrast_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
         f"{row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}] "
         f"(best temperatures {row['arm_temperature']:g} and {row['baseline_temperature']:g})"
         for row in rows
-        if row["at"] == BEST
+        if row["at"] == BEST and row["metric"] in HEADLINE
     ]

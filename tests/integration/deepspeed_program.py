@@ -35,7 +35,7 @@ def watch(folder: Path) -> None:
         (folder / "wrapped.json").write_text(json.dumps(seen))
         return original(policy, config, model, *rest)
 
-    grpo.grpo_loss = watched
+    grpo.grpo_loss = watched  # pyrefly: ignore
 
 
 def main(folder: str, deepspeed: str = "") -> None:
