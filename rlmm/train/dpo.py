@@ -97,14 +97,14 @@ def dpo_step_loss(
     """
     sequences = batch.sequences
     with torch.no_grad(), policy.reference():
-        reference_B = policy.sequence_log_probs(sequences).sum(1)
-    current_B = policy.sequence_log_probs(sequences, model=model).sum(1)
-    chosen_P, rejected_P = current_B.chunk(2)
+        reference_chosen_P, reference_rejected_P = policy.sequence_log_probs(sequences).sum(1).chunk(2)
+    chosen_P, rejected_P = policy.sequence_log_probs(sequences, model=model).sum(1).chunk(2)
     length_P, other_P = sequences.target_BT.sum(1).chunk(2)
     found = dpo_loss(
         chosen_P,
         rejected_P,
-        *reference_B.chunk(2),
+        reference_chosen_P,
+        reference_rejected_P,
         beta,
         label_smoothing=label_smoothing,
         lengths_P=(length_P, other_P) if by_length else None,

@@ -145,3 +145,12 @@ def test_the_micro_batch_size_does_not_change_the_update(variant: Callable[..., 
     large = final_weights(variant(*short, "stages.grpo.micro_batch_size=4", f"run_dir={tmp_path / 'b'}"))
     for name, weight in small.items():
         torch.testing.assert_close(weight, large[name], rtol=0, atol=2e-6)
+
+
+def test_the_examples_run(tiny_run: TinyRun, tmp_path: Path) -> None:
+    root, out = Path(__file__).parents[2] / "examples", tmp_path / "drawn.png"
+    for program in (["load_adapter.py", str(tiny_run.folder.path), 'render "CAT"', str(out)], ["custom_reward.py"]):
+        command = [sys.executable, str(root / program[0]), *program[1:]]
+        answer = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+        assert answer.returncode == 0, answer.stderr[-3000:]
+    assert Image.open(out).size == (96, 32)

@@ -9,9 +9,11 @@ import torch
 from rlmm.config.policy import Lora
 from rlmm.config.stages import Optimization
 from rlmm.policies.causal import CausalPolicy
+from rlmm.policies.layout_io import supervised_batch
 from rlmm.train.dpo import DpoBatch, PairSource, PreferencePairs, dpo_step_loss, pair_batch
 from rlmm.train.metrics import Meter, MetricsFile
 from rlmm.train.trainer import StageTrainer, training_arguments
+from rollouts.trajectory import IMAGE
 from tests.parity.test_sampler_trainer import CODES, GRID, make_policy
 
 PAIRS, BETA = 6, 0.1
@@ -38,10 +40,17 @@ def whole(policy: CausalPolicy) -> DpoBatch:
 
 
 def image_log_probs(policy: CausalPolicy) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probs of the chosen and of the rejected images, by the policy as it is."""
-    with torch.no_grad():
-        logp_B = policy.sequence_log_probs(whole(policy).sequences).sum(1)
-    return logp_B[:PAIRS], logp_B[PAIRS:]
+    """Log-probs of the chosen and of the rejected images, by the policy as it is, one pair and side at a time."""
+    return logp_of(policy, pairs().chosen_NT), logp_of(policy, pairs().rejected_NT)
+
+
+def logp_of(policy: CausalPolicy, codes_NT: torch.Tensor) -> torch.Tensor:
+    values = []
+    for prompt, codes in zip(pairs().prompts, codes_NT.tolist(), strict=True):
+        batch = supervised_batch(policy.layout, [policy.encode_prompt(prompt)], [codes])
+        with torch.no_grad():
+            values.append(policy.sequence_log_probs(batch)[batch.modality_BT == IMAGE].sum())
+    return torch.stack(values)
 
 
 def reference_log_probs(policy: CausalPolicy) -> torch.Tensor:
