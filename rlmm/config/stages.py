@@ -38,6 +38,12 @@ class CodecStage(Optimization):
     images: int | None = None
     """How many training images to use; all by default."""
 
+    @model_validator(mode="after")
+    def _small_network(self) -> "CodecStage":
+        if self.gradient_checkpointing:
+            raise ValueError("a codec stage has no gradient checkpointing: its network is small; leave it out")
+        return self
+
 
 class SftStage(Optimization):
     """Supervised fine-tuning on (prompt, image) pairs."""

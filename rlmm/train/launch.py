@@ -3,7 +3,7 @@
 import json
 import os
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,15 +12,13 @@ import torch.distributed as dist
 
 
 @contextmanager
-def processes(deepspeed: Sequence[str] = ()) -> Iterator[None]:
+def processes(*, deepspeed: bool) -> Iterator[None]:
     """Joins the processes that torchrun (or another launcher that sets RANK and WORLD_SIZE) started.
 
-    `deepspeed`: the DeepSpeed configuration files of the run's stages; it needs a group even for a single process.
+    `deepspeed`: a stage trains under DeepSpeed, which needs a group even for a single process.
 
-    Raises ImportError where DeepSpeed is asked for and not installed, ValueError on a file it cannot train with.
+    Raises ImportError where DeepSpeed is asked for and not installed.
     """
-    for path in deepspeed:
-        check_deepspeed(Path(path))
     if deepspeed:
         _prepare_deepspeed()
     if "WORLD_SIZE" not in os.environ or dist.is_initialized():

@@ -16,7 +16,7 @@ import rlmm.train.grpo as grpo
 from rlmm import pipeline
 from rlmm.config.recipe import validate_recipe
 from rlmm.train.context import StageContext
-from rlmm.train.launch import processes
+from rlmm.train.launch import check_deepspeed, processes
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "tiny.yaml"
 GRPO = {
@@ -45,7 +45,9 @@ def main(folder: str, deepspeed: str = "") -> None:
     recipe = validate_recipe(raw | {"run_dir": folder}, "tiny")
     run = pipeline.run_folder(recipe)
     watch(Path(folder))
-    with processes([deepspeed] if deepspeed else []):
+    if deepspeed:
+        check_deepspeed(Path(deepspeed))
+    with processes(deepspeed=bool(deepspeed)):
         for name, config in recipe.stages.items():
             if not (run.stage(name) / "model").is_dir() and not (run.stage(name) / "codec").is_dir():
                 run.stage(name).mkdir(parents=True, exist_ok=True)

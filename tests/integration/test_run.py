@@ -147,6 +147,31 @@ def test_the_micro_batch_size_does_not_change_the_update(variant: Callable[..., 
         torch.testing.assert_close(weight, large[name], rtol=0, atol=2e-6)
 
 
+def test_gradient_checkpointing_does_not_change_the_update(variant: Callable[..., Recipe], tmp_path: Path) -> None:
+    plain = final_weights(variant("stages.grpo.steps=2", f"run_dir={tmp_path / 'a'}"))
+    saving = "stages.grpo.gradient_checkpointing=true"
+    checkpointed = final_weights(variant("stages.grpo.steps=2", saving, f"run_dir={tmp_path / 'b'}"))
+    for name, weight in plain.items():
+        torch.testing.assert_close(weight, checkpointed[name], rtol=0, atol=1e-6)
+
+
+def test_bfloat16_runs_within_its_own_tolerance_and_really_rounds(variant: Callable[..., Recipe]) -> None:
+    folder = run_recipe(variant("stages.grpo.steps=2", "stages.grpo.precision=bfloat16"), lambda line: None)
+    row = MetricsFile(folder.stage("grpo") / "metrics.jsonl").read()[0]
+    assert 1e-6 < row["mismatch/mean"] < 0.02
+
+
+def test_training_all_weights_keeps_a_frozen_reference(variant: Callable[..., Recipe]) -> None:
+    recipe = variant("stages.grpo.steps=4", "stages.grpo.lora=null", "stages.grpo.objective.kl.kind=k2")
+    before = dict(llama.load(Path(recipe.policy.path)).named_weights())  # pyrefly: ignore
+    folder = run_recipe(recipe, lambda line: None)
+    rows = MetricsFile(folder.stage("grpo") / "metrics.jsonl").read()
+    assert rows[0]["kl"] == pytest.approx(0, abs=1e-9) and rows[3]["kl"] > 1e-7
+    after = dict(llama.load(folder.stage("grpo") / "model").named_weights())
+    assert all(not torch.equal(before[name], after[name]) for name in before)
+    assert not (folder.stage("grpo") / "adapter").exists()
+
+
 def test_the_examples_run(tiny_run: TinyRun, tmp_path: Path) -> None:
     root, out = Path(__file__).parents[2] / "examples", tmp_path / "drawn.png"
     for program in (["load_adapter.py", str(tiny_run.folder.path), 'render "CAT"', str(out)], ["custom_reward.py"]):
