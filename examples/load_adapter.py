@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from rlmm.codecs import load_codec, tensor_to_images
 
@@ -17,7 +17,7 @@ from rlmm.codecs import load_codec, tensor_to_images
 def draw(run: Path, prompt: str, seed: int = 0) -> torch.Tensor:
     """Codes [1, rows * cols] sampled at temperature 1 from base/ with adapter/ on top."""
     layout = json.loads((run / "adapter" / "layout.json").read_text())
-    tokenizer = AutoTokenizer.from_pretrained(run / "adapter")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(run / "adapter")
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(run / "base"), str(run / "adapter"))
     text = tokenizer(prompt, add_special_tokens=False).input_ids
     ids = torch.tensor([[layout["bos"], *text, layout["boi"]]])

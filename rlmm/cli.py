@@ -35,10 +35,13 @@ def run(config: Config, overrides: Overrides = None) -> None:
     """Run a recipe's stages in order. A second call resumes where the first one stopped."""
     from rlmm.config.recipe import read_recipe
     from rlmm.pipeline import run_recipe
-    from rlmm.train.launch import processes
+    from rlmm.train.launch import check_deepspeed, processes
 
     recipe = read_recipe(config, overrides)
-    with processes(deepspeed=any(getattr(stage, "deepspeed", None) for stage in recipe.stages.values())):
+    files = {path for stage in recipe.stages.values() if (path := getattr(stage, "deepspeed", None))}
+    for path in files:
+        check_deepspeed(Path(path))
+    with processes(deepspeed=bool(files)):
         folder = run_recipe(recipe, say)
     say(f"report: {folder.path / 'report.html'}")
 

@@ -15,7 +15,7 @@ from rlmm.train.codec import run_codec_stage
 from rlmm.train.context import StageContext
 from rlmm.train.gates import ceilings
 from rlmm.train.grpo import run_grpo
-from rlmm.train.processes import world
+from rlmm.train.processes import wait, world
 from rlmm.train.sft import run_sft
 
 STAGES: dict[str, Callable[[StageContext], None]] = {
@@ -25,6 +25,9 @@ STAGES: dict[str, Callable[[StageContext], None]] = {
     "eval": run_eval,
     "export": run_export,
 }
+
+ALONE = ("eval", "export")
+"""Stages the first process does while the others wait: nothing in them is shared out."""
 
 
 def run_folder(recipe: Recipe) -> RunFolder:
@@ -41,16 +44,22 @@ def run_recipe(recipe: Recipe, say: Callable[[str], None]) -> RunFolder:
     if first:
         folder.bind_config(recipe.model_dump(mode="json"))
         folder.write_environment()
+    # Asked once, before the first process marks anything, so that all of them skip the same stages.
+    done = [name for name in recipe.stages if folder.done(name)]
+    wait()
     for name, stage in recipe.stages.items():
-        if folder.done(name):
+        if name in done:
             say(f"{name}: done before")
             continue
         say(f"{name} ({stage.kind})")
         gates = ceilings(stage.gates, stage.precision) if isinstance(stage, GrpoStage) else None
         if first:
             folder.mark(name, stage.kind, "running", gates)
-        STAGES[stage.kind](StageContext(recipe, folder, name, stage, say))
+        wait()
+        if first or stage.kind not in ALONE:
+            STAGES[stage.kind](StageContext(recipe, folder, name, stage, say))
         if first:
             folder.mark(name, stage.kind, "done", gates)
             write_report(folder.path)
+        wait()
     return folder

@@ -36,9 +36,7 @@ def dpo_loss(
     rejected_P = policy_rejected_P - reference_rejected_P.detach()
     if lengths_P is not None:
         if min(int(length.min()) for length in lengths_P) < 1:
-            raise ValueError(
-                "a pair has a side without decided tokens: it cannot be normalised by its length; drop it"
-            )
+            raise ValueError("a pair has a side without decided tokens: it cannot be normalised by its length; drop it")
         chosen_P, rejected_P = chosen_P / lengths_P[0], rejected_P / lengths_P[1]
     margin_P = beta * (chosen_P - rejected_P)
     loss_P = -(1 - label_smoothing) * logsigmoid(margin_P) - label_smoothing * logsigmoid(-margin_P)

@@ -21,6 +21,12 @@ def share(count: int, what: str) -> slice:
     return slice(rank * each, (rank + 1) * each)
 
 
+def wait() -> None:
+    """Go on when every process has come here: what the first one wrote before is then there for all."""
+    if world()[1] > 1:
+        dist.barrier()
+
+
 def gather(value: Any) -> list[Any]:
     """Every process's value, in rank order."""
     _, size = world()

@@ -139,6 +139,7 @@ def training_arguments(
         max_grad_norm=config.max_grad_norm if config.max_grad_norm > 0 else math.inf,
         gradient_checkpointing=config.gradient_checkpointing,
         deepspeed=config.deepspeed,
+        ddp_find_unused_parameters=False,
         logging_strategy="steps",
         logging_steps=1,
         logging_nan_inf_filter=False,

@@ -9,11 +9,12 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from rollouts.assembly import image_trajectory, one_image_span, request_stream
 from rollouts.contract import CausalDecoder, Request
 from rollouts.fingerprint import weights_fingerprint
 from rollouts.law import Law, draw, law_log_probs, pack_support, row_uniforms
 from rollouts.torch_engine.cache import preallocated_cache, widen
-from rollouts.trajectory import IMAGE, Span, Stream, Trajectory, concatenate, pad_left
+from rollouts.trajectory import Span, Stream, Trajectory, concatenate, pad_left
 
 
 class TorchEngine:
@@ -33,14 +34,10 @@ class TorchEngine:
     @torch.no_grad()
     def generate(self, requests: Sequence[Request], spans: Sequence[Span]) -> Trajectory:
         """One image span a row. Raises ValueError on anything else and on a request that lacks a stream of the law."""
-        if len(spans) != 1 or spans[0].kind != "image":
-            raise ValueError(
-                f"the torch engine samples one image span, and got {[span.kind for span in spans]}; "
-                "pass exactly one span of kind 'image'"
-            )
+        span = one_image_span(spans, "torch")
         if not requests:
             raise ValueError("no requests to generate from; pass at least one prompt")
-        parts = [self._generate_batch(batch, spans[0]) for batch in self._batches(requests, spans[0].law)]
+        parts = [self._generate_batch(batch, span) for batch in self._batches(requests, span.law)]
         return concatenate(parts, self.decoder.layout.pad)
 
     def sync(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
@@ -67,30 +64,20 @@ class TorchEngine:
     def _generate_batch(self, requests: list[Request], span: Span) -> Trajectory:
         layout, law = self.decoder.layout, span.law
         names = law.streams()
-        prefixes = {name: pad_left([_stream(r, name) for r in requests], layout.pad) for name in names}
+        prefixes = {name: pad_left([request_stream(r, name) for r in requests], layout.pad) for name in names}
         counts = torch.tensor([len(request.seeds) for request in requests])
         owner_B = torch.repeat_interleave(torch.arange(len(requests)), counts)
         seeds = [seed for request in requests for seed in request.seeds]
         ids_BS, logp_BS, support = self._decode(prefixes, owner_B, seeds, law)
-        rows, length = ids_BS.shape
-        target_S = torch.zeros(length, dtype=torch.bool)
-        target_S[layout.grid.decided()] = True
-        return Trajectory(
-            ids=ids_BS,
-            attention_mask=torch.ones(rows, length, dtype=torch.bool),
-            target_mask=target_S.expand(rows, -1).clone(),
-            modality=torch.full((rows, length), IMAGE, dtype=torch.int8),
-            step=torch.arange(length, dtype=torch.int32).expand(rows, -1).clone(),
-            span=torch.zeros(rows, length, dtype=torch.int8),
-            spans=(span,),
+        return image_trajectory(
+            layout,
+            span,
+            requests,
             streams={name: stream.rows(owner_B) for name, stream in prefixes.items()},
-            sampler_logp=logp_BS,
-            seed=tuple(seeds),
-            group_id=tuple(r.group_id for r in requests for _ in r.seeds),
-            sample_id=tuple(sample for r in requests for sample in r.sample_ids),
-            weights_version=self.weights_version,
+            ids_BS=ids_BS,
+            logp_BS=logp_BS,
             support=support,
-            sources=tuple(r.sources for r in requests for _ in r.seeds),
+            weights_version=self.weights_version,
         )
 
     def _decode(
@@ -154,12 +141,3 @@ class _Stepper:
 
 def _widen_prefix(values_BP: Tensor, width: int, fill: int | bool) -> Tensor:
     return torch.nn.functional.pad(values_BP, (width - values_BP.shape[1], 0), value=fill)
-
-
-def _stream(request: Request, name: str) -> tuple[int, ...]:
-    if name not in request.streams:
-        raise ValueError(
-            f"request {request.group_id} has streams {sorted(request.streams)} and the law needs {name!r}; "
-            "give the prompt that stream (guidance needs an unconditional prefix) or set the guidance scale to 1"
-        )
-    return request.streams[name]

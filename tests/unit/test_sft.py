@@ -38,7 +38,7 @@ def step_loss(policy: CausalPolicy, batches: list[SftBatch]) -> tuple[float, tor
         loss.backward()
         total += float(loss.detach())
     gradient = policy.model.get_input_embeddings().weight.grad
-    assert gradient is not None
+    assert isinstance(gradient, torch.Tensor)
     return total, gradient.clone()
 
 
