@@ -63,7 +63,7 @@ def run_eval(context: StageContext) -> None:
     pq.write_table(pa.Table.from_pylist([row for cell in cells for row in cell.rows]), partial)
     partial.replace(context.folder / "samples.parquet")
     write_json_atomically(context.folder / "eval.json", record)
-    for line in contrast_lines(record["contrasts"]):
+    for line in [*compute_lines(record["compute"]), *contrast_lines(record["contrasts"])]:
         context.say(line)
 
 
@@ -216,6 +216,11 @@ def _parent(context: StageContext, name: str) -> str | None:
     if not isinstance(stage, SftStage | GrpoStage):
         return None
     return stage.start_from or policy_stage_before(replace(context, name=name))
+
+
+def compute_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """What each arm's training took, so that a difference can be held against its price."""
+    return [f"{row['arm']}: {' + '.join(row['stages'])}, {row['steps']} steps, {row['seconds']:g} s" for row in rows]
 
 
 def contrast_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
