@@ -4,4 +4,4 @@ from rewards.runner import RewardContractError
 from rlmm.config.recipe import RecipeError
 from rlmm.train.gates import GateError
 
-MENDABLE: tuple[type[Exception], ...] = (RecipeError, GateError, RewardContractError, ValueError, OSError)
+MENDABLE: tuple[type[Exception], ...] = (RecipeError, GateError, RewardContractError, ValueError, OSError, ImportError)

@@ -1,5 +1,6 @@
 """Runs a recipe's stages in order. A second call goes on where the first one stopped."""
 
+import shutil
 from collections.abc import Callable
 
 import torch
@@ -60,6 +61,10 @@ def run_recipe(recipe: Recipe, say: Callable[[str], None]) -> RunFolder:
             STAGES[stage.kind](StageContext(recipe, folder, name, stage, say))
         if first:
             folder.mark(name, stage.kind, "done", gates)
+            # Only now: until the stage counts as done, its checkpoints are what it would resume from.
+            shutil.rmtree(folder.stage(name) / "checkpoints", ignore_errors=True)
             write_report(folder.path)
         wait()
+    if first and not (folder.path / "report.html").is_file():
+        write_report(folder.path)
     return folder

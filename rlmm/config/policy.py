@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from rlmm.config.base import Strict
 
@@ -12,7 +12,6 @@ class Lora(Strict):
 
     rank: int = Field(16, ge=1)
     alpha: int = Field(32, ge=1)
-    dropout: float = Field(0.0, ge=0, lt=1)
     target_modules: tuple[str, ...] = (
         "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
     )  # fmt: skip
@@ -22,7 +21,6 @@ class NewPolicy(Strict):
     """A Llama-style transformer from scratch, text and image codes in one vocabulary; its grid is the codec's."""
 
     kind: Literal["new"] = "new"
-    family: str = "llama"
     hidden_size: int = Field(128, ge=8)
     num_layers: int = Field(4, ge=1)
     num_heads: int = Field(4, ge=1)
@@ -31,6 +29,14 @@ class NewPolicy(Strict):
     tie_embeddings: bool = False
     row_ends: bool = False
     """Force an end-of-row token after each row of the grid, as Emu3-style layouts do."""
+
+    @model_validator(mode="after")
+    def _whole_heads(self) -> "NewPolicy":
+        if self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}; change one"
+            )
+        return self
 
 
 class CheckpointPolicy(Strict):

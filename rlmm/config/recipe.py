@@ -1,5 +1,6 @@
 """A recipe: everything a run is made of. YAML in, overrides on top, unknown key = error."""
 
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,8 +47,13 @@ class Recipe(Strict):
 
     @model_validator(mode="after")
     def _stages_fit_together(self) -> "Recipe":
+        shared = {term.key for term in self.rewards.terms} & {term.key for term in self.held_out.terms}
+        if shared:
+            raise ValueError(f"{sorted(shared)} is in rewards and in held_out; give one of them a label of its own")
         before: list[str] = []
         for name, stage in self.stages.items():
+            if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+                raise ValueError(f"stage name {name!r} is a folder's name: use letters, digits, _ and - alone")
             wanted = _references(stage)
             unknown = [other for other in wanted if other not in before]
             if unknown:
@@ -122,7 +128,11 @@ def validate_recipe(raw: dict[Any, Any], source: str) -> Recipe:
 
 
 def _place(location: tuple[int | str, ...]) -> str:
-    return ".".join(str(part) for part in location) or "recipe"
+    parts = [str(part) for part in location]
+    tag = {"stages": 2, "policy": 1, "data": 1, "codec": 1}.get(parts[0]) if parts else None
+    if tag is not None and len(parts) > tag:  # the kind, which pydantic adds and no override can name
+        del parts[tag]
+    return ".".join(parts) or "recipe"
 
 
 def _reason(fault: Any) -> str:

@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from rlmm.config.base import Strict
 from rlmm.config.objectives import ObjectiveConfig
 from rlmm.config.policy import Lora
+from rollouts.law import Law
 
 
 class Optimization(Strict):
@@ -20,6 +21,13 @@ class Optimization(Strict):
     betas: tuple[float, float] = (0.9, 0.95)
     max_grad_norm: float = Field(1.0, ge=0)
     """0 switches clipping off."""
+
+    @model_validator(mode="after")
+    def _warm_up_has_a_schedule(self) -> "Optimization":
+        if self.schedule == "constant" and self.warmup_steps:
+            raise ValueError("schedule constant has no warm-up; use constant_with_warmup, or set warmup_steps to 0")
+        return self
+
     precision: Literal["float32", "bfloat16"] = "float32"
     """bfloat16 runs the transformer's body under autocast, in sampler and trainer alike."""
     gradient_checkpointing: bool = False
@@ -35,7 +43,7 @@ class CodecStage(Optimization):
 
     kind: Literal["codec"] = "codec"
     batch_size: int = Field(64, ge=1)
-    images: int | None = None
+    images: int | None = Field(None, ge=1)
     """How many training images to use; all by default."""
 
     @model_validator(mode="after")
@@ -77,6 +85,23 @@ class Sampling(Strict):
     guidance: Literal["none", "guided", "conditional_only", "rescaled"] = "guided"
     top_k: int = Field(0, ge=0)
     top_p: float = Field(1.0, gt=0, le=1)
+
+    @model_validator(mode="after")
+    def _is_a_law(self) -> "Sampling":
+        self.law((0, 1 << 31))
+        return self
+
+    def law(self, vocabulary: tuple[int, int]) -> Law:
+        """The law over a vocabulary slice; ValueError where the settings exclude each other."""
+        return Law(
+            vocabulary=vocabulary,
+            temperature=self.temperature,
+            guidance_scale=self.guidance_scale,
+            source_scale=self.source_scale,
+            mode=self.guidance,
+            top_k=self.top_k,
+            top_p=self.top_p,
+        )
 
 
 class Gates(Strict):
@@ -141,7 +166,7 @@ class GrpoStage(Optimization):
     @model_validator(mode="after")
     def _whole_batches(self) -> "GrpoStage":
         updates = self.objective.updates_per_rollout
-        _divides(self.rollouts, updates, "prompts_per_step x samples_per_prompt", "objective.updates_per_rollout")
+        _divides(self.samples_per_prompt, updates, "samples_per_prompt", "objective.updates_per_rollout")
         each = self.rollouts // updates
         _divides(each, self.micro_batch_size, "rollouts an update", "micro_batch_size")
         return self
@@ -151,11 +176,11 @@ class EvalStage(Strict):
     """Held-out prompts, several temperatures and sampling seeds, the held-out judge, intervals."""
 
     kind: Literal["eval"] = "eval"
-    arms: tuple[str, ...]
+    arms: tuple[str, ...] = Field(..., min_length=1)
     """Names of the policy stages to compare; the first is the baseline the others are measured against."""
     prompts: int = Field(256, ge=1)
     sampling_seeds: int = Field(2, ge=1)
-    temperatures: tuple[float, ...] = (1.0, 0.7, 0.4)
+    temperatures: tuple[Annotated[float, Field(gt=0)], ...] = Field((1.0, 0.7, 0.4), min_length=1)
     guidance_scale: float = 1.0
     batch_prompts: int = Field(64, ge=1)
 

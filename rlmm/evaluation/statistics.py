@@ -72,13 +72,14 @@ def distinct_share(items: Sequence[Hashable]) -> float:
 
 
 def duplicate_share(ids_BT: Any, target_mask_BT: Any, group_B: Any) -> float:
-    """Rows whose decided tokens equal an earlier row's of their group / rows; 0 where there are no rows.
+    """Rows whose decided tokens equal an earlier row's of their group / rows that could (all but one a group), so that
+    1 is a collapse of every group; 0 where no group has two rows.
 
     Far above what the policy's entropy explains, the seeds of a group have collapsed.
     """
     groups = _groups(ids_BT, target_mask_BT, group_B)
-    rows = sum(len(group) for group in groups)
-    return sum(len(group) - len(np.unique(group, axis=0)) for group in groups) / rows if rows else 0.0
+    could = sum(len(group) - 1 for group in groups)
+    return sum(len(group) - len(np.unique(group, axis=0)) for group in groups) / could if could else 0.0
 
 
 def diversity(ids_BT: Any, target_mask_BT: Any, group_B: Any) -> float:

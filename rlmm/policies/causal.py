@@ -44,11 +44,22 @@ class CausalPolicy:
 
     def encode_prompt(self, prompt: str) -> list[int]:
         """Ids of a prompt's text. The text is data: a special token spelled in it is spelled out, not obeyed."""
-        return self.tokenizer(prompt, add_special_tokens=False, split_special_tokens=True).input_ids
+        ids = self.tokenizer(prompt, add_special_tokens=False, split_special_tokens=True).input_ids
+        if self.tokenizer.unk_token_id is not None and self.tokenizer.unk_token_id in ids:
+            raise ValueError(
+                f"prompt {prompt!r} has characters that the policy's tokenizer does not know: it cannot tell it from "
+                "other such prompts: rewrite it, or use a checkpoint whose tokenizer covers them"
+            )
+        return ids
 
     def hidden(self, ids_BT: Tensor, mask_BT: Tensor, *, cache: Any = None, model: nn.Module | None = None) -> Tensor:
         """Final hidden states [B, T, H]. `mask_BT` covers the cached positions too; positions count real tokens."""
-        device = self.base.device
+        device, most = self.base.device, self.base.config.max_position_embeddings
+        if mask_BT.shape[1] > most:
+            raise ValueError(
+                f"a sequence of {mask_BT.shape[1]} tokens (prompt and image) exceeds the model's {most} positions; "
+                "shorten the prompts (data.max_prompt_characters) or raise policy.max_positions"
+            )
         position_BT = (mask_BT.long().cumsum(-1) - 1).clamp_min(0)[:, -ids_BT.shape[1] :].to(device)
         inputs = {"input_ids": ids_BT.to(device), "attention_mask": mask_BT.to(device), "position_ids": position_BT}
         # The body alone is cast, here, for sampler and trainer alike: the head and the softmax stay in full precision.
@@ -140,7 +151,6 @@ class CausalPolicy:
         settings = LoraConfig(
             r=config.rank,
             lora_alpha=config.alpha,
-            lora_dropout=config.dropout,
             target_modules=list(config.target_modules),
             task_type="CAUSAL_LM",
         )

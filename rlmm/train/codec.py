@@ -24,7 +24,7 @@ from rlmm.train.checkpoint import write_json_atomically
 from rlmm.train.context import StageContext, load_split
 from rlmm.train.metrics import Meter
 from rlmm.train.processes import share, world
-from rlmm.train.running import forget_checkpoints, train
+from rlmm.train.running import train
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class ImageSource:
     """Step -> one micro-batch of images."""
 
     micro_batches_per_step = 1
+    nothing_counts = False
 
     def __init__(self, images_NCHW: Tensor, batch_size: int, seed: int) -> None:
         self.images_NCHW, self.batch_size, self.seed = images_NCHW, batch_size, seed
@@ -87,7 +88,6 @@ def run_codec_stage(context: StageContext) -> None:
     codec.eval()
     if world()[0] == 0:
         _leave(context, codec)
-    forget_checkpoints(context)
 
 
 def _leave(context: StageContext, codec: Codec) -> None:

@@ -57,6 +57,8 @@ def pair_batch(policy: Policy, pairs: PreferencePairs, rows: Sequence[int], weig
 class PairSource:
     """Step -> this process's micro-batches of pairs."""
 
+    nothing_counts = False
+
     def __init__(
         self, policy: Policy, pairs: PreferencePairs, *, batch_size: int, micro_batch_size: int, seed: int
     ) -> None:

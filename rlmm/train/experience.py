@@ -45,15 +45,7 @@ class Experience:
 
 
 def law_of(layout: Layout, sampling: Sampling) -> Law:
-    return Law(
-        vocabulary=layout.image,
-        temperature=sampling.temperature,
-        guidance_scale=sampling.guidance_scale,
-        source_scale=sampling.source_scale,
-        mode=sampling.guidance,
-        top_k=sampling.top_k,
-        top_p=sampling.top_p,
-    )
+    return sampling.law(layout.image)
 
 
 def image_span(layout: Layout, law: Law) -> Span:
@@ -194,6 +186,7 @@ def rollout_figures(
         "sample/invalid_share": float(np.mean([s.total.status == "invalid_output" for s in everyone])),
         "sample/duplicate_share": duplicate_share(ids, mask, groups),
         "diversity": diversity(ids, mask, groups),
+        "advantage/clipped": float(result.clipped),
         "advantage/abs_mean": float(np.abs(result.advantage_B[result.kept_B]).mean()) if result.kept_B.any() else 0.0,
     }
     if valid.any():

@@ -20,11 +20,11 @@ from rlmm.train import experience as phases
 from rlmm.train.context import StageContext, load_split, run_codec, starting_policy
 from rlmm.train.engines import build_engine
 from rlmm.train.experience import Experience, Timed
-from rlmm.train.gates import GateError, check_mismatch, check_shares, finite_loss, measure_mismatch
+from rlmm.train.gates import GateError, check_mismatch, check_shares, measure_mismatch
 from rlmm.train.metrics import Meter, MetricsFile
 from rlmm.train.processes import gather, share
 from rlmm.train.results import save_result
-from rlmm.train.running import forget_checkpoints, train
+from rlmm.train.running import train
 from rollouts.contract import Engine
 from rollouts.fingerprint import weights_fingerprint
 from rollouts.trajectory import Trajectory
@@ -72,13 +72,20 @@ class GrpoSource:
                 f"{self.config.micro_batch_size}; change one of them or the number of processes"
             )
         self._held: tuple[int, Experience] | None = None
+        self.nothing_counts = False
 
     def micro_batches(self, step: int) -> list[GrpoBatch]:
         rollout, update = divmod(step, self.updates)
         experience = self.make(rollout) if update == 0 else self._resume(rollout)
-        order = generator(self.seed, "order", rollout).permutation(len(experience.trajectory))
-        rows = order[update * self.rows_an_update : (update + 1) * self.rows_an_update].tolist()
-        return self._cut(experience, rows, gate=update == 0)
+        return self._cut(experience, self._rows(experience.trajectory, update), gate=update == 0)
+
+    def _rows(self, made: Trajectory, update: int) -> list[int]:
+        """The rows of one update: an equal part of every group, so that the number of processes cannot matter."""
+        each, rows = self.config.samples_per_prompt // self.updates, []
+        for first in range(0, len(made), self.config.samples_per_prompt):
+            order = generator(self.seed, "order", made.group_id[first]).permutation(self.config.samples_per_prompt)
+            rows += [first + int(i) for i in order[update * each : (update + 1) * each]]
+        return rows
 
     def make(self, rollout: int) -> Experience:
         """Sample, decode, score, and turn scores into advantages; everything is stored before it is trained on."""
@@ -158,6 +165,7 @@ class GrpoSource:
         stand_in = [row for row in rows if not experience.kept_B[row]][:1]
         chosen = experience.trajectory.rows(rows)
         totals = sum(gather(count_totals(chosen.target_mask, experience.kept_B[rows])), Totals(0, 0))
+        self.nothing_counts = totals.sequences == 0
         parts = spread(kept, self.micro_batches_per_step)
         return [self._batch(experience, part or stand_in, totals, gate) for part in parts]
 
@@ -217,9 +225,7 @@ def grpo_loss(policy: CausalPolicy, config: GrpoStage, model: nn.Module, batch: 
     meter.add("entropy", float(current.entropy_BS[counted].sum()), float(counted.sum()))
     for name, total in policy_metrics(loss, target, batch.kept_B).items():
         meter.total(name, total)
-    step_loss = (batch.weight_BS * per_token_BS).sum()
-    finite_loss(step_loss, "a policy update")
-    return step_loss
+    return (batch.weight_BS * per_token_BS).sum()
 
 
 def _penalty(objective: ObjectiveConfig, logp_BS: Tensor, old_BS: Tensor, batch: GrpoBatch, meter: Meter) -> Tensor:
@@ -265,4 +271,3 @@ def run_grpo(context: StageContext) -> None:
     )
     source.engine.close()
     save_result(context, policy, codec)
-    forget_checkpoints(context)

@@ -12,10 +12,7 @@ from rlmm.train.processes import world
 
 
 def save_result(context: StageContext, policy: CausalPolicy, codec: Codec) -> None:
-    """model/: the full model, tokenizer, layout and codec; adapter/: the adapter alone, where the stage trained one.
-
-    Checkpoints are dropped afterwards: the result holds what later stages need.
-    """
+    """model/: the full model, tokenizer, layout and codec; adapter/: the adapter alone, where the stage trained one."""
     rank, _ = world()
     if rank == 0:
         write_model(policy, codec, context.model_folder)

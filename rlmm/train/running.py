@@ -1,6 +1,5 @@
 """The part every training stage shares: build the trainer, run or resume it, and leave its result sealed."""
 
-import shutil
 from collections.abc import Sequence
 
 from torch import nn
@@ -46,8 +45,3 @@ def train(
     trainer = StageTrainer(model, arguments, source, loss_fn, metrics, meter, callbacks)
     trainer.run(context.say)
     return trainer
-
-
-def forget_checkpoints(context: StageContext) -> None:
-    """A finished stage's checkpoints have served: its result is in the stage's own folder."""
-    shutil.rmtree(context.folder / "checkpoints", ignore_errors=True)

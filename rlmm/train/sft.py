@@ -17,7 +17,7 @@ from rlmm.train.experience import spell_sources
 from rlmm.train.metrics import Meter
 from rlmm.train.processes import share
 from rlmm.train.results import save_result
-from rlmm.train.running import forget_checkpoints, train
+from rlmm.train.running import train
 from rollouts.contract import Layout
 from rollouts.trajectory import IMAGE, TEXT
 
@@ -35,6 +35,8 @@ class SftBatch:
 
 class SftSource:
     """Step -> micro-batches. Rows of a step are sorted by length, so that short ones are not padded to long ones."""
+
+    nothing_counts = False
 
     def __init__(self, policy: Policy, rows: "SupervisedRows", config: SftStage, seed: int) -> None:
         self.policy, self.rows, self.config, self.seed = policy, rows, config, seed
@@ -130,7 +132,6 @@ def run_sft(context: StageContext) -> None:
         show=("loss", "loss/image", "learning_rate", "grad_norm"),
     )
     save_result(context, policy, codec)
-    forget_checkpoints(context)
 
 
 def _whole(rows: int, size: int) -> int:

@@ -17,6 +17,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from rlmm.config.stages import Optimization
 from rlmm.train.checkpoint import latest_checkpoint, step_of, write_manifest
+from rlmm.train.gates import finite
 from rlmm.train.metrics import Meter, MetricsFile
 
 
@@ -24,6 +25,8 @@ class StepSource(Protocol):
     """Makes the micro-batches of optimizer step `step` (0-based); always the same number of them."""
 
     micro_batches_per_step: int
+    nothing_counts: bool
+    """Whether the last step made has no weight anywhere, so that no update must be made."""
 
     def micro_batches(self, step: int) -> Sequence[Any]: ...
 
@@ -50,6 +53,25 @@ class StepLoader:
             self.trainer.step_started = time.perf_counter()
             for batch in batches:
                 yield {"batch": batch}
+
+
+class _Guard(TrainerCallback):
+    """Before the optimizer moves: stops on a gradient that is no number, and skips a step in which nothing counts.
+
+    Without gradients AdamW leaves weights and moments as they are; with zeros its momentum would move them.
+    """
+
+    def __init__(self, source: StepSource) -> None:
+        self.source = source
+
+    def on_pre_optimizer_step(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        parameters = [p for p in kwargs["model"].parameters() if p.grad is not None]
+        if self.source.nothing_counts:
+            for parameter in parameters:
+                parameter.grad = None
+            return
+        for parameter in parameters:
+            finite(parameter.grad.sum(), "gradient", state.global_step + 1)
 
 
 class _Seal(TrainerCallback):
@@ -79,7 +101,7 @@ class StageTrainer(Trainer):
     ) -> None:
         self.source, self.loss_fn, self.metrics, self.meter = source, loss_fn, metrics, meter
         self.step_started = time.perf_counter()
-        super().__init__(model=model, args=args, callbacks=[*callbacks, _Seal()])
+        super().__init__(model=model, args=args, callbacks=[*callbacks, _Guard(source), _Seal()])
         self.remove_callback(PrinterCallback)
 
     def get_train_dataloader(self) -> Any:
@@ -89,7 +111,9 @@ class StageTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
         batch = inputs["batch"].to(self.args.device)
-        return self.loss_fn(model, batch, self.meter) * self.args.world_size
+        loss = self.loss_fn(model, batch, self.meter)
+        finite(loss, "loss", self.state.global_step + 1)
+        return loss * self.args.world_size
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Not estimated: inputs are records, not tensors by name."""
@@ -114,9 +138,6 @@ class StageTrainer(Trainer):
             self.metrics.cut(step)
         if checkpoint is not None:
             say(f"resuming from step {step} of {self.args.max_steps}")
-            if step >= self.args.max_steps:
-                self._load_from_checkpoint(str(checkpoint))
-                return
         self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
 

@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from rewards.runner import RewardContractError
-from rlmm.config.recipe import Recipe
+from rlmm.config.recipe import Recipe, read_recipe
 from rlmm.pipeline import run_folder, run_recipe
 from rlmm.policies.families import llama
 from rlmm.train.gates import GateError
 from rlmm.train.metrics import MetricsFile
 from rollouts.store import read_trajectory
+from tests.integration.conftest import TINY, TinyRun
 
 REWARDS = """
 import math
@@ -30,6 +31,15 @@ def always_raises(samples):
 
 def too_short(samples):
     return [1.0] * (len(samples) - 1)
+
+calls = 0
+
+def fails_after_the_first_rollout(samples):
+    global calls
+    calls += len(samples)
+    if calls > 8:
+        raise RuntimeError("the judge is out")
+    return [float(i) for i, _ in enumerate(samples)]
 
 def nan_for_the_first(samples):
     return [math.nan if s.sample_id.endswith("/0") else float(i) for i, s in enumerate(samples)]
@@ -73,6 +83,34 @@ def test_a_judge_that_is_down_changes_no_weight_and_then_stops_the_run(with_rewa
     assert all(torch.equal(before[name], after[name]) for name in before)
     with pytest.raises(GateError, match="the reward fails on most samples"):
         run(with_reward("always_raises", "stages.grpo.gates.patience=1", f"run_dir={stage.parent.parent}-2"))
+
+
+def test_a_judge_that_goes_down_stops_the_weights_at_once(with_reward: Callable[..., Recipe]) -> None:
+    names = ("stages.grpo.objective.updates_per_rollout=1", "stages.grpo.checkpoint_every=1", "rewards.retries=0")
+    one = with_reward("fails_after_the_first_rollout", "stages.grpo.steps=1", *names)
+    stopped = run(one)[1]
+    moved = dict(llama.load(stopped / "model").named_weights())
+    three = with_reward("fails_after_the_first_rollout", *names, "stages.grpo.steps=3", "stages.grpo.schedule=constant")
+    three = three.model_copy(update={"run_dir": f"{stopped.parent.parent}-3"})
+    row, stage = run(three)
+    assert row["sample/unavailable_share"] == 0
+    assert MetricsFile(stage / "metrics.jsonl").read()[2]["sample/unavailable_share"] == 1
+    after = dict(llama.load(stage / "model").named_weights())
+    assert all(torch.equal(moved[name], after[name]) for name in moved)
+
+
+def test_a_loss_that_is_no_number_stops_sft(tiny_run: TinyRun, tmp_path: Path) -> None:
+    budget = [f"run_dir={tmp_path}", "stages.sft.learning_rate=1e30", "stages.sft.max_grad_norm=0"]
+    recipe = read_recipe(TINY, budget)
+    with pytest.raises(GateError, match="no update was made"):
+        run_recipe(recipe, lambda line: None)
+    assert not run_folder(recipe).done("sft")
+
+
+def test_a_gate_may_be_moved_in_the_same_folder(with_reward: Callable[..., Recipe]) -> None:
+    with pytest.raises(GateError):
+        run_recipe(with_reward("always_raises", "stages.grpo.gates.patience=1"), lambda line: None)
+    run_recipe(with_reward("always_raises", "stages.grpo.gates.patience=9"), lambda line: None)
 
 
 def test_a_reward_of_the_wrong_length_stops_the_run(with_reward: Callable[..., Recipe]) -> None:

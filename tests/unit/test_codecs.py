@@ -27,6 +27,7 @@ CONFIGS = {
     "fsq": FsqCodec.model_validate({**SIZE, "levels": (4, 5, 3)}),
     "vq": VqCodec.model_validate({**SIZE, "codebook_size": 32}),
     "lfq": LfqCodec.model_validate({**SIZE, "bits": 5}),
+    "fsq, context decoder": FsqCodec.model_validate({**SIZE, "levels": (4, 5, 3), "context": "decoder"}),
 }
 
 
@@ -41,6 +42,12 @@ def pictures(count: int = 6) -> torch.Tensor:
     for i in range(count):
         images[i, :, 2 + i % 5 : 10, 3 * (i % 4) : 12 + i % 7] = 0.1
     return images
+
+
+def test_fsq_outermost_levels_are_reached_and_never_passed() -> None:
+    for levels in [(2,), (3,), (8,), (999,), (1000,)]:
+        quantizer = Fsq(FsqCodec.model_validate({**SIZE, "levels": levels}))
+        assert quantizer(torch.tensor([[[-60.0], [60.0]]]))[1].tolist() == [[0, levels[0] - 1]]
 
 
 @pytest.mark.parametrize("levels", [(2,), (3, 2), (8, 6, 5), (7, 5, 5, 5)])
@@ -84,13 +91,25 @@ def test_vq_picks_the_nearest_code_and_pulls_both_ways() -> None:
 
 
 def test_straight_through_gradient_is_the_bounds_own() -> None:
-    quantizer = Fsq(CONFIGS["fsq"])
-    latents = torch.randn(1, 4, 3, requires_grad=True)
-    weight = torch.randn(1, 4, 3)
+    # Odd L: d/dz tanh(z) h / (L // 2), rounding ignored, with h = 1.001 (L - 1) / 2. By hand for L = 5 and L = 3.
+    quantizer = Fsq(FsqCodec.model_validate({**SIZE, "levels": (5, 3)}))
+    latents = torch.tensor([[[0.0, 0.7], [-1.3, 2.0]]], requires_grad=True)
+    weight = torch.tensor([[[1.0, -2.0], [0.5, 3.0]]])
     (quantizer(latents)[0] * weight).sum().backward()
-    again = latents.detach().clone().requires_grad_()
-    (quantizer._bound(again) / (torch.tensor([4, 5, 3]) // 2) * weight).sum().backward()
-    torch.testing.assert_close(latents.grad, again.grad)
+    by_hand = weight * 1.001 / latents.detach().cosh().square()
+    torch.testing.assert_close(latents.grad, by_hand)
+
+
+@pytest.mark.parametrize(("kind", "alone"), [("fsq", False), ("fsq, context decoder", True)])
+def test_context_decoder_gives_a_patch_a_code_of_its_own(kind: str, alone: bool) -> None:
+    model = codec(kind).eval()
+    plain = torch.rand(1, 1, 16, 24, generator=torch.Generator().manual_seed(0))
+    changed = plain.clone()
+    changed[..., 8:, 8:16] = 1 - plain[..., 8:, 8:16]  # token 4 of the 2x3 grid
+    with torch.no_grad():
+        before, after = (model._latents(images)[0] for images in (plain, changed))
+    moved = set((before != after).any(-1).nonzero().flatten().tolist())
+    assert moved == ({4} if alone else set(range(6)))
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -138,6 +157,9 @@ def test_unreadable_codecs_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="cannot be read"):
         load_codec(tmp_path)
     (tmp_path / "codec.safetensors").write_bytes(weights)
+    (tmp_path / "codec.json").write_bytes(b"\xff\xfe{")
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_codec(tmp_path)
     (tmp_path / "codec.json").write_text(CONFIGS["fsq"].model_copy(update={"width": 24}).model_dump_json())
     with pytest.raises(ValueError, match="does not fit"):
         load_codec(tmp_path)
@@ -153,6 +175,17 @@ def test_wrong_sizes_and_codes_are_refused() -> None:
         model.decode(torch.full((1, 6), 60))
     with pytest.raises(ValueError, match="image 1 is 9x9"):
         images_to_tensor([Image.new("L", (24, 16)), Image.new("L", (9, 9))], model)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_nan_gets_no_code(kind: str) -> None:
+    model = codec(kind)
+    with pytest.raises(ValueError, match="in the images"):
+        model.encode(torch.full((1, 1, 16, 24), torch.nan))
+    with torch.no_grad():
+        next(model.encoder.parameters()).fill_(torch.nan)
+    with pytest.raises(ValueError, match="training diverged"):
+        model.encode(pictures(1))
 
 
 def test_images_survive_the_way_to_tensors_and_back() -> None:
@@ -173,7 +206,12 @@ def test_figures_against_closed_forms() -> None:
 
 @pytest.mark.parametrize(
     ("change", "named"),
-    [({"patch": 7}, "7-pixel patches"), ({"levels": (1, 4)}, "2 levels"), ({"width": 20}, "multiple of 8")],
+    [
+        ({"patch": 7}, "7-pixel patches"),
+        ({"levels": (1, 4)}, "2 levels"),
+        ({"levels": (1001,)}, "at most 1000"),
+        ({"width": 20}, "multiple of 8"),
+    ],
 )
 def test_impossible_codecs_are_refused(change: dict[str, object], named: str) -> None:
     with pytest.raises(ValidationError, match=named):

@@ -1,11 +1,13 @@
 """Gates stop what they must and nothing else; draws are functions of their counters."""
 
+import numpy as np
 import pytest
 import torch
 
 from rlmm.config.stages import Gates
+from rlmm.evaluation.statistics import duplicate_share
 from rlmm.seeds import derive, epoch_indices, generator
-from rlmm.train.gates import GateError, check_mismatch, check_shares, finite_loss, measure_mismatch
+from rlmm.train.gates import GateError, check_mismatch, check_shares, finite, measure_mismatch
 from rlmm.train.grpo import spread
 from rollouts.fingerprint import weights_fingerprint
 
@@ -57,14 +59,16 @@ def test_share_gates_need_patience_in_a_row() -> None:
     check_shares([{**bad, **others}, {**good, **others}], {**bad, **others}, gates)
     with pytest.raises(GateError, match="look at the images"):
         check_shares([{**bad, **others}, update, {**bad, **others}], {**bad, **others}, gates)
+    ids, mask, group = np.zeros((8, 5)), np.ones((8, 5), bool), ["a"] * 4 + ["b"] * 4
+    collapsed = {**good, **others, "sample/duplicate_share": duplicate_share(ids, mask, group)}
     with pytest.raises(GateError, match="collapsed"):
-        check_shares([], {**good, **others, "sample/duplicate_share": 0.99}, Gates(patience=1))
+        check_shares([], collapsed, Gates(patience=1))
 
 
 def test_a_loss_that_is_no_number_stops() -> None:
-    finite_loss(torch.tensor(1.0), "x")
-    with pytest.raises(GateError, match="no update was made"):
-        finite_loss(torch.tensor(float("nan")), "x")
+    finite(torch.tensor(1.0), "loss", 3)
+    with pytest.raises(GateError, match="gradient is nan at step 3; no update was made"):
+        finite(torch.tensor(float("nan")), "gradient", 3)
 
 
 def test_seeds_tell_their_parts_apart() -> None:

@@ -1,5 +1,6 @@
 """Recipes: every shipped one is valid, and what is wrong in one is named with its place and its nearest neighbour."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -35,11 +36,17 @@ def test_every_shipped_recipe_is_valid(path: Path) -> None:
         ("policy.hidden_size=abc", r"policy.*hidden_size.*given: 'abc'"),
         ("stages.evaluation.arms=[grpo, dpo]", r"refers to 'dpo'"),
         ("nonsense", "has no '='"),
+        ("stages.grpo.sampling.guidance=none stages.grpo.sampling.guidance_scale=3", "guidance mode 'none'"),
+        ("policy.num_heads=3", "not a multiple of num_heads"),
+        ("stages.evaluation.temperatures=[]", "temperatures"),
+        ("held_out.terms.0.label=darkness", "is in rewards and in held_out"),
+        ("stages.grpo.objective.updates_per_rollout=3", "samples_per_prompt = 4 is not a multiple"),
+        ("stages.sft.schedule=constant stages.sft.warmup_steps=3", "constant_with_warmup"),
     ],
 )
 def test_what_is_wrong_is_named(override: str, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
-        read_recipe(TINY, override.split(" ") if "[" not in override else [override])
+        read_recipe(TINY, re.split(r" (?=stages)", override))
 
 
 def test_a_missing_recipe_names_the_nearest() -> None:

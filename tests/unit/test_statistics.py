@@ -92,11 +92,12 @@ ALL = np.ones(IDS.shape, bool)
 
 
 def test_duplicates_count_within_their_group_only() -> None:
-    assert duplicate_share(IDS, ALL, ["a", "a", "a", "b", "b"]) == 1 / 5
-    assert duplicate_share(IDS, ALL, [0] * 5) == 2 / 5
+    assert duplicate_share(IDS, ALL, ["a", "a", "a", "b", "b"]) == 1 / 3
+    assert duplicate_share(IDS, ALL, [0] * 5) == 2 / 4
     # rows that differ only where nothing was decided are duplicates
     decided = ALL & (np.arange(4) < 2)
-    assert duplicate_share(IDS, decided, ["a", "a", "a", "b", "b"]) == 2 / 5
+    assert duplicate_share(IDS, decided, ["a", "a", "a", "b", "b"]) == 2 / 3
+    assert duplicate_share([[1, 2]] * 6, [[True, True]] * 6, [0, 0, 0, 1, 1, 2]) == 1
 
 
 def test_diversity_is_the_mean_pairwise_share_of_differing_tokens() -> None:
