@@ -62,8 +62,9 @@ class Fsq(nn.Module):
 class Vq(nn.Module):
     """Vector quantization (van den Oord et al. 2017, arXiv 1711.00937, eq. 3): codebook and commitment loss.
 
-    Latents and codes are compared on the unit sphere (Yu et al. 2021, arXiv 2110.04627, section 3.2), which keeps the
-    codebook in use without restarts.
+    Latents and codes are compared on the unit sphere (Yu et al. 2021, arXiv 2110.04627, section 3.2). A code that no
+    latent of the batch chose is pulled to the one nearest to it, so that it comes into use: the closest-anchor rule
+    of Zheng and Vedaldi 2023 (arXiv 2307.15139, section 3.2) as a loss, which needs no running counts and no draws.
     """
 
     def __init__(self, config: VqCodec) -> None:
@@ -73,10 +74,13 @@ class Vq(nn.Module):
 
     def forward(self, latents_BND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         latents, book = F.normalize(latents_BND, dim=-1), F.normalize(self.codebook_CD, dim=-1)
-        ids_BN = (latents.detach() @ book.detach().t()).argmax(-1)
+        cosine_BNC = latents.detach() @ book.t()
+        ids_BN = cosine_BNC.detach().argmax(-1)
         chosen = book[ids_BN]
         loss = (chosen - latents.detach()).square().mean()
         loss = loss + self.commitment * (latents - chosen.detach()).square().mean()
+        idle_C = torch.bincount(ids_BN.flatten(), minlength=len(book)) == 0
+        loss = loss + ((1 - cosine_BNC.flatten(0, 1).amax(0)) * idle_C).mean()
         return latents + (chosen - latents).detach(), ids_BN, loss
 
     def codes(self, ids_BN: Tensor) -> Tensor:
@@ -98,8 +102,8 @@ class Lfq(nn.Module):
     def forward(self, latents_BND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         signs = torch.where(latents_BND > 0, 1.0, -1.0)
         ids_BN = ((signs > 0).long() * self.basis_D).sum(-1)
-        one = torch.sigmoid(4 * latents_BND)  # softmax over {-1, +1} of -(z - c)^2
-        penalty = _bit_entropy(one).mean() - _bit_entropy(one.mean((0, 1))).mean()
+        logits = 4 * latents_BND  # of +1: softmax over {-1, +1} of -(z - c)^2
+        penalty = _bit_entropy(logits).mean() - _bit_entropy(_logit_of_mean(logits.flatten(0, 1))).mean()
         loss = self.commitment * (latents_BND - signs).square().mean() + self.entropy_weight * penalty
         return latents_BND + (signs - latents_BND).detach(), ids_BN, loss
 
@@ -107,5 +111,11 @@ class Lfq(nn.Module):
         return ((ids_BN.unsqueeze(-1) // self.basis_D) % 2).float() * 2 - 1
 
 
-def _bit_entropy(one: Tensor) -> Tensor:
-    return torch.special.entr(one) + torch.special.entr(1 - one)
+def _bit_entropy(logits: Tensor) -> Tensor:
+    """Entropy in nats of bits that are 1 with probability sigmoid(logit); its gradient is finite at any logit."""
+    return F.softplus(logits) - logits * logits.sigmoid()
+
+
+def _logit_of_mean(logits_RD: Tensor) -> Tensor:
+    """The logit of the mean over rows of sigmoid(logit), from the logarithms of both sides: no division by 0."""
+    return F.logsigmoid(logits_RD).logsumexp(0) - F.logsigmoid(-logits_RD).logsumexp(0)

@@ -73,6 +73,35 @@ def test_lfq_codes_are_the_signs() -> None:
     assert quantizer.codes(torch.tensor([[5]])).tolist() == [[[1, -1, 1, -1, -1]]]
 
 
+def test_lfq_penalty_is_the_entropy_gap_and_finite_for_sure_bits() -> None:
+    """Against the whole codebook's posteriors for one bit; and no NaN where every bit is certain."""
+    quantizer = Lfq(LfqCodec.model_validate({**SIZE, "bits": 1, "commitment": 0, "entropy_weight": 1}))
+    latents = torch.tensor([[[0.3], [-0.2], [0.05]]])
+    posterior = torch.softmax(-(latents.flatten()[:, None] - torch.tensor([-1.0, 1.0])).square(), -1)
+    mean = posterior.mean(0)
+    wanted = -(posterior * posterior.log()).sum(-1).mean() + (mean * mean.log()).sum()
+    torch.testing.assert_close(quantizer(latents)[2], wanted)
+    sure = torch.full((2, 3, 1), 500.0, requires_grad=True)
+    quantizer(sure)[2].backward()
+    assert sure.grad is not None and sure.grad.isfinite().all()
+
+
+def test_vq_brings_idle_codes_to_the_data() -> None:
+    """Latents near one point: at first few codes are near, later most are."""
+    torch.manual_seed(0)
+    quantizer = Vq(CONFIGS["vq"])
+    centre = torch.nn.functional.normalize(torch.randn(8), dim=0)
+    latents = (centre + 0.05 * torch.randn(200, 8)).unsqueeze(0)
+    used = lambda: len(quantizer(latents)[1].unique())  # noqa: E731
+    before = used()
+    optimizer = torch.optim.AdamW(quantizer.parameters(), lr=0.05)
+    for _ in range(100):
+        optimizer.zero_grad()
+        quantizer(latents)[2].backward()
+        optimizer.step()
+    assert before <= 4 and used() >= 16
+
+
 def test_vq_picks_the_nearest_code_and_pulls_both_ways() -> None:
     torch.manual_seed(0)
     quantizer = Vq(CONFIGS["vq"])
@@ -84,10 +113,7 @@ def test_vq_picks_the_nearest_code_and_pulls_both_ways() -> None:
     assert torch.allclose(quantized, quantizer.codes(ids))
     loss.backward()
     assert latents.grad is not None and latents.grad.abs().sum() > 0
-    touched = quantizer.codebook_CD.grad
-    assert touched is not None and set(touched.abs().sum(-1).nonzero().flatten().tolist()) <= set(
-        ids.flatten().tolist()
-    )
+    assert quantizer.codebook_CD.grad is not None and (quantizer.codebook_CD.grad.abs().sum(-1) > 0).all()
 
 
 def test_straight_through_gradient_is_the_bounds_own() -> None:
