@@ -161,8 +161,9 @@ def contrasts(cells: Sequence[Cell], arms: Sequence[str], held_out: set[str]) ->
     """Every later arm against every earlier one by the held-out judge: at each temperature, and best against best.
     The last arm comes first, and of the metrics those that say whether a sample is wholly right.
 
-    "Best" is each arm's temperature with the highest mean of the metric, so that a policy which merely became sharper
-    gains nothing over one sampled colder.
+    "Best" is each arm's temperature with the highest mean of the metric among those tried, so that a policy which
+    merely became sharper gains little over one sampled colder; `at_edge` marks a best that is the coldest or hottest
+    tried, where a still better one may lie outside. It is chosen on the prompts it is reported on.
     """
     pairs = [(arm, baseline) for i, arm in reversed(list(enumerate(arms))) for baseline in arms[:i]]
     judged = [(judge, metric) for judge, values in cells[0].values.items() if judge in held_out for metric in values]
@@ -191,6 +192,7 @@ def _contrast(cells: Sequence[Cell], arm: str, baseline: str, judge: str, metric
             "high": difference.high,
             "arm_temperature": t_arm,
             "baseline_temperature": t_baseline,
+            "at_edge": at == BEST and bool({t_arm, t_baseline} & {min(mine), max(mine)}) and len(mine) > 1,
         }
 
 

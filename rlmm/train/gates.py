@@ -101,6 +101,6 @@ def finite(value: Tensor, what: str, step: int) -> None:
     """Raises GateError on a loss or gradient that is not a number, before it reaches the weights."""
     if not torch.isfinite(value):
         raise GateError(
-            f"the {what} is {float(value.detach())} at step {step}; no update was made. Lower the learning rate, and look at "
-            "the last metrics (and, of a GRPO stage, at the last rollout file's log-probs and rewards)"
+            f"the {what} is {float(value.detach())} at step {step}; no update was made. Lower the learning "
+            "rate, and look at the last metrics (after GRPO also at the last rollout file)"
         )

@@ -14,13 +14,14 @@ from rlmm.objectives.kl import kl_estimate, kl_loss
 from rlmm.objectives.policy_gradient import clipped_policy_loss, policy_metrics
 from rlmm.objectives.weights import Totals, count_totals, token_weights
 from rlmm.policies.causal import CausalPolicy
-from rlmm.rewarding import build_composite, gold_results
+from rlmm.rewarding import build_composite
 from rlmm.seeds import generator
 from rlmm.train import experience as phases
 from rlmm.train.context import StageContext, load_split, run_codec, starting_policy
 from rlmm.train.engines import build_engine
 from rlmm.train.experience import Experience, Timed
-from rlmm.train.gates import GateError, check_mismatch, check_shares, measure_mismatch
+from rlmm.train.gates import check_mismatch, check_shares, measure_mismatch
+from rlmm.train.judges import bind_judges, check_gold
 from rlmm.train.metrics import Meter, MetricsFile
 from rlmm.train.processes import gather, share
 from rlmm.train.results import save_result
@@ -59,6 +60,7 @@ class GrpoSource:
         self.data: Dataset = load_split(context, "prompts")
         self.reward = build_composite(context.recipe.rewards)
         self.held_out = build_composite(context.recipe.held_out)
+        bind_judges(context, {"rewards": self.reward, "held_out": self.held_out})
         self.engine: Engine = build_engine(self.config.engine, policy)
         self.law = phases.law_of(policy.layout, self.config.sampling)
         self.metrics = MetricsFile(context.folder / "metrics.jsonl")
@@ -131,7 +133,12 @@ class GrpoSource:
         """Old log-probs where several updates share the rollout, reference ones where a KL term asks for them."""
         objective = self.config.objective
         if self.updates > 1:
-            experience = replace(experience, old_logp_BS=self._replay(experience.trajectory))
+            made = experience.trajectory
+            old_BS = self._replay(made)
+            experience = replace(experience, old_logp_BS=old_BS)
+            # The gate of the first update sees only that update's rows; these are all of them.
+            found = measure_mismatch(old_BS, made.sampler_logp, made.target_mask)
+            check_mismatch(found, self.config.gates, self.config.precision)
         if objective.kl.coefficient > 0:
             with self.policy.reference():
                 experience = replace(experience, reference_logp_BS=self._replay(experience.trajectory))
@@ -237,17 +244,6 @@ def _penalty(objective: ObjectiveConfig, logp_BS: Tensor, old_BS: Tensor, batch:
     estimate = kl_estimate("k3", logp_BS.detach(), reference, target_mask_BS=target)
     meter.add("kl", float(estimate[counted].sum()), float(counted.sum()))
     return objective.kl.coefficient * penalty_BS
-
-
-def check_gold(context: StageContext) -> None:
-    """Before training, every reward that brings a known good and a known bad sample ranks them rightly."""
-    for part, rewards in (("rewards", context.recipe.rewards), ("held_out", context.recipe.held_out)):
-        for term, result in gold_results(rewards).items():
-            if result is not None and not result.passed:
-                raise GateError(
-                    f"{part}.{term} ranks a known bad sample above a known good one: {'; '.join(result.lines)}. "
-                    "Training on it would teach the opposite; look at `rlmm reward check`"
-                )
 
 
 def run_grpo(context: StageContext) -> None:

@@ -159,3 +159,13 @@ def test_the_run_folder_of_a_stopped_run_keeps_its_rollout(with_reward: Callable
     with pytest.raises(GateError):
         run_recipe(recipe, lambda line: None)
     assert (run_folder(recipe).stage("grpo") / "rollouts" / "step-000000.parquet").is_file()
+
+
+def test_a_judge_may_not_change_within_a_stage(with_reward: Callable[..., Recipe], tmp_path: Path) -> None:
+    recipe = with_reward("always_raises", "stages.grpo.gates.patience=1")
+    with pytest.raises(GateError):
+        run_recipe(recipe, lambda line: None)
+    path = tmp_path / "my_rewards.py"
+    path.write_text(path.read_text().replace("the judge is out", "the judge is away"))
+    with pytest.raises(ValueError, match="another judge"):
+        run_recipe(recipe, lambda line: None)
