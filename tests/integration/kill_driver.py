@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import rlmm.train.grpo as grpo_module
 import rlmm.train.trainer as trainer_module
 from rewards.compose import CompositeReward
 from rlmm import pipeline
@@ -70,6 +71,11 @@ def kill_in_save() -> None:
     trainer_module.write_manifest = seal
 
 
+def kill_after_the_last_step() -> None:
+    # Every step is checkpointed, and the result is not written yet.
+    grpo_module.save_result = dying(lambda *_: None, 1)
+
+
 def kill_between_stages() -> None:
     mark = RunFolder.mark
 
@@ -86,6 +92,7 @@ PLACES: dict[str, Callable[[], None]] = {
     "scoring": kill_in_scoring,
     "update": kill_in_update,
     "save": kill_in_save,
+    "result": kill_after_the_last_step,
     "between": kill_between_stages,
 }
 

@@ -28,7 +28,7 @@ def test_the_digest_covers_weights_metrics_and_evaluation(report: dict) -> None:
         assert part in names
 
 
-@pytest.mark.parametrize("place", ["rollout", "scoring", "update", "save", "between"])
+@pytest.mark.parametrize("place", ["rollout", "scoring", "update", "save", "result", "between"])
 def test_resume_is_bit_identical(report: dict, place: str) -> None:
     found = report["places"][place]
     assert found["killed"] == -signal.SIGKILL, found["log"]
