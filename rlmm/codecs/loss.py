@@ -1,5 +1,6 @@
 """What a codec is trained on, and how well it keeps an image."""
 
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -8,9 +9,14 @@ from torch.nn import functional as F
 
 from rlmm.codecs.base import Codec, CodecOutput
 
+Distance = Callable[[Tensor, Tensor], Tensor]
+"""(reconstruction [B,C,H,W], images [B,C,H,W]) -> their distance []."""
 
-def codec_loss(codec: nn.Module, images_BCHW: Tensor) -> tuple[Tensor, dict[str, float]]:
-    """L1 + MSE (+ edges) + the quantizer's own loss, as means over pixels; and figures of the batch.
+
+def codec_loss(
+    codec: nn.Module, images_BCHW: Tensor, perceptual: Distance | None = None, perceptual_weight: float = 1.0
+) -> tuple[Tensor, dict[str, float]]:
+    """L1 + MSE (+ edges) (+ perceptual) + the quantizer's own loss, as means over pixels; and figures of the batch.
 
     `codec` may be a data-parallel wrapper: only its forward is called.
     """
@@ -23,6 +29,10 @@ def codec_loss(codec: nn.Module, images_BCHW: Tensor) -> tuple[Tensor, dict[str,
     with torch.no_grad():
         figures = {"psnr_db": psnr_db(output.reconstruction.clamp(0, 1), images_BCHW)}
         figures |= code_use(output.ids, config.num_codes)
+    if perceptual is not None:
+        distance = perceptual(output.reconstruction, images_BCHW)
+        loss = loss + perceptual_weight * distance
+        figures["perceptual"] = float(distance.detach())
     return loss, figures
 
 

@@ -102,4 +102,14 @@ class LfqCodec(CodecNetwork):
         return 2**self.bits
 
 
+class Perceptual(Strict):
+    """A perceptual loss beside the codec's own: the distance of a frozen vision network's features."""
+
+    model: str
+    """A folder or hub id of any transformers vision model that gives `hidden_states`: ResNet, ConvNeXt, CLIP."""
+    weight: float = Field(1.0, gt=0)
+    layers: tuple[int, ...] | None = Field(None, min_length=1)
+    """Indices into `hidden_states`; all by default. The first ones see strokes and texture, the last ones content."""
+
+
 CodecConfig = Annotated[FsqCodec | VqCodec | LfqCodec, Field(discriminator="kind")]

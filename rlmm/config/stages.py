@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from rlmm.config.base import Strict
+from rlmm.config.codec import Perceptual
 from rlmm.config.objectives import ObjectiveConfig
 from rlmm.config.policy import Lora
 from rollouts.law import Law
@@ -45,6 +46,7 @@ class CodecStage(Optimization):
     batch_size: int = Field(64, ge=1)
     images: int | None = Field(None, ge=1)
     """How many training images to use; all by default."""
+    perceptual: Perceptual | None = None
 
     @model_validator(mode="after")
     def _small_network(self) -> "CodecStage":

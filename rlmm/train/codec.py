@@ -17,6 +17,7 @@ from rlmm.codecs import (
     save_codec,
     tensor_to_images,
 )
+from rlmm.codecs.perceptual import PerceptualLoss
 from rlmm.config.data import Split
 from rlmm.config.stages import CodecStage
 from rlmm.seeds import epoch_indices
@@ -25,6 +26,7 @@ from rlmm.train.context import StageContext, load_split
 from rlmm.train.metrics import Meter
 from rlmm.train.processes import share, world
 from rlmm.train.running import train
+from rlmm.train.trainer import LossFn
 
 
 @dataclass(frozen=True)
@@ -65,26 +67,33 @@ def training_images(context: StageContext, codec: Codec, split: Split, limit: in
     return images_to_tensor(images, codec)
 
 
+def loss_function(config: CodecStage) -> LossFn:
+    """The stage's loss. A perceptual network is kept in here, outside the codec and its checkpoints."""
+    perceptual = PerceptualLoss(config.perceptual) if config.perceptual else None
+    weight = config.perceptual.weight if config.perceptual else 0.0
+
+    def loss_fn(model: nn.Module, batch: ImageBatch, meter: Meter) -> Tensor:
+        network = perceptual.to(batch.images.device) if perceptual else None
+        with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+            loss, figures = codec_loss(model, batch.images, network, weight)
+        for name, value in figures.items():
+            meter.add(name, float(value))
+        return loss * batch.share
+
+    return loss_fn
+
+
 def run_codec_stage(context: StageContext) -> None:
     """Train a codec; leaves codec/, reconstruction.png and reconstruction.json in the stage's folder."""
     config: CodecStage = context.config
+    loss_fn = loss_function(config)
     with torch.random.fork_rng():
         torch.manual_seed(context.seed("weights"))
         codec = build_codec(context.recipe.codec)
     images = training_images(context, codec, "train", config.images)
     source = ImageSource(images, config.batch_size, context.seed("batches"))
-
-    def loss_fn(model: nn.Module, batch: ImageBatch, meter: Meter) -> Tensor:
-        with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
-            loss, figures = codec_loss(model, batch.images)
-        for name, value in figures.items():
-            meter.add(name, float(value))
-        return loss * batch.share
-
-    train(
-        context, codec, source, loss_fn, Meter(), micro_batch_size=config.batch_size,
-        show=("loss", "psnr_db", "learning_rate", "grad_norm"),
-    )  # fmt: skip
+    show = ["loss", "psnr_db", *(["perceptual"] if config.perceptual else []), "learning_rate", "grad_norm"]
+    train(context, codec, source, loss_fn, Meter(), micro_batch_size=config.batch_size, show=show)
     codec.eval()
     if world()[0] == 0:
         _leave(context, codec)
