@@ -6,7 +6,7 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from rlmm.config.base import Strict, nearest
-from rlmm.objectives.records import OBJECTIVES, Baseline, FlatGroups, KLKind, Level, Objective, Scale
+from rlmm.objectives.records import OBJECTIVES, Baseline, FlatGroups, KLKind, Level, Objective, Scale, Surrogate
 
 
 class KLConfig(Strict):
@@ -49,6 +49,15 @@ class AdvantageConfig(Strict):
     clip: float | None = Field(default=None, gt=0)
     """Bound on the advantage's absolute value."""
 
+    @model_validator(mode="after")
+    def _a_batch_mean_has_a_batch_scale(self) -> "AdvantageConfig":
+        if self.baseline == "batch_mean" and self.scale == "group_std":
+            raise ValueError(
+                "baseline batch_mean gives a group without spread a signal, which scale group_std would divide by 0;"
+                " use batch_std or none"
+            )
+        return self
+
 
 class ObjectiveConfig(Strict):
     """A named objective, any part of it replaceable."""
@@ -60,6 +69,9 @@ class ObjectiveConfig(Strict):
     """The ratio is clipped below 1 - clip_low."""
     clip_high: float = Field(gt=0)
     """The ratio is clipped above 1 + clip_high."""
+    surrogate: Surrogate
+    """clipped: a token whose ratio is past the clip has no gradient. cispo: the ratio is a bounded weight, and every
+    token keeps its gradient."""
     advantage: AdvantageConfig
     kl: KLConfig = KLConfig()
     updates_per_rollout: int = Field(default=1, ge=1)
@@ -74,7 +86,8 @@ class ObjectiveConfig(Strict):
         if name not in OBJECTIVES:
             raise ValueError(f"unknown objective {name!r}.{nearest(str(name), list(OBJECTIVES))}")
         named = OBJECTIVES[name]
-        filled = {"level": named.level, "clip_low": named.clip_low, "clip_high": named.clip_high} | data
+        filled = {"level": named.level, "clip_low": named.clip_low, "clip_high": named.clip_high}
+        filled |= {"surrogate": named.surrogate} | data
         given = data.get("advantage", {})
         if isinstance(given, dict):
             parts = {"baseline": named.baseline, "scale": named.scale, "flat_groups": named.flat_groups}
@@ -88,6 +101,7 @@ class ObjectiveConfig(Strict):
             level=self.level,
             clip_low=self.clip_low,
             clip_high=self.clip_high,
+            surrogate=self.surrogate,
             baseline=self.advantage.baseline,
             scale=self.advantage.scale,
             flat_groups=self.advantage.flat_groups,

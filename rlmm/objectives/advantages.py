@@ -48,29 +48,32 @@ def group_advantages(
 ) -> AdvantageResult:
     """A = (r - baseline) / scale over the available rewards of each group.
 
-    reward_B: float [B]; valid_B: bool [B], False where the reward is unavailable; group_B: ids or names [B].
-    Baselines: `mean` of the group (arXiv 2402.03300) or `leave_one_out`, the mean of the others (arXiv
-    2402.14740). Scales are sample standard deviations (n - 1), of the group or of all available rewards of
-    the step in groups of two and more. An unavailable reward enters no statistic. Rows of a group with fewer
-    than two available rewards are not kept. A group with std <= `std_floor` has advantages 0 and is not kept
-    (`drop`), or kept so that it still counts in the denominators (`count`). `clip` bounds |A|. An available
-    reward that is not finite, or columns of unequal length, is a ValueError.
+    reward_B: float [B]; valid_B: bool [B], False where the reward is unavailable; group_B: ids or names
+    [B]. Baselines: `mean` of the group (arXiv 2402.03300) or `leave_one_out`, the mean of the others (arXiv
+    2402.14740), or `batch_mean` of all available rewards of the step (arXiv 2501.03262). Scales are sample
+    standard deviations (n - 1), of the group or of all available rewards of the step in groups of two and
+    more. An unavailable reward enters no statistic. Rows of a group with fewer than two available rewards
+    are not kept. A group with std <= `std_floor` has advantages 0 and is not kept (`drop`), or kept so that
+    it still counts in the denominators (`count`); under `batch_mean` it has a signal of its own, and only a
+    step without spread is treated so. `clip` bounds |A|. An available reward that is not finite, or columns
+    of unequal length, is a ValueError.
     """
     reward, valid, group = np.asarray(reward_B, np.float64), np.asarray(valid_B, bool), np.asarray(group_B)
     _check(reward, valid, group)
     members = [np.flatnonzero(valid & (group == name)) for name in np.unique(group)]
     scored = [rows for rows in members if len(rows) >= 2]
-    batch_std = _std(reward[np.concatenate(scored)]) if scored else 0.0
+    every = reward[np.concatenate(scored)] if scored else np.zeros(1)
+    batch_mean, batch_std = fsum(every) / len(every), _std(every)
 
     advantage, kept, flat = np.zeros(len(reward)), np.zeros(len(reward), bool), 0
     for rows in scored:
         std = _std(reward[rows])
-        if std <= std_floor:
-            flat += 1
+        flat += std <= std_floor
+        if (batch_std if baseline == "batch_mean" else std) <= std_floor:
             kept[rows] = flat_groups == "count"
             continue
         divisor = {"group_std": std, "batch_std": batch_std, "none": 1.0}[scale]
-        advantage[rows] = _centred(reward[rows], baseline) / divisor
+        advantage[rows] = _centred(reward[rows], baseline, batch_mean) / divisor
         kept[rows] = True
     limit = inf if clip is None else clip
     return AdvantageResult(
@@ -84,7 +87,9 @@ def group_advantages(
     )
 
 
-def _centred(reward_G: np.ndarray, baseline: Baseline) -> np.ndarray:
+def _centred(reward_G: np.ndarray, baseline: Baseline, batch_mean: float) -> np.ndarray:
+    if baseline == "batch_mean":
+        return reward_G - batch_mean
     count = len(reward_G)
     centred = reward_G - fsum(reward_G) / count
     # r - mean of the others = n / (n - 1) * (r - mean of all)

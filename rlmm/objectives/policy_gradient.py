@@ -1,15 +1,17 @@
-"""The clipped policy-gradient loss a token, and its health figures as sums that add up over processes."""
+"""The policy-gradient losses a token, and their health figures as sums that add up over processes."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from rlmm.objectives.records import Level
+from rlmm.objectives.records import Level, Surrogate
 
 
 class PolicyLoss(NamedTuple):
-    """Loss, ratio (detached) and whether the clip took the gradient away, each [B, S].
+    """Loss, ratio (detached) and whether the clip bounded it (which with `clipped` takes the gradient away), each
+    [B, S].
 
     Outside the targets they are 0, 1 and False.
     """
@@ -38,16 +40,47 @@ def clipped_policy_loss(
     log-probs. Old log-probs and advantages get no gradient.
     """
     mask_BS = torch.ones_like(logp_BS, dtype=torch.bool) if target_mask_BS is None else target_mask_BS
-    log_ratio_BS = torch.where(mask_BS, logp_BS - old_logp_BS.detach().to(logp_BS.dtype), 0.0)
-    if level == "sequence":
-        mean_B1 = log_ratio_BS.sum(1, keepdim=True) / mask_BS.sum(1, keepdim=True).clamp(min=1)
-        log_ratio_BS = torch.where(mask_BS, mean_B1, 0.0)
-    ratio_BS = log_ratio_BS.exp()
+    ratio_BS = _ratio(logp_BS, old_logp_BS, mask_BS, level)
     gain_B1 = advantage_B.detach().to(logp_BS.dtype)[:, None]
     free_BS = ratio_BS * gain_B1
     bounded_BS = ratio_BS.clamp(1 - clip_low, 1 + clip_high) * gain_B1
     loss_BS = torch.where(mask_BS, -torch.minimum(free_BS, bounded_BS), 0.0)
     return PolicyLoss(loss_BS, ratio_BS.detach(), (bounded_BS < free_BS).detach())
+
+
+def cispo_policy_loss(
+    logp_BS: Tensor,
+    old_logp_BS: Tensor,
+    advantage_B: Tensor,
+    *,
+    clip_low: float,
+    clip_high: float,
+    level: Level = "token",
+    target_mask_BS: Tensor | None = None,
+) -> PolicyLoss:
+    """-sg(clip(rho, 1 - clip_low, 1 + clip_high)) A logp (CISPO, arXiv 2506.13585, eq. 4-5), [B, S].
+
+    The weight is bounded and every token keeps its gradient. Arguments as for `clipped_policy_loss`; the value is no
+    estimate of the gain, its gradient is.
+    """
+    mask_BS = torch.ones_like(logp_BS, dtype=torch.bool) if target_mask_BS is None else target_mask_BS
+    ratio_BS = _ratio(logp_BS.detach(), old_logp_BS, mask_BS, level)
+    bounded_BS = ratio_BS.clamp(1 - clip_low, 1 + clip_high)
+    gain_B1 = advantage_B.detach().to(logp_BS.dtype)[:, None]
+    loss_BS = -bounded_BS * gain_B1 * torch.where(mask_BS, logp_BS, 0.0)
+    return PolicyLoss(loss_BS, ratio_BS, bounded_BS != ratio_BS)
+
+
+POLICY_LOSSES: dict[Surrogate, Callable[..., PolicyLoss]] = {"clipped": clipped_policy_loss, "cispo": cispo_policy_loss}
+
+
+def _ratio(logp_BS: Tensor, old_logp_BS: Tensor, mask_BS: Tensor, level: Level) -> Tensor:
+    """exp(logp - old), a token's or its row's geometric mean [B, S]; 1 outside the mask."""
+    log_ratio_BS = torch.where(mask_BS, logp_BS - old_logp_BS.detach().to(logp_BS.dtype), 0.0)
+    if level == "sequence":
+        mean_B1 = log_ratio_BS.sum(1, keepdim=True) / mask_BS.sum(1, keepdim=True).clamp(min=1)
+        log_ratio_BS = torch.where(mask_BS, mean_B1, 0.0)
+    return log_ratio_BS.exp()
 
 
 def policy_metrics(policy: PolicyLoss, target_mask_BS: Tensor, kept_B: Tensor) -> dict[str, float]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rlmm.objectives import OBJECTIVES, Objective
 from rlmm.objectives.advantages import group_advantages
-from rlmm.objectives.policy_gradient import clipped_policy_loss
+from rlmm.objectives.policy_gradient import POLICY_LOSSES, cispo_policy_loss, clipped_policy_loss
 from rlmm.objectives.weights import Totals, count_totals, token_weights
 
 SEQUENCE_COUNT = {None: 64, 3: 40}
@@ -88,7 +88,7 @@ def step_loss(
         max_length=mask_BS.shape[1],
         dtype=torch.float64,
     )
-    policy = clipped_policy_loss(
+    policy = POLICY_LOSSES[objective.surrogate](
         logp_BS,
         old,
         torch.from_numpy(result.advantage_B),
@@ -229,6 +229,27 @@ def test_ratio_corrects_a_stale_policy_where_nothing_is_clipped() -> None:
     assert not policy.clipped_BS.any()
 
 
+@pytest.mark.parametrize(
+    ("name", "relative"), [("bnpo", "dapo"), ("cispo", "dapo"), ("gspo", "grpo"), ("reinforce++", "grpo")]
+)
+def test_relatives_agree_where_the_ratio_is_one_and_the_step_one_group(name: str, relative: str) -> None:
+    chain = make_chain(end=3)
+    found, expected = (expected_gradient(chain, OBJECTIVES[one]) for one in (name, relative))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+def test_cispo_is_the_gradient_of_the_gain_under_bounded_weights() -> None:
+    """One position: E_old[min(rho, c) A grad logp], summed by hand; past the bound `clipped` has no gradient at all."""
+    chain, stale = make_chain(positions=1, seed=4), make_chain(positions=1, seed=5)
+    old_NS, logp_NS = stale.logp().detach(), chain.logp()
+    bounded_N = (logp_NS - old_NS).detach().exp()[:, 0].clamp(max=1.1)
+    assert (bounded_N == 1.1).any() and (bounded_N < 1.1).any()
+    expected = -chain.gradient((old_NS.exp()[:, 0] * bounded_N * chain.reward_N * logp_NS[:, 0]).sum())
+    policy = cispo_policy_loss(chain.logp(), old_NS, chain.reward_N, clip_low=1.0, clip_high=0.1)
+    found = chain.gradient((old_NS.exp() * policy.loss_BS).sum())
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("name", list(OBJECTIVES))
 @pytest.mark.parametrize("parts", [(8,), (1, 3, 4), (1,) * 8])
 def test_step_does_not_depend_on_the_micro_batches(name: str, parts: tuple[int, ...]) -> None:
@@ -244,12 +265,13 @@ def test_step_does_not_depend_on_the_micro_batches(name: str, parts: tuple[int, 
         weight_BS = token_weights(
             objective.weights, mask_BS, kept_B[index], totals=totals, max_length=3, dtype=torch.float64
         )
-        policy = clipped_policy_loss(
+        policy = POLICY_LOSSES[objective.surrogate](
             chain.logp()[rows[index]],
             old_NS[rows[index]],
             advantage_B[index],
             clip_low=objective.clip_low,
             clip_high=objective.clip_high,
+            level=objective.level,
             target_mask_BS=mask_BS,
         )
         return (weight_BS * policy.loss_BS).sum()

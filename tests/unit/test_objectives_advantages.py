@@ -26,12 +26,22 @@ def advantages(
         ("mean", "group_std", [-1, 0, 1, -(0.5**0.5), 0.5**0.5]),
         # rewards 1 3 5 10 16: mean 7, squared deviations 36 16 4 9 81, over 4
         ("mean", "batch_std", np.array([-2, 0, 2, -3, 3]) / (146 / 4) ** 0.5),
+        ("batch_mean", "batch_std", np.array([-6, -4, -2, 3, 9]) / (146 / 4) ** 0.5),
+        ("batch_mean", "none", [-6, -4, -2, 3, 9]),
     ],
 )
 def test_closed_forms(baseline: Baseline, scale: Scale, expected: Any) -> None:
     result = advantages([1, 3, 5, 10, 16], ["a", "a", "a", "b", "b"], baseline=baseline, scale=scale)
     np.testing.assert_allclose(result.advantage_B, np.asarray(expected, float), rtol=1e-14)
     assert result.kept_B.all() and result.groups == 2 and result.flat_share == 0
+
+
+def test_under_a_batch_mean_a_group_without_spread_teaches_and_a_step_without_spread_does_not() -> None:
+    result = advantages([1, 1, 3, 3], [0, 0, 1, 1], baseline="batch_mean", flat_groups="drop")
+    np.testing.assert_array_equal(result.advantage_B, [-1, -1, 1, 1])
+    assert result.kept_B.all() and result.flat_groups == 2
+    flat = advantages([2, 2, 2, 2], [0, 0, 1, 1], baseline="batch_mean", scale="batch_std", flat_groups="drop")
+    assert not flat.kept_B.any() and not flat.advantage_B.any()
 
 
 def test_unavailable_rewards_leave_the_statistics() -> None:

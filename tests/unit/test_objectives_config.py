@@ -22,6 +22,10 @@ def test_published_defaults() -> None:
     rloo = ObjectiveConfig.model_validate({"name": "rloo"})
     assert (rloo.advantage.baseline, rloo.advantage.scale) == ("leave_one_out", "none")
     assert ObjectiveConfig.model_validate({}).name == "grpo"
+    gspo = ObjectiveConfig.model_validate({"name": "gspo"})
+    assert (gspo.level, gspo.clip_low, gspo.clip_high) == ("sequence", 3e-4, 4e-4)
+    cispo = ObjectiveConfig.model_validate({"name": "cispo"})
+    assert (cispo.surrogate, cispo.clip_low, cispo.clip_high) == ("cispo", 1.0, 4.0)
 
 
 def test_a_given_part_replaces_only_itself() -> None:
@@ -42,6 +46,7 @@ def test_a_given_part_replaces_only_itself() -> None:
         ({"kl": {"kind": "k2", "importance_weighted": True}}, "neither the value nor the gradient"),
         ({"kl": {"kind": "k4"}}, "'k1', 'k2' or 'k3'"),
         ({"clip_low": 0.0}, "greater than 0"),
+        ({"name": "grpo", "advantage": {"baseline": "batch_mean"}}, "would divide by 0"),
         ({"updates_per_rollout": 0}, "greater than or equal to 1"),
     ],
 )

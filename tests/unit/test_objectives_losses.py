@@ -7,7 +7,12 @@ import torch
 from torch import Tensor
 
 from rlmm.objectives.dpo import dpo_loss
-from rlmm.objectives.policy_gradient import clipped_policy_loss, policy_metrics, summarise_policy_metrics
+from rlmm.objectives.policy_gradient import (
+    cispo_policy_loss,
+    clipped_policy_loss,
+    policy_metrics,
+    summarise_policy_metrics,
+)
 from rlmm.objectives.weights import (
     ModalityTotals,
     Totals,
@@ -53,6 +58,26 @@ def test_sequence_ratio_is_the_geometric_mean_over_targets() -> None:
     )
     torch.testing.assert_close(policy.ratio_BS, torch.tensor([[4.0, 4.0, 1.0]], dtype=torch.float64))
     torch.testing.assert_close(policy.loss_BS.detach(), torch.tensor([[-4.0, -4.0, 0.0]], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("gain", [2.0, -2.0])
+def test_cispo_bounds_the_weight_and_keeps_every_gradient(gain: float) -> None:
+    # ratio 0.5, 1, 2 bounded to [0.8, 1.28]: the gradient is -weight x advantage, also where the weight is bounded
+    logp, old = ratios(0.5, 1.0, 2.0)
+    policy = cispo_policy_loss(logp, old, torch.tensor([gain]), clip_low=0.2, clip_high=0.28)
+    found = torch.autograd.grad(policy.loss_BS.sum(), logp)[0][0]
+    torch.testing.assert_close(found, -gain * torch.tensor([0.8, 1.0, 1.28], dtype=torch.float64))
+    assert policy.clipped_BS[0].tolist() == [True, False, True]
+    torch.testing.assert_close(policy.ratio_BS[0], torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64))
+
+
+def test_cispo_is_blind_outside_the_mask() -> None:
+    logp = torch.tensor([[-1.0, float("nan")]], requires_grad=True)
+    mask = torch.tensor([[True, False]])
+    old, gain = torch.full((1, 2), -1.0), torch.tensor([3.0])
+    policy = cispo_policy_loss(logp, old, gain, clip_low=1.0, clip_high=4.0, target_mask_BS=mask)
+    assert policy.loss_BS.tolist() == [[3.0, 0.0]]
+    assert torch.autograd.grad(policy.loss_BS.sum(), logp)[0].tolist() == [[-3.0, 0.0]]
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
