@@ -10,6 +10,9 @@ Split = Literal["train", "prompts", "held_out"]
 """train: prompts with target images, for codec and SFT. prompts: what RL samples from. held_out: never
 trained on."""
 
+MAX_EXCLUDED_SHARE = 0.05
+"""More excluded rows than this share are an error, where the config does not say another one."""
+
 Task = Literal["count", "pair", "relation"]
 Color = Literal["red", "green", "blue", "yellow", "purple"]
 Shape = Literal["circle", "square", "triangle"]
@@ -82,9 +85,10 @@ class RowsData(Strict):
     subset: str | None = None
     revision: str | None = None
     held_out_path: str | None = None
-    """Held-out rows from a path of their own (same format)."""
+    """Held-out rows from a path of their own (same format), less those whose prompt is also in the training rows."""
     held_out_split: str | None = None
-    """Held-out rows from another split of the same hub dataset."""
+    """Held-out rows from another split of the same hub dataset, less those whose prompt is also in the training
+    rows."""
     held_out_share: float = Field(0.05, ge=0, lt=1)
     """Without a held-out path or split: the share of prompts kept out, by a hash of the prompt, so that all
     rows of a prompt fall on the same side, in every run."""
@@ -110,8 +114,9 @@ class RowsData(Strict):
     """Use only the first rows."""
     max_prompt_characters: int | None = Field(None, ge=1)
     """Rows with a longer prompt are excluded."""
-    max_excluded_share: float = Field(0.05, ge=0, le=1)
-    """Excluded rows (empty prompt, unreadable image, ...) above this share of the rows read are an error."""
+    max_excluded_share: float = Field(MAX_EXCLUDED_SHARE, ge=0, le=1)
+    """Excluded rows (empty prompt, unreadable image, a prompt that the policy cannot take, ...) above this share of
+    the rows read are an error."""
     check_images: Literal["decode", "header"] = "decode"
     """decode reads every image once at the start. header only opens it: quick on large sets, but one that is
     cut short then stops the run when it is first needed."""

@@ -1,7 +1,7 @@
 """What a data set hands to the stages."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -20,6 +20,14 @@ class Example:
     target: Image.Image | None = None
     sources: tuple[Image.Image, ...] = ()
     row: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What is known of a row before any image is read: its prompt, and how many source images it has."""
+
+    prompt: str
+    sources: int = 0
 
 
 class UnusableRow(ValueError):
@@ -43,9 +51,39 @@ class Dataset(Protocol):
 
     def __getitem__(self, index: int) -> Example: ...
 
+    def outline(self, index: int) -> Outline:
+        """The prompt of item `index` and the number of its sources; no image is decoded for it."""
+        ...
+
+    @property
+    def rows_read(self) -> int:
+        """The rows that exclusions are a share of."""
+        return len(self) + self.excluded.total()
+
     def __iter__(self) -> Iterator[Example]:
         for index in range(len(self)):
             yield self[index]
+
+
+class Subset(Dataset):
+    """The rows `kept` of another data set, in that order; `excluded` counts what neither of them has."""
+
+    def __init__(self, whole: Dataset, kept: Sequence[int], excluded: Counter[str]) -> None:
+        self.excluded = excluded
+        self._whole, self._kept = whole, kept
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def __getitem__(self, index: int) -> Example:
+        return self._whole[self._kept[position(index, len(self))]]
+
+    def outline(self, index: int) -> Outline:
+        return self._whole.outline(self._kept[position(index, len(self))])
+
+    @property
+    def rows_read(self) -> int:
+        return self._whole.rows_read
 
 
 def position(index: int, length: int) -> int:

@@ -33,6 +33,10 @@ class RawRows:
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.rows[index]
 
+    def column(self, name: str) -> Iterator[Any]:
+        """The cells of one column alone."""
+        return iter(self.rows[name] if isinstance(self.rows, datasets.Dataset) else [row[name] for row in self.rows])
+
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for row in self.rows:
             yield dict(row)

@@ -14,7 +14,7 @@ from PIL import Image
 
 from rewards.scenes_spec import BACKGROUND, CELL, GRID, PALETTE, SIZE, Edit, ObjectGroup, Relation, SceneSpec
 from rlmm.config.data import ScenesData, Split
-from rlmm.data.base import Dataset, Example, position
+from rlmm.data.base import Dataset, Example, Outline, position
 from rlmm.data.scene_combinations import Combination, by_task
 from rlmm.seeds import derive, generator
 
@@ -120,6 +120,10 @@ class Scenes(Dataset):
             sources=() if asked.edit is None else (render(source),),
             row={"scene": SceneSpec(objects, relation, asked.edit).to_dict(), "task": asked.task},
         )
+
+    def outline(self, index: int) -> Outline:
+        asked = self._items[position(index, len(self))]
+        return Outline(asked.prompt, 0 if asked.edit is None else 1)
 
 
 def build(config: ScenesData, split: Split, seed: int) -> Scenes:

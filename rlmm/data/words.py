@@ -14,7 +14,7 @@ import matplotlib
 from PIL import Image, ImageDraw, ImageFont
 
 from rlmm.config.data import Split, WordsData
-from rlmm.data.base import Dataset, Example, position
+from rlmm.data.base import Dataset, Example, Outline, position
 from rlmm.seeds import derive
 
 CELL: Final = (16, 32)
@@ -84,16 +84,25 @@ class Words(Dataset):
         return self._size
 
     def __getitem__(self, index: int) -> Example:
+        text, font = self._asked(index)
+        return Example(
+            prompt=self._prompt(text, font),
+            target=render(text, font) if self._drawn else None,
+            row={"text": text} | ({"font": font} if self._font_in_prompt else {}),
+        )
+
+    def outline(self, index: int) -> Outline:
+        return Outline(self._prompt(*self._asked(index)))
+
+    def _asked(self, index: int) -> tuple[str, str]:
+        """The word, in capitals, and the font of item `index`."""
         turn, place = divmod(position(index, self._size), len(self._words))
         text = self._words[place].upper()
         names = list(FONTS)
-        font = names[(derive(self._seed, "words", "font", text) + turn) % len(names)]
-        asked = {"font": font} if self._font_in_prompt else {}
-        return Example(
-            prompt=f'render "{text}"' + (f" in {font}" if asked else ""),
-            target=render(text, font) if self._drawn else None,
-            row={"text": text} | asked,
-        )
+        return text, names[(derive(self._seed, "words", "font", text) + turn) % len(names)]
+
+    def _prompt(self, text: str, font: str) -> str:
+        return f'render "{text}"' + (f" in {font}" if self._font_in_prompt else "")
 
 
 def build(config: WordsData, split: Split, seed: int) -> Words:

@@ -6,6 +6,7 @@ from typing import cast
 import torch
 from safetensors import SafetensorError
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
@@ -17,6 +18,7 @@ from transformers import (
 from rlmm.config.policy import NewPolicy
 from rlmm.policies.causal import CausalPolicy
 from rlmm.policies.layout_io import load_layout
+from rlmm.policies.spelling import Spelling
 from rlmm.policies.tokenizer import BOI, BOS, EOL, NULL, PAD, character_tokenizer
 from rollouts.contract import Grid, Layout
 
@@ -64,3 +66,14 @@ def load(folder: Path) -> CausalPolicy:
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{folder} is not a readable checkpoint ({error}); give a complete model folder") from error
     return CausalPolicy(cast(PreTrainedModel, model), cast(PreTrainedTokenizerBase, tokenizer), layout)
+
+
+def load_spelling(folder: Path) -> Spelling:
+    """How the policy in a folder spells prompts, without its weights. Raises ValueError as `load` does."""
+    layout = load_layout(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder} is not a readable checkpoint ({error}); give a complete model folder") from error
+    return Spelling(cast(PreTrainedTokenizerBase, tokenizer), layout, config.max_position_embeddings)
