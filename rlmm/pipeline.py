@@ -38,7 +38,8 @@ def run_folder(recipe: Recipe) -> RunFolder:
 def run_recipe(recipe: Recipe, say: Callable[[str], None]) -> RunFolder:
     """Run every stage that is not done; the report is written after each."""
     folder = run_folder(recipe)
-    first = world()[0] == 0
+    rank, processes = world()
+    first = rank == 0
     torch.set_num_threads(recipe.runtime.threads)
     hf_logging.disable_progress_bar()
     hf_logging.set_verbosity_error()
@@ -55,12 +56,12 @@ def run_recipe(recipe: Recipe, say: Callable[[str], None]) -> RunFolder:
         say(f"{name} ({stage.kind})")
         gates = ceilings(stage.gates, stage.precision) if isinstance(stage, GrpoStage) else None
         if first:
-            folder.mark(name, stage.kind, "running", gates)
+            folder.mark(name, stage.kind, "running", gates, processes)
         wait()
         if first or stage.kind not in ALONE:
             STAGES[stage.kind](StageContext(recipe, folder, name, stage, say))
         if first:
-            folder.mark(name, stage.kind, "done", gates)
+            folder.mark(name, stage.kind, "done", gates, processes)
             # Only now: until the stage counts as done, its checkpoints are what it would resume from.
             shutil.rmtree(folder.stage(name) / "checkpoints", ignore_errors=True)
             write_report(folder.path)

@@ -43,11 +43,21 @@ class RunFolder:
         path = self.stage(name) / "stage.json"
         return json.loads(path.read_text()) if path.is_file() else {}
 
-    def mark(self, name: str, kind: str, status: str, gates: dict[str, float] | None = None) -> None:
-        """Record a stage's status, when it was first started and finished, and the ceilings of its gates."""
+    def mark(
+        self, name: str, kind: str, status: str, gates: dict[str, float] | None = None, processes: int = 1
+    ) -> None:
+        """Record a stage's status, when it was first started and finished, the ceilings of its gates, and how many
+        processes share it. Raises ValueError where it was started with another number of them."""
         before, now = self.status(name), datetime.now(UTC).isoformat(timespec="seconds")
+        started_with = before.get("processes", processes)
+        if started_with != processes:
+            raise ValueError(
+                f"stage {name!r} was started with {started_with} process(es) and this is a run with {processes}: its "
+                f"checkpoints and rollouts are shared out over {started_with}. Resume with {started_with}, or delete "
+                f"{self.stage(name)} to begin the stage anew"
+            )
         times = {"started": before.get("started", now), "finished": now if status == "done" else None}
-        record = {"name": name, "kind": kind, "status": status, **times, "gates": gates or {}}
+        record = {"name": name, "kind": kind, "status": status, **times, "gates": gates or {}, "processes": processes}
         self.stage(name).mkdir(parents=True, exist_ok=True)
         write_json_atomically(self.stage(name) / "stage.json", record)
 

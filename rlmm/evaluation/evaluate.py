@@ -5,7 +5,7 @@ paired. Shapes: P prompts, S sampling seeds.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,8 +15,9 @@ import pyarrow.parquet as pq
 from rewards.base import Sample, Score
 from rewards.compose import CompositeReward
 from rlmm.codecs import Codec
-from rlmm.config.stages import EvalStage, GrpoStage, Sampling, SftStage, TorchEngineConfig
+from rlmm.config.stages import EvalStage, TorchEngineConfig
 from rlmm.data import Example
+from rlmm.evaluation.compute import compute, compute_lines
 from rlmm.evaluation.statistics import bootstrap_mean, diversity, paired_difference
 from rlmm.policies.causal import CausalPolicy
 from rlmm.policies.families import llama
@@ -24,9 +25,9 @@ from rlmm.rewarding import build_composite
 from rlmm.seeds import derive
 from rlmm.train import experience as phases
 from rlmm.train.checkpoint import write_json_atomically
-from rlmm.train.context import StageContext, load_split, policy_stage_before, run_codec
+from rlmm.train.context import StageContext, load_split, run_codec
 from rlmm.train.engines import build_engine
-from rlmm.train.metrics import MetricsFile
+from rlmm.train.processes import device
 from rollouts.trajectory import Trajectory
 
 BEST = "best"
@@ -47,23 +48,27 @@ class Cell:
 def run_eval(context: StageContext) -> None:
     """Score every arm; leaves eval.json and samples.parquet in the stage's folder, and prints the contrasts."""
     config: EvalStage = context.config
-    data = load_split(context, "held_out")
+    spellings = [llama.load_spelling(context.run.stage(arm) / "model") for arm in config.arms]
+    data = load_split(context, "held_out", *spellings)
     if len(data) < config.prompts:
         raise ValueError(f"the held-out split has {len(data)} prompts and the stage asks for {config.prompts}")
     judges = {"held_out": build_composite(context.recipe.held_out), "trained": build_composite(context.recipe.rewards)}
     cells = list(_cells(context, config, [data[i] for i in range(config.prompts)], judges))
+    found = contrasts(cells, config.arms, set(_terms(judges["held_out"])))
+    costs = [compute(context, arm) for arm in config.arms]
     record = {
         "rows": [row for cell in cells for row in _rows(cell, config)],
-        "contrasts": contrasts(cells, config.arms, set(_terms(judges["held_out"]))),
+        "contrasts": found,
         "diversity": [{"arm": c.arm, "temperature": c.temperature, "value": c.diversity} for c in cells],
-        "compute": [compute(context, arm) for arm in config.arms],
+        "compute": costs,
+        "compute_notes": compute_lines(costs),
     }
     context.folder.mkdir(parents=True, exist_ok=True)
     partial = context.folder / "samples.partial"
     pq.write_table(pa.Table.from_pylist([row for cell in cells for row in cell.rows]), partial)
     partial.replace(context.folder / "samples.parquet")
     write_json_atomically(context.folder / "eval.json", record)
-    for line in [*compute_lines(record["compute"]), *contrast_lines(record["contrasts"])]:
+    for line in [*compute_lines(costs), *contrast_lines(found)]:
         context.say(line)
 
 
@@ -75,10 +80,11 @@ def _cells(
     for arm in config.arms:
         policy = llama.load(context.run.stage(arm) / "model")
         policy.model.eval()
+        policy.to(device())
+        policy.precision = getattr(context.recipe.stages[arm], "precision", policy.precision)
         for temperature in config.temperatures:
             context.say(f"evaluating {arm} at temperature {temperature:g} on {config.prompts} held-out prompts")
-            sampling = Sampling(temperature=temperature, guidance_scale=config.guidance_scale)
-            yield _cell(context, config, (arm, temperature), policy, codec, sampling, examples, judges)
+            yield _cell(context, config, (arm, temperature), policy, codec, examples, judges)
 
 
 def _cell(
@@ -87,11 +93,10 @@ def _cell(
     name: tuple[str, float],
     policy: CausalPolicy,
     codec: Codec,
-    sampling: Sampling,
     examples: list[Example],
     judges: dict[str, CompositeReward],
 ) -> Cell:
-    made, samples = sample_held_out(context, config, policy, codec, sampling, examples)
+    made, samples = sample_held_out(context, config, policy, codec, name[1], examples)
     scores: dict[str, list[Score]] = {}
     for judge in judges.values():
         for one in judge.score(samples):
@@ -117,12 +122,12 @@ def sample_held_out(
     config: EvalStage,
     policy: CausalPolicy,
     codec: Codec,
-    sampling: Sampling,
+    temperature: float,
     examples: Sequence[Example],
 ) -> tuple[Trajectory, list[Sample]]:
     """All held-out samples, prompt-major; a sample's seed depends on its prompt's place and its sampling seed alone."""
     engine = build_engine(TorchEngineConfig(max_rows=config.batch_prompts * config.sampling_seeds), policy)
-    law = phases.law_of(policy.layout, sampling)
+    law = phases.law_of(policy.layout, config.sampling(temperature))
     seed = derive(context.recipe.seed, "evaluation")
     requests = [
         phases.request_for(
@@ -198,31 +203,6 @@ def _contrast(cells: Sequence[Cell], arm: str, baseline: str, judge: str, metric
 
 def _terms(reward: CompositeReward) -> list[str]:
     return [term.name for term in reward.terms]
-
-
-def compute(context: StageContext, arm: str) -> dict[str, Any]:
-    """What an arm's training took beyond codec and data: steps and seconds, summed along the stages it grew from."""
-    steps, seconds, chain = 0, 0.0, []
-    name: str | None = arm
-    while name is not None:
-        chain.append(name)
-        rows = MetricsFile(context.run.stage(name) / "metrics.jsonl").read()
-        steps += len(rows)
-        seconds += sum(value for row in rows for key, value in row.items() if key.startswith("time/") and value)
-        name = _parent(context, name)
-    return {"arm": arm, "stages": chain[::-1], "steps": steps, "seconds": round(seconds, 1)}
-
-
-def _parent(context: StageContext, name: str) -> str | None:
-    stage = context.recipe.stages[name]
-    if not isinstance(stage, SftStage | GrpoStage):
-        return None
-    return stage.start_from or policy_stage_before(replace(context, name=name))
-
-
-def compute_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """What each arm's training took, so that a difference can be held against its price."""
-    return [f"{row['arm']}: {' + '.join(row['stages'])}, {row['steps']} steps, {row['seconds']:g} s" for row in rows]
 
 
 def contrast_lines(rows: Sequence[dict[str, Any]]) -> list[str]:

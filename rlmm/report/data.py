@@ -127,6 +127,7 @@ def _read_evaluation(path: Path, notes: Notes) -> Evaluation | None:
         rows=_records(content, "rows", EvalRow, path, notes),
         contrasts=_records(content, "contrasts", Contrast, path, notes),
         diversity=_records(content, "diversity", Diversity, path, notes),
+        compute_notes=tuple(str(line) for line in content.get("compute_notes", [])),
     )
 
 

@@ -92,6 +92,8 @@ class Evaluation:
     rows: tuple[EvalRow, ...]
     contrasts: tuple[Contrast, ...]
     diversity: tuple[Diversity, ...]
+    compute_notes: tuple[str, ...] = ()
+    """What each arm's training took, and whether it is comparable."""
 
 
 @dataclass(frozen=True)

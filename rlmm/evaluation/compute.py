@@ -1,0 +1,56 @@
+"""What each arm of an evaluation cost to train, so that a difference can be held against its price."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from rlmm.config.stages import GrpoStage, SftStage
+from rlmm.train.context import StageContext, policy_stage_before
+from rlmm.train.metrics import MetricsFile
+
+EQUAL = 0.8
+"""Two arms had equal compute where the cheaper one's seconds are at least this share of the dearer one's."""
+
+MONITORING = "time/held_out"
+"""Watching a run by the held-out judge is no training."""
+
+
+def compute(context: StageContext, arm: str) -> dict[str, Any]:
+    """What an arm's training took beyond codec and data: steps and seconds (rollouts and rewards included), summed
+    along the stages it grew from."""
+    steps, seconds, chain = 0, 0.0, []
+    name: str | None = arm
+    while name is not None:
+        chain.append(name)
+        rows = MetricsFile(context.run.stage(name) / "metrics.jsonl").read()
+        steps += len(rows)
+        seconds += sum(
+            value
+            for row in rows
+            for key, value in row.items()
+            if key.startswith("time/") and key != MONITORING and value
+        )
+        name = _parent(context, name)
+    return {"arm": arm, "stages": chain[::-1], "steps": steps, "seconds": round(seconds, 1)}
+
+
+def _parent(context: StageContext, name: str) -> str | None:
+    stage = context.recipe.stages[name]
+    if not isinstance(stage, SftStage | GrpoStage):
+        return None
+    return stage.start_from or policy_stage_before(replace(context, name=name))
+
+
+def compute_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """What each arm took, and whether the arms that grew from the first one had the same on top of it."""
+    lines = [f"{row['arm']}: {' + '.join(row['stages'])}, {row['steps']} steps, {row['seconds']:g} s" for row in rows]
+    start, *others = rows
+    extra = {row["arm"]: row["seconds"] - start["seconds"] for row in others if start["arm"] in row["stages"]}
+    dearest = max(extra, key=lambda arm: extra[arm], default="")
+    return lines + [
+        f"beyond {start['arm']}, {arm} had {share:.2f} of {dearest}'s compute: "
+        + ("equal" if share >= EQUAL else "NOT equal, so their difference is also one of compute; match its steps")
+        for arm in extra
+        if arm != dearest and extra[dearest] > 0
+        for share in [max(extra[arm], 0.0) / extra[dearest]]
+    ]

@@ -1,0 +1,61 @@
+"""What arms cost, said beside their differences; and a stage that is resumed with another number of processes."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlmm.config.recipe import read_recipe
+from rlmm.config.stages import EvalStage
+from rlmm.evaluation.compute import compute, compute_lines
+from rlmm.run_folder import RunFolder
+from rlmm.train.context import StageContext
+from rlmm.train.metrics import MetricsFile
+from tests.integration.conftest import TINY
+
+
+def row(arm: str, stages: str, steps: int, seconds: float) -> dict[str, Any]:
+    return {"arm": arm, "stages": stages.split(), "steps": steps, "seconds": seconds}
+
+
+def test_equal_and_unequal_compute_are_told_apart() -> None:
+    rows = [row("sft", "sft", 10, 100), row("more", "sft more", 30, 290), row("rl", "sft rl", 20, 300)]
+    assert compute_lines(rows) == [
+        "sft: sft, 10 steps, 100 s",
+        "more: sft + more, 30 steps, 290 s",
+        "rl: sft + rl, 20 steps, 300 s",
+        "beyond sft, more had 0.95 of rl's compute: equal",
+    ]
+    rows[1]["seconds"] = 180
+    assert "more had 0.40 of rl's compute: NOT equal" in compute_lines(rows)[-1]
+    rows[1]["stages"] = ["more"]  # it did not grow from the first arm, so there is no "beyond"
+    assert len(compute_lines(rows)) == 3
+    assert len(compute_lines(rows[:1])) == 1
+
+
+def test_compute_counts_rollouts_and_scoring_and_leaves_monitoring_out(tmp_path: Path) -> None:
+    recipe = read_recipe(TINY)
+    context = StageContext(recipe, RunFolder(tmp_path, tuple(recipe.stages)), "evaluation", None, lambda line: None)
+    for name, figures in {
+        "sft": {"time/update": 2.0},
+        "grpo": {"time/update": 3.0, "time/rollout": 4.0, "time/score": 5.0, "time/held_out": 100.0},
+    }.items():
+        context.run.stage(name).mkdir(parents=True)
+        MetricsFile(context.run.stage(name) / "metrics.jsonl").append(1, figures)
+    assert compute(context, "grpo") == row("grpo", "sft grpo", 2, 14.0)
+
+
+def test_a_stage_is_not_resumed_with_another_number_of_processes(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path, ("sft",))
+    run.mark("sft", "sft", "running", processes=2)
+    run.mark("sft", "sft", "running", processes=2)
+    with pytest.raises(ValueError, match=r"started with 2 process\(es\) and this is a run with 1.*Resume with 2"):
+        run.mark("sft", "sft", "running", processes=1)
+    assert run.status("sft")["processes"] == 2
+
+
+def test_evaluation_samples_from_the_law_its_stage_names() -> None:
+    stage = EvalStage(arms=("a",), guidance_scale=2.0, source_scale=1.5, top_k=7, top_p=0.9)
+    law = stage.sampling(0.5).law((0, 100))
+    assert (law.temperature, law.guidance_scale, law.source_scale, law.top_k, law.top_p) == (0.5, 2.0, 1.5, 7, 0.9)
+    assert law.mode == "guided"
