@@ -12,6 +12,7 @@ from rlmm.policies.families import llama
 from rlmm.seeds import derive
 from rlmm.train import experience as phases
 from rlmm.train.engines import build_engine
+from rlmm.train.processes import device
 
 GAP = 4
 
@@ -26,8 +27,9 @@ def sample_grid(
     empty = [i for i, prompt in enumerate(prompts) if not prompt.strip()]
     if empty or not prompts:
         raise ValueError(f"prompt {empty[0] + 1 if empty else 1} is empty; give each prompt some text")
-    policy, codec = llama.load(folder), load_codec(folder / "codec")
+    policy, codec = llama.load(folder), load_codec(folder / "codec").to(device())
     policy.model.eval()
+    policy.to(device())
     codec.eval()
     law = phases.law_of(policy.layout, Sampling(temperature=temperature, guidance_scale=guidance_scale))
     requests = [

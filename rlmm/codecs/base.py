@@ -5,6 +5,7 @@ Shapes: B images, C channels, H x W pixels, N = rows * cols tokens.
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from rlmm.codecs.quantizers import Fsq, Lfq, Quantizer, Vq
@@ -71,10 +72,14 @@ class Codec(nn.Module):
             nn.ConvTranspose2d(width, config.channels, config.patch, stride=config.patch),
         )
 
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
     def encode(self, images_BCHW: Tensor) -> Tensor:
         """Codes [B, N] int64 of images in [0, 1]; ValueError on another size, or where NaN or infinity turns up."""
         self._check(images_BCHW)
-        latents = self._latents(images_BCHW)
+        latents = self._latents(images_BCHW.to(self.device))
         if not latents.isfinite().all():
             whose = "the images" if not images_BCHW.isfinite().all() else "the weights: the codec's training diverged"
             raise ValueError(f"no codes: NaN or infinity in {whose}")
@@ -89,7 +94,7 @@ class Codec(nn.Module):
                 f"codes from {int(ids_BN.min())} to {int(ids_BN.max())} are outside [0, {self.num_codes}): they are no "
                 "image codes of this codec; check the layout's image slice"
             )
-        return self._pixels(self.quantizer.codes(ids_BN)).clamp(0, 1).float()
+        return self._pixels(self.quantizer.codes(ids_BN.to(self.device))).clamp(0, 1).float()
 
     def forward(self, images_BCHW: Tensor) -> CodecOutput:
         self._check(images_BCHW)

@@ -67,6 +67,7 @@ def code_use(ids: Tensor, num_codes: int) -> dict[str, float]:
 @torch.no_grad()
 def reconstruction_metrics(codec: Codec, images_BCHW: Tensor) -> dict[str, float]:
     """PSNR and code use through encode and decode, and the share of codes that decode-encode leaves as they are."""
+    images_BCHW = images_BCHW.to(codec.device)
     ids = codec.encode(images_BCHW)
     decoded = codec.decode(ids)
     stable = (codec.encode(decoded) == ids).double().mean()

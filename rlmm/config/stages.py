@@ -184,7 +184,20 @@ class EvalStage(Strict):
     sampling_seeds: int = Field(2, ge=1)
     temperatures: tuple[Annotated[float, Field(gt=0)], ...] = Field((1.0, 0.7, 0.4), min_length=1)
     guidance_scale: float = 1.0
+    source_scale: float | None = None
+    top_k: int = Field(0, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
     batch_prompts: int = Field(64, ge=1)
+
+    def sampling(self, temperature: float) -> Sampling:
+        """The law of the samples at one of the temperatures."""
+        return Sampling(
+            temperature=temperature,
+            guidance_scale=self.guidance_scale,
+            source_scale=self.source_scale,
+            top_k=self.top_k,
+            top_p=self.top_p,
+        )
 
 
 class ExportStage(Strict):

@@ -20,6 +20,7 @@ from rlmm.objectives.legality import LogProbKind
 from rlmm.policies.base import LogProbs, SequenceBatch
 from rlmm.policies.head import decision_log_probs, sliced_head
 from rlmm.policies.layout_io import save_layout
+from rlmm.policies.spelling import Spelling
 from rollouts.contract import Layout
 from rollouts.law import Law
 from rollouts.trajectory import IMAGE, TEXT, Trajectory
@@ -42,15 +43,17 @@ class CausalPolicy:
         active = self._swapped if self._swapped is not None else self.model
         return cast(PreTrainedModel, active.get_base_model() if isinstance(active, PeftModel) else active)
 
+    @property
+    def spelling(self) -> Spelling:
+        return Spelling(self.tokenizer, self.layout, self.base.config.max_position_embeddings)
+
+    def to(self, device: torch.device) -> None:
+        """Move the weights, in place."""
+        nn.Module.to(self.model, device)
+
     def encode_prompt(self, prompt: str) -> list[int]:
-        """Ids of a prompt's text. The text is data: a special token spelled in it is spelled out, not obeyed."""
-        ids = self.tokenizer(prompt, add_special_tokens=False, split_special_tokens=True).input_ids
-        if self.tokenizer.unk_token_id is not None and self.tokenizer.unk_token_id in ids:
-            raise ValueError(
-                f"prompt {prompt!r} has characters that the policy's tokenizer does not know: it cannot tell it from "
-                "other such prompts: rewrite it, or use a checkpoint whose tokenizer covers them"
-            )
-        return ids
+        """Ids of a prompt's text; UnusablePrompt where the tokenizer does not know a character."""
+        return self.spelling.encode(prompt)
 
     def hidden(self, ids_BT: Tensor, mask_BT: Tensor, *, cache: Any = None, model: nn.Module | None = None) -> Tensor:
         """Final hidden states [B, T, H]. `mask_BT` covers the cached positions too; positions count real tokens."""

@@ -103,7 +103,7 @@ def _leave(context: StageContext, codec: Codec) -> None:
     held_out = training_images(context, codec, "held_out", 256)
     with torch.no_grad():
         figures = reconstruction_metrics(codec, held_out)
-        pairs = tensor_to_images(torch.cat([held_out[:12], codec.decode(codec.encode(held_out[:12]))]))
+        pairs = tensor_to_images(torch.cat([held_out[:12], codec.decode(codec.encode(held_out[:12])).cpu()]))
     write_json_atomically(context.folder / "reconstruction.json", {k: float(v) for k, v in figures.items()})
     reconstruction_sheet(pairs[:12], pairs[12:], context.folder / "reconstruction.png")
     save_codec(codec, context.folder / "codec")

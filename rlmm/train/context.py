@@ -13,8 +13,11 @@ from rlmm.config.stages import CodecStage, GrpoStage, SftStage
 from rlmm.data import Dataset, build_dataset
 from rlmm.policies.causal import CausalPolicy
 from rlmm.policies.families import llama
+from rlmm.policies.spelling import Spelling
 from rlmm.run_folder import RunFolder
 from rlmm.seeds import derive
+from rlmm.train.processes import device
+from rlmm.train.prompts import reasons, usable_rows
 
 
 @dataclass(frozen=True)
@@ -40,12 +43,12 @@ class StageContext:
         return derive(self.recipe.seed, self.name, *parts)
 
 
-def load_split(context: StageContext, split: Split) -> Dataset:
-    """The rows of a split; what was left out of it is said, by reason."""
-    data = build_dataset(context.recipe.data, split, context.recipe.seed)
+def load_split(context: StageContext, split: Split, *spellings: Spelling) -> Dataset:
+    """The rows of a split whose prompt each of `spellings` can take; what was left out of it is said, by reason."""
+    config = context.recipe.data
+    data = usable_rows(build_dataset(config, split, context.recipe.seed), spellings, config)
     if data.excluded:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in data.excluded.most_common())
-        context.say(f"{split} data: {len(data)} rows, {data.excluded.total()} excluded ({reasons})")
+        context.say(f"{split} data: {len(data)} rows, {data.excluded.total()} excluded ({reasons(data.excluded)})")
     return data
 
 
@@ -53,9 +56,9 @@ def run_codec(context: StageContext) -> Codec:
     """The codec of this run: what its codec stage trained, or the one inside the policy's checkpoint."""
     for name, stage in context.recipe.stages.items():
         if isinstance(stage, CodecStage):
-            return load_codec(context.run.stage(name) / "codec")
+            return load_codec(context.run.stage(name) / "codec").to(device())
     if isinstance(context.recipe.policy, CheckpointPolicy):
-        return load_codec(Path(context.recipe.policy.path) / "codec")
+        return load_codec(Path(context.recipe.policy.path) / "codec").to(device())
     raise ValueError("the recipe has no codec stage and a new policy; add a stage of kind 'codec' before the others")
 
 
@@ -72,6 +75,7 @@ def starting_policy(context: StageContext, codec: Codec) -> CausalPolicy:
     policy.precision = context.config.precision
     if context.config.lora is not None:
         policy.add_lora(context.config.lora, context.seed("lora"))
+    policy.to(device())
     return policy
 
 

@@ -11,7 +11,7 @@ from rlmm.config.objectives import ObjectiveConfig
 from rlmm.config.stages import GrpoStage
 from rlmm.data import Dataset
 from rlmm.objectives.kl import kl_estimate, kl_loss
-from rlmm.objectives.policy_gradient import clipped_policy_loss, policy_metrics
+from rlmm.objectives.policy_gradient import POLICY_LOSSES, policy_metrics
 from rlmm.objectives.weights import Totals, count_totals, token_weights
 from rlmm.policies.causal import CausalPolicy
 from rlmm.rewarding import build_composite
@@ -57,7 +57,7 @@ class GrpoSource:
         self.context, self.policy, self.codec, self.meter = context, policy, codec, meter
         self.config: GrpoStage = context.config
         self.seed = context.seed("rollouts")
-        self.data: Dataset = load_split(context, "prompts")
+        self.data: Dataset = load_split(context, "prompts", policy.spelling)
         self.reward = build_composite(context.recipe.rewards)
         self.held_out = build_composite(context.recipe.held_out)
         bind_judges(context, {"rewards": self.reward, "held_out": self.held_out})
@@ -216,7 +216,7 @@ def grpo_loss(policy: CausalPolicy, config: GrpoStage, model: nn.Module, batch: 
         check_mismatch(found, config.gates, config.precision)
     # With one update a rollout the old policy is the current one: its log-probs are these, without gradient.
     old_BS = current.logp_BS.detach() if batch.old_logp_BS is None else batch.old_logp_BS
-    loss = clipped_policy_loss(
+    loss = POLICY_LOSSES[objective.surrogate](
         current.logp_BS,
         old_BS,
         batch.advantage_B,

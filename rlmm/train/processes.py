@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 
@@ -19,6 +20,11 @@ def share(count: int, what: str) -> slice:
         raise ValueError(f"{what} = {count} does not divide over {size} processes; use a multiple of {size}")
     each = count // size
     return slice(rank * each, (rank + 1) * each)
+
+
+def device() -> torch.device:
+    """Where this process computes: its GPU, or the CPU where there is none."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def wait() -> None:

@@ -103,7 +103,7 @@ def encode_targets(codec: Codec, layout: Layout, data: Dataset, batch: int = 256
         if rows:
             images = images_to_tensor([row.target for row in rows if row.target is not None], codec)
             with torch.no_grad():
-                codes.append(codec.encode(images))
+                codes.append(codec.encode(images).cpu())
             prompts += [row.prompt for row in rows]
             sources += [spell_sources(codec, layout, row.sources) for row in rows]
     if not codes:
@@ -119,7 +119,7 @@ def run_sft(context: StageContext) -> None:
     config: SftStage = context.config
     codec = run_codec(context)
     policy = starting_policy(context, codec)
-    data = load_split(context, "train")
+    data = load_split(context, "train", policy.spelling)
     rows = encode_targets(codec, policy.layout, data)
     source = SftSource(policy, rows, config, context.seed("batches"))
     train(

@@ -155,10 +155,17 @@ def test_gradient_checkpointing_does_not_change_the_update(variant: Callable[...
         torch.testing.assert_close(weight, checkpointed[name], rtol=0, atol=1e-6)
 
 
-def test_bfloat16_runs_within_its_own_tolerance_and_really_rounds(variant: Callable[..., Recipe]) -> None:
-    folder = run_recipe(variant("stages.grpo.steps=2", "stages.grpo.precision=bfloat16"), lambda line: None)
-    row = MetricsFile(folder.stage("grpo") / "metrics.jsonl").read()[0]
-    assert 1e-6 < row["mismatch/mean"] < 0.02
+def test_bfloat16_runs_within_its_own_tolerance_and_really_rounds(
+    variant: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    first = {}
+    for precision in ("float32", "bfloat16"):
+        asked = ("stages.grpo.steps=2", f"stages.grpo.precision={precision}", f"run_dir={tmp_path / precision}")
+        folder = run_recipe(variant(*asked), lambda line: None)
+        first[precision] = MetricsFile(folder.stage("grpo") / "metrics.jsonl").read()[0]
+    assert first["bfloat16"]["mismatch/mean"] < 0.02
+    # Same weights, same seeds. On some processors sampler and trainer round alike, so the mismatch itself may be 0.
+    assert abs(first["bfloat16"]["entropy"] - first["float32"]["entropy"]) > 1e-6
 
 
 def test_training_all_weights_keeps_a_frozen_reference(variant: Callable[..., Recipe]) -> None:

@@ -1,0 +1,31 @@
+"""The whole pipeline on an accelerator: every part is where the samples are made."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlmm.config.recipe import read_recipe
+from rlmm.pipeline import run_recipe
+from rlmm.sampling import sample_grid
+from rlmm.train import experience as phases
+from rlmm.train.metrics import MetricsFile
+from tests.integration.conftest import TINY
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+
+def test_a_run_samples_trains_and_evaluates_on_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    devices: list[str] = []
+    generate = phases.generate
+
+    def watched(engine, policy, law, requests, model):  # noqa: ANN001, ANN202 # pyrefly: ignore
+        devices.append(policy.base.device.type)
+        return generate(engine, policy, law, requests, model)
+
+    monkeypatch.setattr(phases, "generate", watched)
+    folder = run_recipe(read_recipe(TINY, [f"run_dir={tmp_path}"]), lambda line: None)
+    sample_grid(tmp_path / "merged", ["a"], 1, temperature=1.0, guidance_scale=1.0, seed=0)
+    assert set(devices) == {"cuda"} and len(devices) > 3
+    rows = MetricsFile(folder.stage("grpo") / "metrics.jsonl").read()
+    assert all(row["mismatch/mean"] < 1e-5 for row in rows if "mismatch/mean" in row)
