@@ -130,7 +130,9 @@ class RowsData(Strict):
         if self.held_out_path and self.held_out_split:
             raise ValueError("held_out_path and held_out_split exclude each other; keep one")
         if self.format != "hub":
-            given = self.model_fields_set & {"split", "held_out_split", "subset", "revision"}
+            # By value: a resolved config, which is read back, names every field.
+            hub_only = ("split", "held_out_split", "subset", "revision")
+            given = {name for name in hub_only if getattr(self, name) != type(self).model_fields[name].default}
             if given:
                 raise ValueError(f"{', '.join(sorted(given))}: only for datasets of the hub, `format: hub`")
         if self.image_size is not None and min(self.image_size) < 1:

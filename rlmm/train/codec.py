@@ -105,7 +105,7 @@ def _leave(context: StageContext, codec: Codec) -> None:
         figures = reconstruction_metrics(codec, held_out)
         pairs = tensor_to_images(torch.cat([held_out[:12], codec.decode(codec.encode(held_out[:12])).cpu()]))
     write_json_atomically(context.folder / "reconstruction.json", {k: float(v) for k, v in figures.items()})
-    reconstruction_sheet(pairs[:12], pairs[12:], context.folder / "reconstruction.png")
+    reconstruction_sheet(pairs[: len(pairs) // 2], pairs[len(pairs) // 2 :], context.folder / "reconstruction.png")
     save_codec(codec, context.folder / "codec")
     context.say("codec on held-out images: " + ", ".join(f"{name} {float(v):.3g}" for name, v in figures.items()))
 

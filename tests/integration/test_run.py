@@ -186,3 +186,9 @@ def test_the_examples_run(tiny_run: TinyRun, tmp_path: Path) -> None:
         answer = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
         assert answer.returncode == 0, answer.stderr[-3000:]
     assert Image.open(out).size == (96, 32)
+
+
+def test_a_codec_stage_with_few_held_out_images_shows_those(tmp_path: Path) -> None:
+    recipe = read_recipe(TINY, [f"run_dir={tmp_path}", "data.held_out_words=5", "stages.codec.steps=1"])
+    folder = run_recipe(recipe.model_copy(update={"stages": {"codec": recipe.stages["codec"]}}), lambda line: None)
+    assert Image.open(folder.stage("codec") / "reconstruction.png").height < 3 * (2 * 32 + 8)  # two rows of pairs

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from rlmm.batch import batch_equations
 from rlmm.cli import app
-from rlmm.config.recipe import RecipeError, read_recipe
+from rlmm.config.recipe import RecipeError, read_recipe, validate_recipe
 from rlmm.installation import recipes_dir
 
 TINY = Path(__file__).parents[1] / "recipes" / "tiny.yaml"
@@ -20,6 +20,13 @@ def test_every_shipped_recipe_is_valid(path: Path) -> None:
     assert recipe.name == path.stem and recipe.description
     assert batch_equations(recipe)
     assert "make " in path.read_text() or f"rlmm run configs/{path.name}" in path.read_text()
+
+
+@pytest.mark.parametrize("path", [TINY, *sorted(recipes_dir().glob("*.yaml"))], ids=lambda path: path.stem)
+@pytest.mark.parametrize("data", ["", "data={kind: rows, path: a.jsonl}", "data={kind: rows, path: a/b, format: hub}"])
+def test_a_run_s_own_config_reads_back_as_the_same_recipe(path: Path, data: str) -> None:
+    recipe = read_recipe(path, [data] if data else [])
+    assert validate_recipe(recipe.model_dump(mode="json"), "config.yaml") == recipe
 
 
 @pytest.mark.parametrize(
