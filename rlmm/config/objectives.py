@@ -6,7 +6,17 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from rlmm.config.base import Strict, nearest
-from rlmm.objectives.records import OBJECTIVES, Baseline, FlatGroups, KLKind, Level, Objective, Scale, Surrogate
+from rlmm.objectives.records import (
+    OBJECTIVES,
+    Baseline,
+    Correction,
+    FlatGroups,
+    KLKind,
+    Level,
+    Objective,
+    Scale,
+    Surrogate,
+)
 
 
 class KLConfig(Strict):
@@ -59,6 +69,17 @@ class AdvantageConfig(Strict):
         return self
 
 
+class MismatchConfig(Strict):
+    """Importance weights between sampler and trainer, for rollouts whose arithmetic is not the trainer's (a vLLM engine
+    in bfloat16, a quantised one). With it the mismatch gate measures and does not stop."""
+
+    kind: Correction
+    """truncate: a token's ratio, at most `high`. mask: the ratio, and 0 outside [low, high]. reject: 0 for a whole row
+    whose mean ratio is outside."""
+    low: float = Field(default=0.5, ge=0, lt=1)
+    high: float = Field(default=2.0, gt=1)
+
+
 class ObjectiveConfig(Strict):
     """A named objective, any part of it replaceable."""
 
@@ -74,6 +95,8 @@ class ObjectiveConfig(Strict):
     token keeps its gradient."""
     advantage: AdvantageConfig
     kl: KLConfig = KLConfig()
+    mismatch: MismatchConfig | None = None
+    """Null: trainer and sampler must agree, which the mismatch gate sees to."""
     updates_per_rollout: int = Field(default=1, ge=1)
     """Optimiser steps on each set of rollouts; with 1 the ratio is 1 and the clip is idle."""
 

@@ -10,6 +10,7 @@ WeightKind = Literal["grpo", "dr_grpo", "dapo", "rloo"]
 Level = Literal["token", "sequence"]
 Surrogate = Literal["clipped", "cispo"]
 KLKind = Literal["k1", "k2", "k3"]
+Correction = Literal["truncate", "mask", "reject"]
 Family = Literal["token_ratio", "sequence_ratio", "ratio_free", "dpo", "token_kl"]
 
 DPO_FAMILY: Family = "dpo"

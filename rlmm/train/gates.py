@@ -45,22 +45,23 @@ def ceilings(gates: Gates, precision: str) -> dict[str, float]:
     return {"mismatch/mean": mean, "mismatch/max": largest, **shares}
 
 
-def check_mismatch(found: Mismatch, gates: Gates, precision: str) -> None:
+def check_mismatch(found: Mismatch, gates: Gates, precision: str, *, corrected: bool = False) -> None:
     """Before the first update of a rollout the trainer's log-probs must be the sampler's.
 
-    Raises GateError past the tolerance, unless off-policy training was asked for.
+    Raises GateError past the tolerance, unless off-policy training was asked for or the loss is `corrected` by
+    importance weights.
     """
     limits = ceilings(gates, precision)
     mean_limit, max_limit = limits["mismatch/mean"], limits["mismatch/max"]
     within = found.mean <= mean_limit and found.largest <= max_limit
-    if within or gates.off_policy == "allow":
+    if within or corrected or gates.off_policy == "allow":
         return
     raise GateError(
         f"the trainer's log-probs are not the sampler's: |difference| mean {found.mean:.3g} (limit {mean_limit:.3g}), "
         f"max {found.largest:.3g} (limit {max_limit:.3g}) nats over {found.count} tokens. The loss would differentiate "
         "another law than the one sampled from. Sample and train under one law (sampling.guidance: none or guided), "
-        "raise gates.mismatch_mean if this is rounding at your precision, or set gates.off_policy: allow to train on "
-        "the mismatch knowingly."
+        "raise gates.mismatch_mean if this is rounding at your precision, correct for it with objective.mismatch, or "
+        "set gates.off_policy: allow to train on the mismatch knowingly."
     )
 
 

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from rlmm.codecs import Codec
-from rlmm.config.objectives import ObjectiveConfig
+from rlmm.config.objectives import MismatchConfig, ObjectiveConfig
 from rlmm.config.stages import GrpoStage
 from rlmm.data import Dataset
 from rlmm.objectives.kl import kl_estimate, kl_loss
+from rlmm.objectives.mismatch import mismatch_weights
 from rlmm.objectives.policy_gradient import POLICY_LOSSES, policy_metrics
 from rlmm.objectives.weights import Totals, count_totals, token_weights
 from rlmm.policies.causal import CausalPolicy
@@ -138,7 +139,7 @@ class GrpoSource:
             experience = replace(experience, old_logp_BS=old_BS)
             # The gate of the first update sees only that update's rows; these are all of them.
             found = measure_mismatch(old_BS, made.sampler_logp, made.target_mask)
-            check_mismatch(found, self.config.gates, self.config.precision)
+            check_mismatch(found, self.config.gates, self.config.precision, corrected=bool(objective.mismatch))
         if objective.kl.coefficient > 0:
             with self.policy.reference():
                 experience = replace(experience, reference_logp_BS=self._replay(experience.trajectory))
@@ -213,7 +214,7 @@ def grpo_loss(policy: CausalPolicy, config: GrpoStage, model: nn.Module, batch: 
         found = measure_mismatch(current.logp_BS, trajectory.sampler_logp, target)
         meter.add("mismatch/mean", found.total, found.count)
         meter.add("mismatch/max", found.largest)
-        check_mismatch(found, config.gates, config.precision)
+        check_mismatch(found, config.gates, config.precision, corrected=bool(objective.mismatch))
     # With one update a rollout the old policy is the current one: its log-probs are these, without gradient.
     old_BS = current.logp_BS.detach() if batch.old_logp_BS is None else batch.old_logp_BS
     loss = POLICY_LOSSES[objective.surrogate](
@@ -226,6 +227,8 @@ def grpo_loss(policy: CausalPolicy, config: GrpoStage, model: nn.Module, batch: 
         target_mask_BS=target,
     )
     per_token_BS = loss.loss_BS
+    if objective.mismatch is not None:
+        per_token_BS = per_token_BS * _correction(objective.mismatch, old_BS, batch, meter)
     if batch.reference_logp_BS is not None:
         per_token_BS = per_token_BS + _penalty(objective, current.logp_BS, old_BS, batch, meter)
     counted = target & batch.kept_B[:, None]
@@ -233,6 +236,22 @@ def grpo_loss(policy: CausalPolicy, config: GrpoStage, model: nn.Module, batch: 
     for name, total in policy_metrics(loss, target, batch.kept_B).items():
         meter.total(name, total)
     return (batch.weight_BS * per_token_BS).sum()
+
+
+def _correction(mismatch: MismatchConfig, old_BS: Tensor, batch: GrpoBatch, meter: Meter) -> Tensor:
+    trajectory = batch.trajectory
+    weight_BS = mismatch_weights(
+        mismatch.kind,
+        old_BS,
+        trajectory.sampler_logp,
+        trajectory.target_mask,
+        low=mismatch.low,
+        high=mismatch.high,
+    )
+    counted = trajectory.target_mask & batch.kept_B[:, None]
+    meter.add("mismatch/weight", float(weight_BS[counted].sum()), float(counted.sum()))
+    meter.add("mismatch/left_out", float((weight_BS[counted] == 0).sum()), float(counted.sum()))
+    return weight_BS
 
 
 def _penalty(objective: ObjectiveConfig, logp_BS: Tensor, old_BS: Tensor, batch: GrpoBatch, meter: Meter) -> Tensor:

@@ -141,6 +141,19 @@ def test_off_policy_training_is_allowed_by_name_and_still_measured(variant: Call
     assert row["mismatch/mean"] > 1e-3
 
 
+@pytest.mark.parametrize("kind", ["truncate", "reject"])
+def test_a_mismatch_may_be_corrected_instead(variant: Callable[..., Recipe], kind: str) -> None:
+    recipe = variant(
+        "stages.grpo.sampling.guidance=conditional_only",
+        "stages.grpo.sampling.guidance_scale=3",
+        f"stages.grpo.objective.mismatch={{kind: {kind}, low: 0.999, high: 1.001}}",
+        "stages.grpo.steps=2",
+    )
+    row, _ = run(recipe)
+    assert row["mismatch/mean"] > 1e-3 and row["mismatch/weight"] < 1
+    assert (row["mismatch/left_out"] > 0) == (kind == "reject")
+
+
 def test_an_unreadable_checkpoint_is_named(tmp_path: Path, variant: Callable[..., Recipe]) -> None:
     with pytest.raises(ValueError, match="layout.json"):
         llama.load(tmp_path)
