@@ -16,7 +16,7 @@ CODE := rlmm rewards rollouts tests examples
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
 
-quickstart: install  ## train, compare and export on this machine; about twelve minutes on two cores
+quickstart: install  ## train, compare and export on this machine; nine to thirteen minutes on two cores
 	$(BIN)/rlmm run configs/quickstart.yaml
 
 check: lint types test  ## what a change must pass
@@ -35,7 +35,7 @@ format: install  ## rewrite the code in the house style
 test: install  ## every test but the long ones
 	$(BIN)/python -m pytest
 
-test-long: install  ## the tests that take minutes, the README's commands among them
+test-long: install  ## the tests that take minutes: the README's commands whole among them
 	$(BIN)/python -m pytest -m long
 
 lock: install  ## write the installed versions into the lock, under the header it has

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import yaml
 
+from rlmm.codecs import load_codec
 from rlmm.config.recipe import Recipe, validate_recipe
 from rlmm.config.stages import EvalStage, ExportStage, GrpoStage, SftStage
 from rlmm.export_card import CardInfo, HeldOut, model_card
@@ -61,7 +62,8 @@ def _base_folder(recipe: Recipe, run: RunFolder, stage: str) -> Path:
 def _card(recipe: Recipe, run: RunFolder, stage: str, *, adapter: bool) -> CardInfo:
     names = run.stages[: run.stages.index(stage) + 1]
     trained = [n for n in names if not isinstance(recipe.stages[n], EvalStage | ExportStage)]
-    config, (rows, columns) = recipe.stages[stage], recipe.codec.grid
+    config, codec = recipe.stages[stage], load_codec(run.stage(stage) / "model" / "codec").settings
+    rows, columns = codec.grid
     return CardInfo(
         name=f"{recipe.name}-{stage}",
         kind="adapter" if adapter else "merged",
@@ -71,7 +73,7 @@ def _card(recipe: Recipe, run: RunFolder, stage: str, *, adapter: bool) -> CardI
         objective=config.objective.name if isinstance(config, GrpoStage) else "cross-entropy",
         data=recipe.description or f"{recipe.data.kind} data",
         reward=", ".join(term.key for term in recipe.rewards.terms),
-        codec=f"{recipe.codec.kind}, {recipe.codec.num_codes} codes, {rows}x{columns} tokens",
+        codec=f"{codec.kind}, {codec.num_codes} codes, {rows}x{columns} tokens",
         codec_path="codec",
         held_out=_held_out(run, stage),
         versions={name: version for name, version in environment()["packages"].items() if version},

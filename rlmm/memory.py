@@ -5,17 +5,23 @@ Weights, gradients and Adam's moments are counted; activations are the estimate 
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
-from rlmm.codecs import build_codec
+import torch
+from transformers import AutoModelForCausalLM
+
 from rlmm.config.policy import NewPolicy
 from rlmm.config.recipe import Recipe
-from rlmm.config.stages import GrpoStage, SftStage
-from rlmm.policies.causal import CausalPolicy
+from rlmm.config.stages import GrpoStage, SftStage, VllmEngineConfig
 from rlmm.policies.families import llama
 from rlmm.policies.head import CHUNK
+from rlmm.policies.layout_io import load_layout
+from rollouts.contract import Layout
 
 ADAM_BYTES = 8
 FLOAT_BYTES = 4
+PROMPT_TOKENS = 32
+"""What a prompt is taken to need."""
 
 
 @dataclass(frozen=True)
@@ -39,39 +45,60 @@ class MemoryPlan:
 
 
 def memory_plans(recipe: Recipe) -> list[MemoryPlan]:
-    """A plan for each policy stage of a recipe with a new policy; empty for a checkpoint, whose size is its own."""
-    if not isinstance(recipe.policy, NewPolicy):
-        return []
-    codec = build_codec(recipe.codec)
-    policy = llama.build(recipe.policy, num_codes=codec.num_codes, grid=codec.grid, seed=0)
+    """A plan for each policy stage. Raises ValueError where the recipe's checkpoint cannot be read."""
+    with torch.device("meta"):  # shapes alone
+        if isinstance(recipe.policy, NewPolicy):
+            size = recipe.policy
+            policy = llama.build(size, num_codes=recipe.codec.num_codes, grid=recipe.codec.grid, seed=0)
+            layout, total = policy.layout, sum(parameter.numel() for parameter in policy.model.parameters())
+        else:
+            layout, config = load_layout(Path(recipe.policy.path)), llama.load_config(Path(recipe.policy.path))
+            total = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
+            size = NewPolicy(
+                hidden_size=config.hidden_size,
+                num_layers=config.num_hidden_layers,
+                num_heads=config.num_attention_heads,
+                intermediate_size=config.intermediate_size,
+            )
     stages = {name: stage for name, stage in recipe.stages.items() if isinstance(stage, SftStage | GrpoStage)}
-    return [_plan(name, stage, recipe.policy, policy) for name, stage in stages.items()]
+    return [_plan(name, stage, size, total, layout) for name, stage in stages.items()]
 
 
-def _plan(name: str, stage: SftStage | GrpoStage, shape: NewPolicy, policy: CausalPolicy) -> MemoryPlan:
-    total = sum(parameter.numel() for parameter in policy.model.parameters())
+def _plan(name: str, stage: SftStage | GrpoStage, shape: NewPolicy, total: int, layout: Layout) -> MemoryPlan:
     trained = total if stage.lora is None else _lora_size(shape, stage.lora.rank, len(stage.lora.target_modules))
-    streams = 2 if isinstance(stage, GrpoStage) and stage.sampling.guidance_scale != 1 else 1
-    length = policy.layout.grid.length + 32
+    streams = len(stage.sampling.law(layout.image).streams()) if isinstance(stage, GrpoStage) else 1
+    length = layout.grid.length + PROMPT_TOKENS
     rows = stage.micro_batch_size * streams
     frozen = isinstance(stage, GrpoStage) and stage.objective.kl.coefficient > 0 and stage.lora is None
-    kv_rows = min(stage.rollouts * streams, stage.engine.max_rows) if isinstance(stage, GrpoStage) else 0
-    width = policy.layout.image[1] - policy.layout.image[0]
+    width = layout.image[1] - layout.image[0]
     return MemoryPlan(
         stage=name,
         weights=(total + (trained if stage.lora else 0)) * FLOAT_BYTES,
         gradients=trained * FLOAT_BYTES,
         optimizer=trained * ADAM_BYTES,
         reference=total * FLOAT_BYTES if frozen else 0,
-        activations=_activations(shape, rows, length, stage.precision == "bfloat16"),
+        activations=_activations(shape, rows, length, stage),
         logits=3 * min(rows * length, CHUNK) * width * FLOAT_BYTES,
-        kv_cache=kv_rows * length * shape.num_layers * 2 * shape.hidden_size * FLOAT_BYTES,
+        kv_cache=_sampling(stage, shape, total, streams, length) if isinstance(stage, GrpoStage) else 0,
     )
 
 
-def _activations(shape: NewPolicy, rows: int, length: int, half: bool) -> int:
+def _sampling(stage: GrpoStage, shape: NewPolicy, total: int, streams: int, length: int) -> int:
+    """Keys and values of the torch engine's widest batch; what vLLM reserves, and its own copy of the weights."""
+    if isinstance(stage.engine, VllmEngineConfig):
+        return (stage.engine.kv_megabytes << 20) + total * FLOAT_BYTES
+    rows = min(stage.rollouts * streams, stage.engine.max_rows)
+    return rows * length * shape.num_layers * 2 * shape.hidden_size * FLOAT_BYTES
+
+
+def _activations(shape: NewPolicy, rows: int, length: int, stage: SftStage | GrpoStage) -> int:
+    """All layers' activations, or with gradient checkpointing each layer's input and one layer's activations."""
+    half = stage.precision == "bfloat16"
     per_layer = rows * length * shape.hidden_size * 32 + 4 * shape.num_heads * rows * length * length
-    return int(per_layer * shape.num_layers * (1 if half else 2))
+    per_layer *= 1 if half else 2
+    if stage.gradient_checkpointing:
+        return per_layer + shape.num_layers * rows * length * shape.hidden_size * (2 if half else FLOAT_BYTES)
+    return per_layer * shape.num_layers
 
 
 def _lora_size(shape: NewPolicy, rank: int, modules: int) -> int:

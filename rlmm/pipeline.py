@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 from transformers.utils import logging as hf_logging
 
+from rlmm.batch import batch_equations
 from rlmm.config.recipe import Recipe
 from rlmm.config.stages import GrpoStage
 from rlmm.evaluation.evaluate import run_eval
@@ -49,6 +50,8 @@ def run_recipe(recipe: Recipe, say: Callable[[str], None]) -> RunFolder:
     # Asked once, before the first process marks anything, so that all of them skip the same stages.
     done = [name for name in recipe.stages if folder.done(name)]
     wait()
+    for line in batch_equations(recipe, processes) if len(done) < len(recipe.stages) else []:
+        say(line)
     for name, stage in recipe.stages.items():
         if name in done:
             say(f"{name}: done before")
@@ -56,12 +59,12 @@ def run_recipe(recipe: Recipe, say: Callable[[str], None]) -> RunFolder:
         say(f"{name} ({stage.kind})")
         gates = ceilings(stage.gates, stage.precision) if isinstance(stage, GrpoStage) else None
         if first:
-            folder.mark(name, stage.kind, "running", gates, processes)
+            folder.mark(name, stage.kind, "running", gates, 1 if stage.kind in ALONE else processes)
         wait()
         if first or stage.kind not in ALONE:
             STAGES[stage.kind](StageContext(recipe, folder, name, stage, say))
         if first:
-            folder.mark(name, stage.kind, "done", gates, processes)
+            folder.mark(name, stage.kind, "done", gates, 1 if stage.kind in ALONE else processes)
             # Only now: until the stage counts as done, its checkpoints are what it would resume from.
             shutil.rmtree(folder.stage(name) / "checkpoints", ignore_errors=True)
             write_report(folder.path)

@@ -12,9 +12,9 @@ from pydantic import Field, ValidationError, model_validator
 from rlmm.config.base import Strict, nearest
 from rlmm.config.codec import CodecConfig
 from rlmm.config.data import Data
-from rlmm.config.policy import NewPolicy, Policy
+from rlmm.config.policy import CheckpointPolicy, NewPolicy, Policy
 from rlmm.config.rewards import Rewards
-from rlmm.config.stages import EvalStage, ExportStage, GrpoStage, SftStage, Stage
+from rlmm.config.stages import CodecStage, EvalStage, ExportStage, GrpoStage, SftStage, Stage
 from rlmm.installation import recipes_dir
 from rlmm.objectives.legality import LogProbKind, check_legal
 
@@ -50,6 +50,11 @@ class Recipe(Strict):
         shared = {term.key for term in self.rewards.terms} & {term.key for term in self.held_out.terms}
         if shared:
             raise ValueError(f"{sorted(shared)} is in rewards and in held_out; give one of them a label of its own")
+        if isinstance(self.policy, CheckpointPolicy) and any(isinstance(s, CodecStage) for s in self.stages.values()):
+            raise ValueError(
+                "a checkpoint brings its own codec, and codes of a newly trained one would mean nothing to it; take the"
+                " codec stage out, or start from policy.kind new"
+            )
         before: list[str] = []
         for name, stage in self.stages.items():
             if not re.fullmatch(r"[A-Za-z0-9_-]+", name):

@@ -50,7 +50,7 @@ def group_advantages(
 
     reward_B: float [B]; valid_B: bool [B], False where the reward is unavailable; group_B: ids or names
     [B]. Baselines: `mean` of the group (arXiv 2402.03300) or `leave_one_out`, the mean of the others (arXiv
-    2402.14740), or `batch_mean` of all available rewards of the step (arXiv 2501.03262). Scales are sample
+    2402.14740), or `batch_mean` of these over the whole step (arXiv 2501.03262). Scales are sample
     standard deviations (n - 1), of the group or of all available rewards of the step in groups of two and
     more. An unavailable reward enters no statistic. Rows of a group with fewer than two available rewards
     are not kept. A group with std <= `std_floor` has advantages 0 and is not kept (`drop`), or kept so that
@@ -68,8 +68,8 @@ def group_advantages(
     advantage, kept, flat = np.zeros(len(reward)), np.zeros(len(reward), bool), 0
     for rows in scored:
         std = _std(reward[rows])
-        flat += std <= std_floor
         if (batch_std if baseline == "batch_mean" else std) <= std_floor:
+            flat += 1
             kept[rows] = flat_groups == "count"
             continue
         divisor = {"group_std": std, "batch_std": batch_std, "none": 1.0}[scale]

@@ -64,6 +64,8 @@ def training_images(context: StageContext, codec: Codec, split: Split, limit: in
         raise ValueError(
             f"no row of the {split} split has a target image to train the codec on; set data.target_column"
         )
+    if len(images) < len(rows):
+        context.say(f"{split} data: {len(rows) - len(images)} of {len(rows)} rows have no target image: left out")
     return images_to_tensor(images, codec)
 
 

@@ -139,7 +139,7 @@ class GrpoSource:
             experience = replace(experience, old_logp_BS=old_BS)
             # The gate of the first update sees only that update's rows; these are all of them.
             found = measure_mismatch(old_BS, made.sampler_logp, made.target_mask)
-            check_mismatch(found, self.config.gates, self.config.precision, corrected=bool(objective.mismatch))
+            check_mismatch(found, self.config.gates, self.config.precision, corrected=corrected(objective, made))
         if objective.kl.coefficient > 0:
             with self.policy.reference():
                 experience = replace(experience, reference_logp_BS=self._replay(experience.trajectory))
@@ -214,7 +214,7 @@ def grpo_loss(policy: CausalPolicy, config: GrpoStage, model: nn.Module, batch: 
         found = measure_mismatch(current.logp_BS, trajectory.sampler_logp, target)
         meter.add("mismatch/mean", found.total, found.count)
         meter.add("mismatch/max", found.largest)
-        check_mismatch(found, config.gates, config.precision, corrected=bool(objective.mismatch))
+        check_mismatch(found, config.gates, config.precision, corrected=corrected(objective, trajectory))
     # With one update a rollout the old policy is the current one: its log-probs are these, without gradient.
     old_BS = current.logp_BS.detach() if batch.old_logp_BS is None else batch.old_logp_BS
     loss = POLICY_LOSSES[objective.surrogate](
@@ -236,6 +236,11 @@ def grpo_loss(policy: CausalPolicy, config: GrpoStage, model: nn.Module, batch: 
     for name, total in policy_metrics(loss, target, batch.kept_B).items():
         meter.total(name, total)
     return (batch.weight_BS * per_token_BS).sum()
+
+
+def corrected(objective: ObjectiveConfig, trajectory: Trajectory) -> bool:
+    """Whether importance weights answer for a mismatch: one of arithmetic, never one of laws."""
+    return objective.mismatch is not None and not any(span.law.off_policy for span in trajectory.spans)
 
 
 def _correction(mismatch: MismatchConfig, old_BS: Tensor, batch: GrpoBatch, meter: Meter) -> Tensor:

@@ -23,6 +23,7 @@ def processes(*, deepspeed: bool) -> Iterator[None]:
     if deepspeed:
         _prepare_deepspeed()
     if "WORLD_SIZE" not in os.environ or dist.is_initialized():
+        _one_device()
         yield
         return
     if torch.cuda.is_available():
@@ -36,6 +37,16 @@ def processes(*, deepspeed: bool) -> Iterator[None]:
     finally:
         # Without it DeepSpeed's threads now and then abort a process whose work is done.
         dist.destroy_process_group()
+
+
+def _one_device() -> None:
+    """Raises RuntimeError where one process sees several GPUs: Trainer would split batches over them by threads."""
+    count = torch.cuda.device_count()
+    if count > 1:
+        raise RuntimeError(
+            f"one process and {count} visible GPUs: start a process a GPU (torchrun --nproc_per_node={count} "
+            "-m rlmm.cli run ...), or show it one (CUDA_VISIBLE_DEVICES=0)"
+        )
 
 
 def check_deepspeed(path: Path) -> None:

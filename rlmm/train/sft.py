@@ -121,6 +121,8 @@ def run_sft(context: StageContext) -> None:
     policy = starting_policy(context, codec)
     data = load_split(context, "train", policy.spelling)
     rows = encode_targets(codec, policy.layout, data)
+    if len(rows.prompts) < len(data):
+        context.say(f"train data: {len(data) - len(rows.prompts)} of {len(data)} rows have no target image: left out")
     source = SftSource(policy, rows, config, context.seed("batches"))
     train(
         context,

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from rlmm.config.policy import CheckpointPolicy
 from rlmm.config.recipe import Recipe, read_recipe
 from rlmm.pipeline import run_recipe
 from rlmm.run_folder import RunFolder
@@ -34,9 +35,8 @@ def variant(tiny_run: TinyRun, tmp_path: Path) -> Callable[..., Recipe]:
 
     def make(*overrides: str) -> Recipe:
         checkpoint = tiny_run.folder.stage("sft") / "model"
-        base = [f"run_dir={tmp_path / 'run'}", f"policy={{kind: checkpoint, path: {checkpoint}}}"]
-        recipe = read_recipe(TINY, [*base, *overrides])
+        recipe = read_recipe(TINY, [f"run_dir={tmp_path / 'run'}", *overrides])
         kept = {"grpo": recipe.stages["grpo"]}
-        return recipe.model_copy(update={"stages": kept})
+        return recipe.model_copy(update={"policy": CheckpointPolicy(path=str(checkpoint)), "stages": kept})
 
     return make

@@ -1,7 +1,9 @@
 """Bad input to a run: a clear error, or a counted exclusion."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,8 @@ from rlmm.policies.families import llama
 from rlmm.train.gates import GateError
 from rlmm.train.metrics import MetricsFile
 from rollouts.store import read_trajectory
+from rollouts.torch_engine.causal import TorchEngine
+from rollouts.trajectory import Trajectory
 from tests.integration.conftest import TINY, TinyRun
 
 REWARDS = """
@@ -142,16 +146,29 @@ def test_off_policy_training_is_allowed_by_name_and_still_measured(variant: Call
 
 
 @pytest.mark.parametrize("kind", ["truncate", "reject"])
-def test_a_mismatch_may_be_corrected_instead(variant: Callable[..., Recipe], kind: str) -> None:
-    recipe = variant(
-        "stages.grpo.sampling.guidance=conditional_only",
-        "stages.grpo.sampling.guidance_scale=3",
-        f"stages.grpo.objective.mismatch={{kind: {kind}, low: 0.999, high: 1.001}}",
-        "stages.grpo.steps=2",
-    )
-    row, _ = run(recipe)
-    assert row["mismatch/mean"] > 1e-3 and row["mismatch/weight"] < 1
+def test_a_mismatch_may_be_corrected_instead(
+    variant: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """The sampler rounds as bfloat16 does, and the gate asks for float32's agreement."""
+    sampler = TorchEngine.generate
+
+    def rounding(self: TorchEngine, *arguments: Any) -> Trajectory:
+        made = sampler(self, *arguments)
+        return replace(made, sampler_logp=made.sampler_logp.bfloat16().double())
+
+    monkeypatch.setattr(TorchEngine, "generate", rounding)
+    with pytest.raises(GateError, match="correct for it with objective.mismatch"):
+        run_recipe(variant("stages.grpo.steps=2"), lambda line: None)
+    mismatch = f"stages.grpo.objective.mismatch={{kind: {kind}, low: 0.99999, high: 1.00001}}"
+    row, _ = run(variant("stages.grpo.steps=2", mismatch, f"run_dir={tmp_path / 'corrected'}"))
+    assert row["mismatch/mean"] > 1e-4 and row["mismatch/weight"] < 1
     assert (row["mismatch/left_out"] > 0) == (kind == "reject")
+
+
+def test_importance_weights_do_not_excuse_another_law(variant: Callable[..., Recipe]) -> None:
+    law = ("stages.grpo.sampling.guidance=conditional_only", "stages.grpo.sampling.guidance_scale=3")
+    with pytest.raises(GateError, match="another law"):
+        run_recipe(variant(*law, "stages.grpo.objective.mismatch={kind: truncate}"), lambda line: None)
 
 
 def test_an_unreadable_checkpoint_is_named(tmp_path: Path, variant: Callable[..., Recipe]) -> None:

@@ -47,10 +47,15 @@ def test_the_commands_run_with_a_smoke_budget(tmp_path: Path, monkeypatch: pytes
         budget = [*SMOKE, "stages.grpo.steps=2"] if command[0] == "run" else []
         answer = CliRunner().invoke(app, [*command, *budget], catch_exceptions=False)
         assert answer.exit_code == 0, f"rlmm {shlex.join(command)}:\n{answer.output[-3000:]}"
+    check_what_is_left(tmp_path)
+
+
+def check_what_is_left(folder: Path) -> None:
+    """The files that the README's commands promise, and its lines of Python, which load the adapter."""
     for name in ("runs/quickstart/report.html", "runs/short/report.html", "hello.png"):
-        assert (tmp_path / name).is_file()
+        assert (folder / name).is_file()
     (snippet,) = blocks("python")
-    loaded = subprocess.run([sys.executable, "-c", snippet], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    loaded = subprocess.run([sys.executable, "-c", snippet], cwd=folder, capture_output=True, text=True, timeout=120)
     assert loaded.returncode == 0, loaded.stderr[-3000:]
 
 
@@ -68,9 +73,23 @@ def test_files_the_readme_names_are_there() -> None:
 
 
 @pytest.mark.long
-def test_the_quickstart_runs_whole(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "rlmm.cli", "run", "quickstart"]
-    answer = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=3600)
-    assert answer.returncode == 0, answer.stderr[-3000:]
-    assert "grpo minus sft" in answer.stdout
-    assert (tmp_path / "runs" / "quickstart" / "adapter" / "adapter_model.safetensors").is_file()
+def test_the_commands_run_whole(tmp_path: Path) -> None:
+    for command in commands():
+        line = [sys.executable, "-m", "rlmm.cli", *command]
+        answer = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=3600)
+        assert answer.returncode == 0, f"rlmm {shlex.join(command)}:\n{answer.stdout[-1000:]}{answer.stderr[-3000:]}"
+        if command == ["run", "quickstart"]:
+            assert "grpo minus sft" in answer.stdout
+    check_what_is_left(tmp_path)
+
+
+@pytest.mark.long
+def test_the_installation_by_hand(tmp_path: Path) -> None:
+    (block,) = [block for block in blocks("bash") if block.startswith("pip install")]
+    clone, python = tmp_path / "clone", str(tmp_path / "env" / "bin" / "python")
+    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
+    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "env")], check=True)
+    for line in block.splitlines():
+        subprocess.run([python, "-m", *shlex.split(line)], cwd=clone, check=True, timeout=1800)
+    answer = subprocess.run([python, "-m", "rlmm.cli", "doctor"], cwd=tmp_path, capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stdout + answer.stderr[-3000:]

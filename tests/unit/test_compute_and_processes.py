@@ -4,12 +4,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from rlmm.config.recipe import read_recipe
+from rlmm.config.recipe import RecipeError, read_recipe
 from rlmm.config.stages import EvalStage
 from rlmm.evaluation.compute import compute, compute_lines
 from rlmm.run_folder import RunFolder
 from rlmm.train.context import StageContext
+from rlmm.train.launch import processes
 from rlmm.train.metrics import MetricsFile
 from tests.integration.conftest import TINY
 
@@ -59,3 +61,18 @@ def test_evaluation_samples_from_the_law_its_stage_names() -> None:
     law = stage.sampling(0.5).law((0, 100))
     assert (law.temperature, law.guidance_scale, law.source_scale, law.top_k, law.top_p) == (0.5, 2.0, 1.5, 7, 0.9)
     assert law.mode == "guided"
+
+
+def test_one_process_does_not_take_several_gpus_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    with pytest.raises(RuntimeError, match="4 visible GPUs.*nproc_per_node=4"), processes(deepspeed=False):
+        pass
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with processes(deepspeed=False):
+        pass
+
+
+def test_a_checkpoint_and_a_codec_stage_exclude_each_other() -> None:
+    with pytest.raises(RecipeError, match="brings its own codec"):
+        read_recipe(TINY, ["policy={kind: checkpoint, path: anywhere}"])

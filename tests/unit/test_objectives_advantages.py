@@ -39,9 +39,9 @@ def test_closed_forms(baseline: Baseline, scale: Scale, expected: Any) -> None:
 def test_under_a_batch_mean_a_group_without_spread_teaches_and_a_step_without_spread_does_not() -> None:
     result = advantages([1, 1, 3, 3], [0, 0, 1, 1], baseline="batch_mean", flat_groups="drop")
     np.testing.assert_array_equal(result.advantage_B, [-1, -1, 1, 1])
-    assert result.kept_B.all() and result.flat_groups == 2
+    assert result.kept_B.all() and result.flat_groups == 0
     flat = advantages([2, 2, 2, 2], [0, 0, 1, 1], baseline="batch_mean", scale="batch_std", flat_groups="drop")
-    assert not flat.kept_B.any() and not flat.advantage_B.any()
+    assert not flat.kept_B.any() and not flat.advantage_B.any() and flat.flat_groups == 2
 
 
 def test_unavailable_rewards_leave_the_statistics() -> None:

@@ -11,6 +11,7 @@ from transformers import (
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -68,11 +69,18 @@ def load(folder: Path) -> CausalPolicy:
     return CausalPolicy(cast(PreTrainedModel, model), cast(PreTrainedTokenizerBase, tokenizer), layout)
 
 
+def load_config(folder: Path) -> PretrainedConfig:
+    """The model's configuration. Raises ValueError as `load` does."""
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder} is not a readable checkpoint ({error}); give a complete model folder") from error
+
+
 def load_spelling(folder: Path) -> Spelling:
     """How the policy in a folder spells prompts, without its weights. Raises ValueError as `load` does."""
-    layout = load_layout(folder)
+    layout, config = load_layout(folder), load_config(folder)
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder} is not a readable checkpoint ({error}); give a complete model folder") from error
