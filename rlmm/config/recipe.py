@@ -24,6 +24,8 @@ class Runtime(Strict):
 
     threads: int = Field(1, ge=1)
     """Torch threads a process. Two threads on a shared machine were seen many times slower than one."""
+    log_every: int = Field(1, ge=1)
+    """A line of the log every n steps of a stage; metrics.jsonl has them all."""
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
 
 

@@ -77,16 +77,21 @@ class SftStage(Optimization):
         return self
 
 
-class Sampling(Strict):
-    """The law rollouts are sampled from and the loss differentiates."""
+class Sampled(Strict):
+    """What samples are drawn with, the temperature apart."""
 
-    temperature: float = Field(1.0, gt=0)
     guidance_scale: float = 1.0
     source_scale: float | None = None
     """Editing: a scale of its own for the source image (Brooks et al. 2023)."""
-    guidance: Literal["none", "guided", "conditional_only", "rescaled"] = "guided"
     top_k: int = Field(0, ge=0)
     top_p: float = Field(1.0, gt=0, le=1)
+
+
+class Sampling(Sampled):
+    """The law rollouts are sampled from and the loss differentiates."""
+
+    temperature: float = Field(1.0, gt=0)
+    guidance: Literal["none", "guided", "conditional_only", "rescaled"] = "guided"
 
     @model_validator(mode="after")
     def _is_a_law(self) -> "Sampling":
@@ -174,7 +179,7 @@ class GrpoStage(Optimization):
         return self
 
 
-class EvalStage(Strict):
+class EvalStage(Sampled):
     """Held-out prompts, several temperatures and sampling seeds, the held-out judge, intervals."""
 
     kind: Literal["eval"] = "eval"
@@ -183,21 +188,11 @@ class EvalStage(Strict):
     prompts: int = Field(256, ge=1)
     sampling_seeds: int = Field(2, ge=1)
     temperatures: tuple[Annotated[float, Field(gt=0)], ...] = Field((1.0, 0.7, 0.4), min_length=1)
-    guidance_scale: float = 1.0
-    source_scale: float | None = None
-    top_k: int = Field(0, ge=0)
-    top_p: float = Field(1.0, gt=0, le=1)
     batch_prompts: int = Field(64, ge=1)
 
     def sampling(self, temperature: float) -> Sampling:
         """The law of the samples at one of the temperatures."""
-        return Sampling(
-            temperature=temperature,
-            guidance_scale=self.guidance_scale,
-            source_scale=self.source_scale,
-            top_k=self.top_k,
-            top_p=self.top_p,
-        )
+        return Sampling(temperature=temperature, **{name: getattr(self, name) for name in Sampled.model_fields})
 
 
 class ExportStage(Strict):

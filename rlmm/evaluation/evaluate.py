@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from rewards.base import Sample, Score
 from rewards.compose import CompositeReward
 from rlmm.codecs import Codec
-from rlmm.config.stages import EvalStage, TorchEngineConfig
+from rlmm.config.stages import EvalStage, GrpoStage, SftStage, TorchEngineConfig
 from rlmm.data import Example
 from rlmm.evaluation.compute import compute, compute_lines
 from rlmm.evaluation.statistics import bootstrap_mean, diversity, paired_difference
@@ -56,19 +56,20 @@ def run_eval(context: StageContext) -> None:
     cells = list(_cells(context, config, [data[i] for i in range(config.prompts)], judges))
     found = contrasts(cells, config.arms, set(_terms(judges["held_out"])))
     costs = [compute(context, arm) for arm in config.arms]
+    notes = compute_lines(costs)
     record = {
         "rows": [row for cell in cells for row in _rows(cell, config)],
         "contrasts": found,
         "diversity": [{"arm": c.arm, "temperature": c.temperature, "value": c.diversity} for c in cells],
         "compute": costs,
-        "compute_notes": compute_lines(costs),
+        "compute_notes": notes,
     }
     context.folder.mkdir(parents=True, exist_ok=True)
     partial = context.folder / "samples.partial"
     pq.write_table(pa.Table.from_pylist([row for cell in cells for row in cell.rows]), partial)
     partial.replace(context.folder / "samples.parquet")
     write_json_atomically(context.folder / "eval.json", record)
-    for line in [*compute_lines(costs), *contrast_lines(found)]:
+    for line in [*notes, *contrast_lines(found)]:
         context.say(line)
 
 
@@ -81,7 +82,9 @@ def _cells(
         policy = llama.load(context.run.stage(arm) / "model")
         policy.model.eval()
         policy.to(device())
-        policy.precision = getattr(context.recipe.stages[arm], "precision", policy.precision)
+        stage = context.recipe.stages[arm]
+        assert isinstance(stage, SftStage | GrpoStage), "the recipe lets nothing else be an arm"
+        policy.precision = stage.precision
         for temperature in config.temperatures:
             context.say(f"evaluating {arm} at temperature {temperature:g} on {config.prompts} held-out prompts")
             yield _cell(context, config, (arm, temperature), policy, codec, examples, judges)

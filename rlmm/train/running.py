@@ -7,7 +7,6 @@ from torch.utils.tensorboard import SummaryWriter
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
-from rlmm.config.stages import GrpoStage
 from rlmm.train.context import StageContext
 from rlmm.train.metrics import Meter, MetricsFile
 from rlmm.train.progress import RichProgress
@@ -26,7 +25,7 @@ def train(
 ) -> StageTrainer:
     """Train `model` for the stage's steps, from its newest good checkpoint where there is one.
 
-    `show`: the metric names printed as a line: each step of a GRPO stage, a few times during the others.
+    `show`: the metric names that a step's line prints.
     """
     trackers = context.recipe.runtime.trackers
     arguments = training_arguments(
@@ -38,9 +37,7 @@ def train(
         name=f"{context.recipe.name}-{context.name}",
     )
     metrics = MetricsFile(context.folder / "metrics.jsonl")
-    # A step of GRPO takes seconds and says something new; hundreds of quick steps would bury it.
-    every = 1 if isinstance(context.config, GrpoStage) else max(1, context.config.steps // 20)
-    progress = RichProgress(context.name, show, every=every)
+    progress = RichProgress(context.name, show, every=context.recipe.runtime.log_every)
     callbacks: list[TrainerCallback] = [progress]
     if "tensorboard" in trackers:
         # Beside the metrics, not inside the checkpoints, which a finished stage drops.

@@ -80,7 +80,7 @@ def test_a_checkpoint_and_a_codec_stage_exclude_each_other() -> None:
 
 def test_a_run_may_change_its_trackers_and_not_its_threads(tmp_path: Path) -> None:
     run = RunFolder(tmp_path, ())
-    for override in ("runtime.threads=1", "runtime.trackers=[]", "runtime.trackers=[wandb]"):
+    for override in ("runtime.threads=1", "runtime.log_every=9", "runtime.trackers=[wandb]"):
         run.bind_config(read_recipe(TINY, [override]).model_dump(mode="json"))
     with pytest.raises(ValueError, match=r"runtime\.threads: 1 -> 2"):
         run.bind_config(read_recipe(TINY, ["runtime.threads=2"]).model_dump(mode="json"))
