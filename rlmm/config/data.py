@@ -6,9 +6,9 @@ from pydantic import Field, model_validator
 
 from rlmm.config.base import Strict
 
-Split = Literal["train", "prompts", "held_out"]
-"""train: prompts with target images, for codec and SFT. prompts: what RL samples from. held_out: never
-trained on."""
+Split = Literal["train", "prompts", "fresh", "held_out"]
+"""train: prompts with target images, for codec and SFT. prompts: what RL samples from. fresh: the same with target
+images, where those can be made. held_out: never trained on."""
 
 MAX_EXCLUDED_SHARE = 0.05
 """More excluded rows than this share are an error, where the config does not say another one."""

@@ -63,6 +63,10 @@ class SftStage(Optimization):
     """A stage's name, by default the policy stage before this one, or the recipe's policy."""
     batch_size: int = Field(64, ge=1)
     micro_batch_size: int = Field(64, ge=1)
+    pairs: Literal["train", "fresh"] = "train"
+    """fresh: pictures made for the prompts RL samples from (generated data alone): what RL is worth beside labels."""
+    images: int | None = Field(None, ge=1)
+    """How many of the pairs to use; all by default."""
     prompt_dropout: float = Field(0.1, ge=0, lt=1)
     """Share of rows that see the null prompt, which guidance needs."""
     image_weight: float = Field(1.0, ge=0)
@@ -186,6 +190,8 @@ class EvalStage(Sampled):
     arms: tuple[str, ...] = Field(..., min_length=1)
     """Names of the policy stages to compare; the first is the baseline the others are measured against."""
     prompts: int = Field(256, ge=1)
+    skip: int = Field(0, ge=0)
+    """Held-out prompts passed over, so that choices can be made on others than those a result is reported on."""
     sampling_seeds: int = Field(2, ge=1)
     temperatures: tuple[Annotated[float, Field(gt=0)], ...] = Field((1.0, 0.7, 0.4), min_length=1)
     batch_prompts: int = Field(64, ge=1)

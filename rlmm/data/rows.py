@@ -146,6 +146,11 @@ def build(config: RowsData, split: Split, seed: int) -> Rows:
     """
     from rlmm.data.loading import load_raw  # `datasets` takes seconds to import; generated data does without
 
+    if split == "fresh":
+        raise ValueError(
+            "fresh pairs are pictures made for the prompts of RL, which only generated data (words, scenes) can give; "
+            "for rows of your own use the train split"
+        )
     path, part, trained = config.path, config.split, frozenset()
     own = config.held_out_path or config.held_out_split
     if split == "held_out":

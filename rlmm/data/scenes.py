@@ -128,16 +128,17 @@ class Scenes(Dataset):
 
 def build(config: ScenesData, split: Split, seed: int) -> Scenes:
     """`train`: `train_images` scenes with pictures, tasks in turn. `prompts`: as many requests, without
-    pictures. `held_out`: up to `held_out` combinations that neither of them has, each once, with pictures, in
-    every run alike.
+    pictures. `fresh`: the same requests with pictures. `held_out`: up to `held_out` combinations that none of them
+    has, each once, with pictures, in every run alike.
 
     `row["scene"]` is the wanted scene, `row["task"]` the kind of request.
     """
     tasks = by_task(config, held_out=split == "held_out")
     fixed = config.placement == "fixed"
     run = 0 if split == "held_out" else seed
+    order = "prompts" if split == "fresh" else split
     shuffled = [
-        [combinations[index] for index in generator(run, "scenes", split, task).permutation(len(combinations))]
+        [combinations[index] for index in generator(run, "scenes", order, task).permutation(len(combinations))]
         for task, combinations in tasks.items()
     ]
     if split == "held_out":

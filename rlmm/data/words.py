@@ -107,7 +107,8 @@ class Words(Dataset):
 
 def build(config: WordsData, split: Split, seed: int) -> Words:
     """`train`: `train_images` pictures of words drawn with `seed`. `prompts`: every training word, no
-    pictures. `held_out`: the held-out words, with pictures. `row["text"]` is the word, in capitals.
+    pictures. `fresh`: the same with pictures. `held_out`: the held-out words, with pictures. `row["text"]` is the
+    word, in capitals.
 
     Raises ValueError for more `train_images` than there are pairs of a training word and a font.
     """
@@ -122,4 +123,4 @@ def build(config: WordsData, split: Split, seed: int) -> Words:
         return Words(held_out, len(held_out), seed=0, drawn=True, font_in_prompt=config.font_in_prompt)
     words = sorted(train, key=lambda word: derive(seed, "words", "train", word))
     size = config.train_images if split == "train" else len(words)
-    return Words(words, size, seed=seed, drawn=split == "train", font_in_prompt=config.font_in_prompt)
+    return Words(words, size, seed=seed, drawn=split != "prompts", font_in_prompt=config.font_in_prompt)

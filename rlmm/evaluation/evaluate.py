@@ -50,10 +50,12 @@ def run_eval(context: StageContext) -> None:
     config: EvalStage = context.config
     spellings = [llama.load_spelling(context.run.stage(arm) / "model") for arm in config.arms]
     data = load_split(context, "held_out", *spellings)
-    if len(data) < config.prompts:
-        raise ValueError(f"the held-out split has {len(data)} prompts and the stage asks for {config.prompts}")
+    if len(data) < config.skip + config.prompts:
+        raise ValueError(
+            f"the held-out split has {len(data)} prompts and the stage asks for {config.prompts} after {config.skip}"
+        )
     judges = {"held_out": build_composite(context.recipe.held_out), "trained": build_composite(context.recipe.rewards)}
-    cells = list(_cells(context, config, [data[i] for i in range(config.prompts)], judges))
+    cells = list(_cells(context, config, [data[config.skip + i] for i in range(config.prompts)], judges))
     found = contrasts(cells, config.arms, set(_terms(judges["held_out"])))
     costs = [compute(context, arm) for arm in config.arms]
     notes = compute_lines(costs)

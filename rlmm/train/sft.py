@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from rlmm.codecs import Codec, images_to_tensor
 from rlmm.config.stages import SftStage
 from rlmm.data import Dataset
+from rlmm.data.base import Subset
 from rlmm.objectives.weights import count_modalities, sft_token_weights
 from rlmm.policies.base import Policy, SequenceBatch
 from rlmm.policies.layout_io import supervised_batch
@@ -114,15 +115,26 @@ def encode_targets(codec: Codec, layout: Layout, data: Dataset, batch: int = 256
     return SupervisedRows(prompts, torch.cat(codes), sources)
 
 
+def first_rows(data: Dataset, count: int | None) -> Dataset:
+    """The first `count` rows; ValueError where there are fewer."""
+    if count is None:
+        return data
+    if count > len(data):
+        raise ValueError(f"images: {count} asks for more than the {len(data)} pairs there are; lower it")
+    return Subset(data, range(count), data.excluded)
+
+
 def run_sft(context: StageContext) -> None:
     """Train from the starting policy on the recipe's `train` split; leaves model/ in the stage's folder."""
     config: SftStage = context.config
     codec = run_codec(context)
     policy = starting_policy(context, codec)
-    data = load_split(context, "train", policy.spelling)
+    data = first_rows(load_split(context, config.pairs, policy.spelling), config.images)
     rows = encode_targets(codec, policy.layout, data)
     if len(rows.prompts) < len(data):
-        context.say(f"train data: {len(data) - len(rows.prompts)} of {len(data)} rows have no target image: left out")
+        context.say(
+            f"{config.pairs} data: {len(data) - len(rows.prompts)} of {len(data)} rows have no target image: left out"
+        )
     source = SftSource(policy, rows, config, context.seed("batches"))
     train(
         context,

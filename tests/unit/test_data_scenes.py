@@ -107,6 +107,13 @@ def test_prompts_have_sources_and_no_targets() -> None:
     assert build_dataset(ScenesData(), "prompts", 0)[0].sources == ()
 
 
+def test_fresh_pairs_are_pictures_of_the_prompts() -> None:
+    config = scenes(train_images=40)
+    prompts, fresh = build_dataset(config, "prompts", 3), build_dataset(config, "fresh", 3)
+    assert [item.prompt for item in fresh] == [item.prompt for item in prompts]
+    assert all(strict(item) == 1 for item in fresh)
+
+
 def test_the_prompt_says_what_the_record_holds() -> None:
     words = {1: "a", 2: "two", 3: "three"}
     sides = {"left_of": " left of ", "right_of": " right of ", "above": " above ", "below": " below "}

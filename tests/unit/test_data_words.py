@@ -49,6 +49,15 @@ def test_prompts_have_no_pictures_and_the_other_splits_have() -> None:
         assert (item.target is None) == (split == "prompts")
 
 
+def test_fresh_pairs_are_pictures_of_the_prompts() -> None:
+    config = WordsData(train_images=20)
+    prompts, fresh = build_dataset(config, "prompts", 3), build_dataset(config, "fresh", 3)
+    assert len(fresh) == len(prompts) > 20
+    for index in (0, 19, 20, len(fresh) - 1):
+        assert fresh[index].prompt == prompts[index].prompt
+        assert fresh[index].target is not None
+
+
 @pytest.mark.parametrize("split", SPLITS)
 def test_an_item_is_the_same_in_any_order(split: Split) -> None:
     config = WordsData(train_images=40, held_out_words=40)

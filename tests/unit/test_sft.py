@@ -3,11 +3,13 @@
 import pytest
 import torch
 
+from rlmm.config.data import WordsData
 from rlmm.config.stages import SftStage
+from rlmm.data import build_dataset
 from rlmm.policies.causal import CausalPolicy
 from rlmm.policies.layout_io import read_codes, spell_image, supervised_batch
 from rlmm.train.metrics import Meter
-from rlmm.train.sft import SftBatch, SftSource, SupervisedRows, sft_loss
+from rlmm.train.sft import SftBatch, SftSource, SupervisedRows, first_rows, sft_loss
 from rollouts.trajectory import IMAGE, TEXT
 from tests.parity.test_sampler_trainer import CODES, GRID, make_policy
 
@@ -108,6 +110,15 @@ def test_dropped_prompts_become_the_null_prompt_and_half_of_them_lose_the_source
     total = sum(seen.values())
     assert seen["kept"] / total == pytest.approx(0.5, abs=0.08)
     assert seen["bare"] / total == pytest.approx(0.25, abs=0.06)
+
+
+def test_a_stage_may_use_the_first_pairs_alone() -> None:
+    data = build_dataset(WordsData(train_images=30), "train", 0)
+    few = first_rows(data, 7)
+    assert [row.prompt for row in few] == [data[i].prompt for i in range(7)]
+    assert first_rows(data, None) is data
+    with pytest.raises(ValueError, match=r"images: 31 asks for more than the 30 pairs"):
+        first_rows(data, 31)
 
 
 def test_rows_are_sorted_by_length_and_every_epoch_sees_every_row() -> None:
