@@ -1,0 +1,1 @@
+"""`rlmm bench`: speed on this machine, against the plain alternative, with ratios measured in one run."""

@@ -1,0 +1,27 @@
+"""The `rlmm bench` commands: options alone; the measuring lies in a module each, imported when its command runs."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+bench_app = typer.Typer(help="Speed on this machine, against the plain alternative.", no_args_is_help=True)
+
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the setting and every figure to this file")]
+Threads = Annotated[int, typer.Option(min=1, help="Torch threads; OMP_NUM_THREADS is the ceiling")]
+
+
+@bench_app.command("rollout")
+def rollout(
+    json_file: JsonFile = None,
+    sizes: Annotated[str, typer.Option(help="Models, of quickstart, 5m and 50m")] = "5m,50m",
+    samples: Annotated[int, typer.Option(min=1)] = 64,
+    tokens: Annotated[int, typer.Option(min=1, help="Image tokens a sample")] = 256,
+    repeats: Annotated[int, typer.Option(min=1, help="Interleaved repeats, of which medians are shown")] = 3,
+    threads: Threads = 1,
+) -> None:
+    """Image tokens a second of the torch engine, against transformers' generate and the machine's own limit."""
+    from rlmm.bench.rollout import RolloutPlan, bench_rollout
+
+    plan = RolloutPlan(tuple(sizes.split(",")), samples, tokens, repeats, threads)
+    bench_rollout(plan, json_file)
