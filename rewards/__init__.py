@@ -57,6 +57,27 @@ def _scenes() -> Reward:
     return ScenesReward()
 
 
+def _not_blank() -> Reward:
+    """1 for a picture that shows something, 0 for a blank one."""
+    from rewards.guards import not_blank
+
+    return not_blank()
+
+
+def _edge_density() -> Reward:
+    """Share of pixels at an edge; for a gate, or clipped by a transform."""
+    from rewards.guards import edges
+
+    return edges()
+
+
+def _colour_entropy() -> Reward:
+    """Entropy of the colours in bits; for a gate, or clipped by a transform."""
+    from rewards.guards import colours
+
+    return colours()
+
+
 def _function(*, target: str, name: str = "", **options: Any) -> Reward:
     """Your own Python function, path/file.py:name or module:name."""
     from rewards.functions import FunctionReward
@@ -68,6 +89,9 @@ REWARDS: dict[str, Callable[..., Reward]] = {
     "ocr": _ocr,
     "tesseract": _tesseract,
     "scenes": _scenes,
+    "not_blank": _not_blank,
+    "edge_density": _edge_density,
+    "colour_entropy": _colour_entropy,
     "function": _function,
 }
 """Every reward by name. An entry's keyword arguments are the reward's options; its docstring's first line
