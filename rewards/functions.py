@@ -22,13 +22,13 @@ class RewardLoadError(ValueError):
     """A reward function that cannot be found or called; the text says what was given and what to do."""
 
 
-def load_function(target: str) -> Callable[..., Any]:
+def load_function(target: str, what: str = "reward function") -> Callable[..., Any]:
     """The function named by ``path/file.py:name`` (relative to the working directory) or
-    ``package.module:name``.
+    ``package.module:name``; ``what`` is what errors call it.
     """
     place, colon, name = target.rpartition(":")
     if not colon or not place or not name:
-        raise RewardLoadError(f"reward function {target!r} must be written path/file.py:name or module:name")
+        raise RewardLoadError(f"{what} {target!r} must be written path/file.py:name or module:name")
     module = _load_file(Path(place)) if place.endswith(".py") else _load_module(place)
     function = getattr(module, name, None)
     if function is None:

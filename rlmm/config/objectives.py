@@ -80,6 +80,22 @@ class MismatchConfig(Strict):
     high: float = Field(default=2.0, gt=1)
 
 
+class EntropyConfig(Strict):
+    """A bonus for each decision's entropy, under the objective's token weights (PPO, arXiv 1707.06347, eq. 9)."""
+
+    coefficient: float = Field(default=0.0, ge=0)
+    floor: float | None = Field(default=None, gt=0)
+    """Nats a token: the bonus acts only in steps after one whose mean entropy was at or below this. Null: always."""
+
+    @model_validator(mode="after")
+    def _a_floor_needs_a_coefficient(self) -> "EntropyConfig":
+        if self.floor is not None and not self.coefficient:
+            raise ValueError(
+                "entropy.floor without a coefficient would do nothing; set entropy.coefficient, or drop it"
+            )
+        return self
+
+
 class ObjectiveConfig(Strict):
     """A named objective, any part of it replaceable."""
 
@@ -95,6 +111,9 @@ class ObjectiveConfig(Strict):
     token keeps its gradient."""
     advantage: AdvantageConfig
     kl: KLConfig = KLConfig()
+    entropy: EntropyConfig = EntropyConfig()
+    token_weighting: str | None = None
+    """Your own function of a `TokenView`, path/file.py:name or module:name; its factors multiply the token weights."""
     mismatch: MismatchConfig | None = None
     """Null: trainer and sampler must agree, which the mismatch gate sees to."""
     updates_per_rollout: int = Field(default=1, ge=1)

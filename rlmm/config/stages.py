@@ -165,6 +165,8 @@ class GrpoStage(Optimization):
     gates: Gates = Gates()
     held_out_every: int = Field(10, ge=0)
     """Score every n-th rollout with the held-out judge too; 0 never does."""
+    resample_flat: int = Field(0, ge=0)
+    """How often a rollout's prompts whose group has no spread are replaced by others (DAPO's dynamic sampling)."""
     store_every: int = Field(1, ge=1)
     """Keep every n-th rollout file with its images; the others are deleted once their updates are checkpointed."""
     lora: Lora | None = None
@@ -180,6 +182,16 @@ class GrpoStage(Optimization):
         _divides(self.samples_per_prompt, updates, "samples_per_prompt", "objective.updates_per_rollout")
         each = self.rollouts // updates
         _divides(each, self.micro_batch_size, "rollouts an update", "micro_batch_size")
+        return self
+
+    @model_validator(mode="after")
+    def _only_dropped_groups_are_replaced(self) -> "GrpoStage":
+        advantage = self.objective.advantage
+        if self.resample_flat and (advantage.flat_groups == "count" or advantage.baseline == "batch_mean"):
+            raise ValueError(
+                f"resample_flat replaces groups without spread, and objective {self.objective.name} counts them: its "
+                "gradient would be another; set resample_flat to 0, or use an objective that drops them (grpo, dapo)"
+            )
         return self
 
 

@@ -18,7 +18,7 @@ from rollouts.trajectory import Trajectory
 class LogProbs:
     """Log-probs [B, S] of what a trajectory decided, 0 outside its targets, and what kind of quantity they are.
 
-    `entropy_BS` (no gradient) is the entropy of each decision's law, in nats.
+    `entropy_BS` is the entropy of each decision's law, in nats, without gradient unless that was asked for.
     """
 
     kind: LogProbKind
@@ -55,7 +55,9 @@ class Policy(Protocol):
 
     def encode_prompt(self, prompt: str) -> list[int]: ...
 
-    def log_probs(self, trajectory: Trajectory, *, model: nn.Module | None = None) -> LogProbs: ...
+    def log_probs(
+        self, trajectory: Trajectory, *, model: nn.Module | None = None, entropy_gradient: bool = False
+    ) -> LogProbs: ...
 
     def sequence_log_probs(self, batch: SequenceBatch, *, model: nn.Module | None = None) -> Tensor: ...
 

@@ -78,7 +78,9 @@ class CausalPolicy:
     def head(self, hidden_NH: Tensor, vocabulary: tuple[int, int]) -> Tensor:
         return sliced_head(self._head(), hidden_NH, vocabulary)
 
-    def log_probs(self, trajectory: Trajectory, *, model: nn.Module | None = None) -> LogProbs:
+    def log_probs(
+        self, trajectory: Trajectory, *, model: nn.Module | None = None, entropy_gradient: bool = False
+    ) -> LogProbs:
         """Log-probs of the trajectory under the laws it was sampled from, with gradient."""
         names = _streams_needed(trajectory)
         hidden_KBSH = self._response_hidden(trajectory, names, model)
@@ -91,7 +93,9 @@ class CausalPolicy:
             hidden_KNH = torch.stack([hidden_KBSH[names.index(name)][where] for name in used])
             support = trajectory.support[where] if trajectory.support is not None else None
             tokens_N = trajectory.ids[where]
-            logp_N, entropy_N = decision_log_probs(self._head(), span.law, used, hidden_KNH, tokens_N, support)
+            logp_N, entropy_N = decision_log_probs(
+                self._head(), span.law, used, hidden_KNH, tokens_N, support, entropy_gradient=entropy_gradient
+            )
             logp_BS = logp_BS.masked_scatter(where, logp_N)
             entropy_BS = entropy_BS.masked_scatter(where, entropy_N)
         return LogProbs(self.log_prob_kind, logp_BS, entropy_BS)

@@ -102,16 +102,19 @@ def rollout_requests(
     config: GrpoStage,
     rollout: int,
     seed: int,
+    extra: int = 0,
 ) -> list[Request]:
-    """Seeds hash (run, stage, rollout, prompt's place, sample): independent of rank and of batch position."""
+    """Seeds hash (run, stage, rollout, prompt's place, sample): independent of rank and of batch position. `extra`
+    numbers the rounds in which flat groups are replaced."""
+    again = () if not extra else (extra,)
     return [
         request_for(
             policy,
             codec,
             law,
             example,
-            f"{rollout:06d}/{place:04d}",
-            [derive(seed, "sample", rollout, place, sample) for sample in range(config.samples_per_prompt)],
+            f"{rollout:06d}/{place:04d}" + (f"+{extra}" if extra else ""),
+            [derive(seed, "sample", rollout, place, sample, *again) for sample in range(config.samples_per_prompt)],
         )
         for place, example in prompts
     ]

@@ -8,7 +8,7 @@ from rlmm.config.stages import Gates
 from rlmm.evaluation.statistics import duplicate_share
 from rlmm.seeds import derive, epoch_indices, generator
 from rlmm.train.gates import GateError, check_mismatch, check_shares, finite, measure_mismatch
-from rlmm.train.grpo import spread
+from rlmm.train.grpo_source import spread
 from rollouts.fingerprint import weights_fingerprint
 
 

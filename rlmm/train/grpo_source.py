@@ -1,0 +1,229 @@
+"""Step -> micro-batches of a GRPO stage: rollouts are made, gated, stored and cut."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from rlmm.codecs import Codec
+from rlmm.config.objectives import ObjectiveConfig
+from rlmm.config.stages import GrpoStage
+from rlmm.data import Dataset
+from rlmm.objectives.weights import Totals, count_totals, token_weights
+from rlmm.policies.causal import CausalPolicy
+from rlmm.rewarding import build_composite
+from rlmm.seeds import generator
+from rlmm.train import experience as phases
+from rlmm.train.context import StageContext, load_split
+from rlmm.train.engines import build_engine
+from rlmm.train.experience import Experience, Timed
+from rlmm.train.gates import check_mismatch, check_shares, measure_mismatch
+from rlmm.train.judges import bind_judges
+from rlmm.train.metrics import Meter, MetricsFile
+from rlmm.train.processes import gather, share
+from rlmm.train.rounds import Roller, Rollout, replaced_figure
+from rollouts.contract import Engine
+from rollouts.fingerprint import weights_fingerprint
+from rollouts.trajectory import Trajectory
+
+
+@dataclass(frozen=True)
+class GrpoBatch:
+    """Rows of one micro-batch. `weight_BS` sums, with the others', to the step's denominators; `gate`: before the
+    first update of a rollout, when trainer and sampler must agree; `entropy_coefficient`: of this step's bonus."""
+
+    trajectory: Trajectory
+    advantage_B: Tensor
+    kept_B: Tensor
+    weight_BS: Tensor
+    gate: bool
+    old_logp_BS: Tensor | None = None
+    reference_logp_BS: Tensor | None = None
+    entropy_coefficient: float = 0.0
+
+    def to(self, device: torch.device | str) -> "GrpoBatch":
+        names = ("advantage_B", "kept_B", "weight_BS", "old_logp_BS", "reference_logp_BS")
+        moved = {n: getattr(self, n).to(device) for n in names if getattr(self, n) is not None}
+        return replace(self, trajectory=self.trajectory.to(device), **moved)
+
+
+class GrpoSource:
+    """Step -> micro-batches. A rollout serves `updates_per_rollout` steps; after a kill inside one it is read back."""
+
+    def __init__(self, context: StageContext, policy: CausalPolicy, codec: Codec, meter: Meter) -> None:
+        self.context, self.policy, self.codec, self.meter = context, policy, codec, meter
+        self.config: GrpoStage = context.config
+        self.seed = context.seed("rollouts")
+        data: Dataset = load_split(context, "prompts", policy.spelling)
+        self.held_out = build_composite(context.recipe.held_out)
+        self.roller = Roller(
+            self.config,
+            data,
+            policy,
+            codec,
+            build_engine(self.config.engine, policy),
+            phases.law_of(policy.layout, self.config.sampling),
+            build_composite(context.recipe.rewards),
+            context.recipe.rewards.invalid_output_penalty,
+            self.seed,
+        )
+        bind_judges(context, {"rewards": self.roller.reward, "held_out": self.held_out})
+        self.metrics = MetricsFile(context.folder / "metrics.jsonl")
+        self.updates = self.config.objective.updates_per_rollout
+        rows = share(self.config.rollouts, "prompts_per_step x samples_per_prompt")
+        self.rows_an_update = (rows.stop - rows.start) // self.updates
+        self.micro_batches_per_step = self.rows_an_update // self.config.micro_batch_size
+        if self.micro_batches_per_step * self.config.micro_batch_size != self.rows_an_update:
+            raise ValueError(
+                f"{self.rows_an_update} rollouts a process and update are no multiple of micro_batch_size "
+                f"{self.config.micro_batch_size}; change one of them or the number of processes"
+            )
+        self._held: tuple[int, Experience] | None = None
+        self.nothing_counts = False
+
+    @property
+    def engine(self) -> Engine:
+        return self.roller.engine
+
+    def micro_batches(self, step: int) -> list[GrpoBatch]:
+        rollout, update = divmod(step, self.updates)
+        experience = self.make(rollout) if update == 0 else self._resume(rollout)
+        return self._cut(experience, self._rows(experience.trajectory, update), update == 0, self._entropy_bonus())
+
+    def _entropy_bonus(self) -> float:
+        """The coefficient of this step: 0 where the step before had more entropy than the floor."""
+        settings = self.config.objective.entropy
+        if not settings.coefficient or settings.floor is None:
+            return settings.coefficient
+        seen = [row["entropy"] for row in self.metrics.read() if row.get("entropy") is not None]
+        last = gather(seen[-1] if seen else None)[0]  # the first process's: it alone writes the file
+        return 0.0 if last is not None and last > settings.floor else settings.coefficient
+
+    def _rows(self, made: Trajectory, update: int) -> list[int]:
+        """The rows of one update: an equal part of every group, so that the number of processes cannot matter."""
+        each, rows = self.config.samples_per_prompt // self.updates, []
+        for first in range(0, len(made), self.config.samples_per_prompt):
+            order = generator(self.seed, "order", made.group_id[first]).permutation(self.config.samples_per_prompt)
+            rows += [first + int(i) for i in order[update * each : (update + 1) * each]]
+        return rows
+
+    def make(self, rollout: int) -> Experience:
+        """Sample, decode, score, and turn scores into advantages; everything is stored before it is trained on."""
+        config, timed = self.config, Timed()
+        with timed("rollout"):
+            self._sync(rollout)
+        found = self.roller.roll(rollout, timed)
+        reward_B, valid_B = phases.totals(found.scored, self.roller.penalty)
+        result, advantage_B, kept_B = phases.advantages_of(reward_B, valid_B, found.made.group_id, config)
+        with timed("replay"):
+            experience = self._with_log_probs(Experience(found.made, advantage_B, kept_B))
+        phases.store(
+            phases.rollout_path(self.context.folder, rollout), rollout, experience, found.samples, found.scored
+        )
+        figures = phases.rollout_figures(found.scored, reward_B, valid_B, result, found.made)
+        figures |= replaced_figure(found, config) | self._held_out_figures(rollout, found, timed)
+        check_shares(self.metrics.read(), figures, config.gates)
+        self.meter.put({**figures, **timed.figures()})
+        self._forget(rollout)
+        self._held = (rollout, experience)
+        return experience
+
+    def _held_out_figures(self, rollout: int, found: Rollout, timed: Timed) -> dict[str, float]:
+        every = self.config.held_out_every
+        if not every or rollout % every:
+            return {}
+        with timed("held_out"):
+            judged = [s for part in gather(self.held_out.score(found.samples)) for s in part]
+        return phases.term_means(judged, "held_out")
+
+    def _sync(self, rollout: int) -> None:
+        """Hand the engine the weights, and believe it only by its fingerprint."""
+        self.engine.sync(self.policy.named_weights(), rollout)
+        mine, theirs = weights_fingerprint(self.policy.named_weights()), self.engine.fingerprint()
+        if mine != theirs:
+            raise RuntimeError(
+                f"after the weight sync of rollout {rollout} the engine's weights ({theirs}) are not the trainer's "
+                f"({mine}); its samples would be of another policy. This is a fault of the engine: use engine.kind "
+                "torch, and report it"
+            )
+
+    def _with_log_probs(self, experience: Experience) -> Experience:
+        """Old log-probs where several updates share the rollout, reference ones where a KL term asks for them."""
+        objective = self.config.objective
+        if self.updates > 1:
+            made = experience.trajectory
+            old_BS = self._replay(made)
+            experience = replace(experience, old_logp_BS=old_BS)
+            # The gate of the first update sees only that update's rows; these are all of them.
+            found = measure_mismatch(old_BS, made.sampler_logp, made.target_mask)
+            check_mismatch(found, self.config.gates, self.config.precision, corrected=corrected(objective, made))
+        if objective.kl.coefficient > 0:
+            with self.policy.reference():
+                experience = replace(experience, reference_logp_BS=self._replay(experience.trajectory))
+        return experience
+
+    @torch.no_grad()
+    def _replay(self, trajectory: Trajectory) -> Tensor:
+        size, device = self.config.micro_batch_size, self.policy.base.device
+        parts = [
+            self.policy.log_probs(trajectory.rows(list(range(at, min(at + size, len(trajectory))))).to(device)).logp_BS
+            for at in range(0, len(trajectory), size)
+        ]
+        return torch.cat(parts).cpu().float()
+
+    def _resume(self, rollout: int) -> Experience:
+        if self._held is None or self._held[0] != rollout:
+            self._held = (rollout, phases.restore(phases.rollout_path(self.context.folder, rollout)))
+        return self._held[1]
+
+    def _forget(self, rollout: int) -> None:
+        """Delete rollout files nobody keeps, but not one a checkpoint may still resume into."""
+        kept_steps = self.config.checkpoint_every * (self.config.checkpoints_kept + 1)
+        old = rollout - 1 - kept_steps // self.updates
+        if old >= 0 and old % self.config.store_every:
+            phases.rollout_path(self.context.folder, old).unlink(missing_ok=True)
+
+    def _cut(self, experience: Experience, rows: list[int], gate: bool, entropy: float) -> list[GrpoBatch]:
+        """Rows that count, spread evenly: dropped ones are not worth a forward pass. Where fewer count than there are
+        micro-batches, a dropped row (its weight is 0) stands in, since every process must run every one."""
+        kept = [row for row in rows if experience.kept_B[row]]
+        stand_in = [row for row in rows if not experience.kept_B[row]][:1]
+        chosen = experience.trajectory.rows(rows)
+        totals = sum(gather(count_totals(chosen.target_mask, experience.kept_B[rows])), Totals(0, 0))
+        self.nothing_counts = totals.sequences == 0
+        parts = spread(kept, self.micro_batches_per_step)
+        batches = [self._batch(experience, part or stand_in, totals) for part in parts]
+        return [replace(batch, gate=gate, entropy_coefficient=entropy) for batch in batches]
+
+    def _batch(self, experience: Experience, rows: Sequence[int], totals: Totals) -> GrpoBatch:
+        trajectory, at = experience.trajectory.rows(rows), torch.as_tensor(rows)
+        spans = torch.tensor([span.advantage_weight for span in trajectory.spans])
+        weight_BS = token_weights(
+            self.config.objective.objective().weights,
+            trajectory.target_mask,
+            experience.kept_B[at],
+            totals=totals,
+            max_length=sum(span.length_limit for span in trajectory.spans),
+            advantage_weight_BS=spans[trajectory.span.long()],
+        )
+        return GrpoBatch(
+            trajectory,
+            experience.advantage_B[at],
+            experience.kept_B[at],
+            weight_BS,
+            False,
+            None if experience.old_logp_BS is None else experience.old_logp_BS[at],
+            None if experience.reference_logp_BS is None else experience.reference_logp_BS[at],
+        )
+
+
+def spread(rows: Sequence[int], parts: int) -> list[list[int]]:
+    """`rows` in `parts` runs whose lengths differ by at most one."""
+    bounds = [len(rows) * i // parts for i in range(parts + 1)]
+    return [list(rows[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
+
+
+def corrected(objective: ObjectiveConfig, trajectory: Trajectory) -> bool:
+    """Whether importance weights answer for a mismatch: one of arithmetic, never one of laws."""
+    return objective.mismatch is not None and not any(span.law.off_policy for span in trajectory.spans)
