@@ -18,6 +18,7 @@ from rlmm.codecs import Codec
 from rlmm.config.stages import EvalStage, GrpoStage, SftStage, TorchEngineConfig
 from rlmm.data import Example
 from rlmm.evaluation.compute import compute, compute_lines
+from rlmm.evaluation.reference import write_reference
 from rlmm.evaluation.statistics import bootstrap_mean, diversity, paired_difference
 from rlmm.policies.causal import CausalPolicy
 from rlmm.policies.families import llama
@@ -46,7 +47,9 @@ class Cell:
 
 
 def run_eval(context: StageContext) -> None:
-    """Score every arm; leaves eval.json and samples.parquet in the stage's folder, and prints the contrasts."""
+    """Score every arm; leaves eval.json, samples.parquet and reference.parquet in the stage's folder, and prints the
+    contrasts.
+    """
     config: EvalStage = context.config
     spellings = [llama.load_spelling(context.run.stage(arm) / "model") for arm in config.arms]
     data = load_split(context, "held_out", *spellings)
@@ -70,6 +73,7 @@ def run_eval(context: StageContext) -> None:
     partial = context.folder / "samples.partial"
     pq.write_table(pa.Table.from_pylist([row for cell in cells for row in cell.rows]), partial)
     partial.replace(context.folder / "samples.parquet")
+    write_reference(context, run_codec(context))
     write_json_atomically(context.folder / "eval.json", record)
     for line in [*notes, *contrast_lines(found)]:
         context.say(line)
