@@ -69,7 +69,7 @@ def perturbed(policy: CausalPolicy, *, scale: float = 0.05, seed: int = 1) -> Ca
 
 
 def _in_float64(policy: CausalPolicy) -> None:
-    """transformers' RMSNorm computes in float32 whatever the weights are; torch's own is the same formula in float64."""
+    """transformers' RMSNorm computes in float32 whatever the weights are; torch's own is the same in float64."""
     model = cast(nn.Module, policy.model)
     model.double()
     for path, module in list(model.named_modules()):
@@ -158,6 +158,39 @@ def _support(probability: Sequence[float], law: Law) -> list[bool]:
             kept.append(code)
         reached += probability[code] / mass
     return [code in kept for code in range(len(probability))]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """All next-code decisions at one position: M prefixes with a next code each, every possible one once.
+
+    head_M: an image (row of `IMAGES_NS`) that begins so; prefix_M: the prefix's probability; gain_M: the expected
+    reward of an image that begins so. The last two under the sampling law, without gradient.
+    """
+
+    position: int
+    head_M: Tensor
+    prefix_M: Tensor
+    gain_M: Tensor
+
+    def logp(self, known: Table) -> Tensor:
+        """Log-prob of each decision under a law over the same support [M]."""
+        return known.chosen()[self.head_M, self.position]
+
+
+def decisions(sampling: Table, reward_N: Tensor) -> list[Decision]:
+    """The decisions of the three positions under the sampling law."""
+    chance_NS, made = sampling.chosen().detach().exp(), []
+    chance_N = chance_NS.prod(1)
+    for position in range(LENGTH):
+        size = CODES ** (LENGTH - 1 - position)
+        head_M = torch.arange(0, len(IMAGES_NS), size)
+        reached_M, mass_M = chance_NS[head_M, : position + 1].prod(1), chance_N.view(-1, size).sum(1)
+        gain_M = (chance_N * reward_N).view(-1, size).sum(1) / mass_M
+        keep_M = reached_M > 0
+        prefix_M = chance_NS[head_M, :position].prod(1)
+        made.append(Decision(position, head_M[keep_M], prefix_M[keep_M], gain_M[keep_M]))
+    return made
 
 
 def every_image(policy: CausalPolicy, law: Law, prompts: Sequence[str] = PROMPTS) -> Trajectory:

@@ -1,4 +1,4 @@
-"""Every law of a real policy, image by image: what the engine draws and records, and the trainer's log-probs and ratios.
+"""Every law of a real policy, image by image: what the engine draws and records, the trainer's log-probs and ratios.
 
 All in float64 against the definition in `enumerable`, for two prompts of different lengths in one batch.
 """
