@@ -14,7 +14,7 @@ from rlmm.config.policy import NewPolicy
 from rlmm.config.recipe import Recipe
 from rlmm.config.stages import GrpoStage, SftStage, VllmEngineConfig
 from rlmm.policies.families import llama
-from rlmm.policies.head import CHUNK
+from rlmm.policies.head import LOGIT_BYTES
 from rlmm.policies.layout_io import load_layout
 from rollouts.contract import Layout
 
@@ -78,7 +78,7 @@ def _plan(name: str, stage: SftStage | GrpoStage, shape: NewPolicy, total: int, 
         optimizer=trained * ADAM_BYTES,
         reference=total * FLOAT_BYTES if frozen else 0,
         activations=_activations(shape, rows, length, stage),
-        logits=3 * min(rows * length, CHUNK) * width * FLOAT_BYTES,
+        logits=3 * min(rows * length * width * FLOAT_BYTES, LOGIT_BYTES),
         kv_cache=_sampling(stage, shape, total, streams, length) if isinstance(stage, GrpoStage) else 0,
     )
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from rollouts.law import Law, law_log_probs, mix_streams, unpack_support
 
 LOGIT_BYTES = 64 << 20
-"""Most bytes of logits held at once (a few copies of them exist); where there are more, the backward recomputes them."""
+"""Most bytes of logits held at once (a few copies of them); where there are more, the backward makes them again."""
 
 
 def sliced_head(head: nn.Module, hidden_NH: Tensor, vocabulary: tuple[int, int]) -> Tensor:
@@ -32,16 +32,19 @@ def decision_log_probs(
     hidden_KNH: Tensor,
     tokens_N: Tensor,
     support_NC: Tensor | None = None,
+    *,
+    entropy_gradient: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probs and entropies [N] of chosen tokens under the law; the log-probs alone have a gradient.
+    """Log-probs and entropies [N] of chosen tokens under the law.
 
     Args:
         names: the stream each of the K leading entries of `hidden_KNH` belongs to.
         tokens_N: token ids inside `law.vocabulary`.
         support_NC: the packed support stored at sampling, where the law keeps one.
+        entropy_gradient: whether the entropies have a gradient too; it costs a second product a chunk.
     """
     inputs, weights, bias_V = _factors(head, hidden_KNH, slice(*law.vocabulary))
-    replay = _Replay(law, tuple(names), tokens_N - law.vocabulary[0], support_NC)
+    replay = _Replay(law, tuple(names), tokens_N - law.vocabulary[0], support_NC, entropy_gradient)
     return cast(tuple[Tensor, Tensor], _Chosen.apply(replay, torch.is_grad_enabled(), bias_V, *inputs, *weights))
 
 
@@ -78,6 +81,7 @@ class _Replay:
     names: tuple[str, ...]
     tokens_N: Tensor
     support_NC: Tensor | None
+    entropy_gradient: bool
 
     def chunks(self, itemsize: int) -> list[slice]:
         """Runs of decisions whose logits, of all streams, fit in LOGIT_BYTES."""
@@ -94,82 +98,97 @@ class _Replay:
         support = None if self.support_NC is None else unpack_support(self.support_NC[at], weights[0].shape[0])
         return law_log_probs(self.law, by_stream, support_NV=support, replay=True)[0]
 
-    def slope(self, at: slice, logp_NV: Tensor) -> Tensor:
-        """d log p(token) / d mixed logits [n, V] = (1[token] - p) / temperature. Destroys `logp_NV`."""
-        slope_NV = logp_NV.exp_().neg_()
+    def entropy(self, logp_NV: Tensor) -> Tensor:
+        """- sum p log p [n], in nats."""
+        return -(logp_NV.exp().mul_(self._finite(logp_NV))).sum(-1)
+
+    def slopes(self, at: slice, logp_NV: Tensor) -> list[Tensor]:
+        """Derivatives [n, V] by the mixed logits, times the temperature: of log p(token), 1[token] - p; and, where it
+        is asked for, of the entropy h, -p (log p + h). Destroys `logp_NV`."""
+        slopes = []
+        if self.entropy_gradient:
+            finite_NV = self._finite(logp_NV)
+            slopes = [-logp_NV.exp() * (finite_NV + self.entropy(logp_NV).unsqueeze(-1))]
+        chosen_NV = logp_NV.exp_().neg_()
         token_N1 = self.tokens_N[at].unsqueeze(-1)
-        slope_NV.scatter_add_(-1, token_N1, torch.ones_like(token_N1, dtype=slope_NV.dtype))
-        return slope_NV.div_(self.law.temperature) if self.law.temperature != 1.0 else slope_NV
+        return [chosen_NV.scatter_add_(-1, token_N1, torch.ones_like(token_N1, dtype=chosen_NV.dtype)), *slopes]
 
     def coefficients(self, like: Tensor) -> Tensor:
-        """The factor [K] each stream's logits are mixed with: the mix is linear, so it is read off unit vectors."""
+        """d scaled logits / d each stream's logits [K, 1, 1]: the mix is linear, so it is read off unit vectors."""
         unit_KK = torch.eye(len(self.names), dtype=like.dtype, device=like.device)
-        return mix_streams(self.law, dict(zip(self.names, unit_KK, strict=True)), replay=True)
+        mix_K = mix_streams(self.law, dict(zip(self.names, unit_KK, strict=True)), replay=True)
+        return (mix_K / self.law.temperature)[:, None, None]
+
+    def _finite(self, logp_NV: Tensor) -> Tensor:
+        """Outside a cut support log p is -inf, and 0 log 0 is 0."""
+        return logp_NV if self.support_NC is None else logp_NV.clamp_min(torch.finfo(logp_NV.dtype).min)
 
 
 class _Chosen(torch.autograd.Function):
     """Chosen log-probs and entropies [N] from the factors of the logits.
 
-    A log-prob's gradient by its hidden state does not depend on what comes after but for one factor, so the forward
-    leaves it behind, [N, D], while it holds the logits. The weights' gradient does depend on it: where a weight is
-    trained, the backward makes the logits again, unless they all fitted in one chunk.
+    How a decision's log-prob moves with its hidden state does not depend on what comes after but for one factor, so
+    the forward leaves that direction behind, [N, D], while it holds the logits. The weights' gradient sums over
+    decisions, each times its factor: where a weight is trained, the backward makes the logits again, unless they all
+    fitted in one chunk.
     """
 
     @staticmethod
     def forward(
         ctx: Any, replay: _Replay, trains: bool, bias_V: Tensor | None, *factors: Tensor
     ) -> tuple[Tensor, Tensor]:
-        inputs, weights = factors[: len(factors) // 2], factors[len(factors) // 2 :]
-        needs = ctx.needs_input_grad[2:]
-        ctx.weighs = needs[0] or any(needs[1 + len(inputs) :])
-        parts = replay.chunks(weights[0].element_size())
+        ctx.inputs = len(factors) // 2
+        inputs, weights = factors[: ctx.inputs], factors[ctx.inputs :]
+        ctx.replay = replay
+        ctx.trained = ctx.needs_input_grad[3 + ctx.inputs :]
+        ctx.weighs = ctx.needs_input_grad[2] or any(ctx.trained)
+        ctx.parts = replay.chunks(weights[0].element_size())
         made: list[tuple[Tensor, ...]] = []
-        kept = None
-        for at in parts:
+        slopes: list[Tensor] = []
+        for at in ctx.parts:
             logp_NV = replay.log_probs(at, inputs, weights, bias_V)
-            made.append((_pick(logp_NV, replay.tokens_N[at]), _entropy(logp_NV, replay.support_NC is not None)))
+            token_N1 = replay.tokens_N[at].unsqueeze(-1)
+            results = (logp_NV.gather(-1, token_N1).squeeze(-1), replay.entropy(logp_NV))
             if trains:
-                kept = replay.slope(at, logp_NV).to(weights[0].dtype)
-                made[-1] += tuple(kept @ weight_VD for weight_VD in weights)
+                slopes = [slope_NV.to(weights[0].dtype) for slope_NV in replay.slopes(at, logp_NV)]
+                results += tuple(slope_NV @ weight_VD for slope_NV in slopes for weight_VD in weights)
+            made.append(results)
             del logp_NV
-        chosen_N, entropy_N, *slopes = (torch.cat(column) for column in zip(*made, strict=True))
-        ctx.replay, ctx.parts, ctx.count = replay, parts, len(inputs)
-        ctx.save_for_backward(kept if len(parts) == 1 and ctx.weighs else None, bias_V, *factors, *slopes)
-        ctx.mark_non_differentiable(entropy_N)
+        chosen_N, entropy_N, *directions = (torch.cat(column) for column in zip(*made, strict=True))
+        ctx.kept = slopes if len(ctx.parts) == 1 and ctx.weighs else None
+        ctx.save_for_backward(bias_V, *factors, *directions)
+        if not replay.entropy_gradient:
+            ctx.mark_non_differentiable(entropy_N)
         return chosen_N, entropy_N
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_N: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        kept, bias_V, *rest = ctx.saved_tensors
-        inputs, weights, slopes = (rest[i * ctx.count : (i + 1) * ctx.count] for i in range(3))
-        grad_N1 = grad_N.to(slopes[0].dtype).unsqueeze(-1)
-        mix_K11 = ctx.replay.coefficients(slopes[0])[:, None, None]
-        by_input = [mix_K11 * (grad_N1 * slope_ND) for slope_ND in slopes]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        bias_V, *rest = ctx.saved_tensors
+        inputs, weights, directions = rest[: ctx.inputs], rest[ctx.inputs : 2 * ctx.inputs], rest[2 * ctx.inputs :]
+        outputs = len(directions) // ctx.inputs
+        grads_N1 = [grad_N.to(weights[0].dtype).unsqueeze(-1) for grad_N in grads[:outputs]]
+        mix_K11 = ctx.replay.coefficients(weights[0])
+        by_input = [
+            mix_K11 * sum(g * d for g, d in zip(grads_N1, directions[i :: ctx.inputs], strict=True))
+            for i in range(ctx.inputs)
+        ]
         if not ctx.weighs:
-            return (None, None, None, *by_input, *[None] * ctx.count)
-        # The weights see only the mixed input: sum_k G_k' x_k = G' (sum_k a_k x_k).
+            return (None, None, None, *by_input, *[None] * ctx.inputs)
+        by_weight = [torch.zeros_like(w) if trained else None for w, trained in zip(weights, ctx.trained, strict=True)]
+        by_bias = torch.zeros_like(bias_V) if ctx.needs_input_grad[2] else None
+        # A weight sees only the mixed input: sum_k G_k' x_k = G' (sum_k a_k x_k).
         mixed = [(mix_K11 * x_KND).sum(0) for x_KND in inputs]
-        by_weight = [torch.zeros_like(weight_VD) for weight_VD in weights]
-        by_bias = None if bias_V is None else torch.zeros_like(bias_V)
         for at in ctx.parts:
-            if kept is None:
+            slopes = ctx.kept
+            if slopes is None:
                 logp_NV = ctx.replay.log_probs(at, inputs, weights, bias_V)
-                slope_NV = ctx.replay.slope(at, logp_NV).to(weights[0].dtype)
-            else:
-                slope_NV = kept
-            for total_VD, x_ND in zip(by_weight, mixed, strict=True):
-                total_VD.addmm_(slope_NV.T, grad_N1[at] * x_ND[at])
-            if by_bias is not None:
-                by_bias.addmv_(slope_NV.T, grad_N1[at, 0] * mix_K11.sum())
+                slopes = [slope_NV.to(weights[0].dtype) for slope_NV in ctx.replay.slopes(at, logp_NV)]
+                del logp_NV
+            for slope_NV, grad_N1 in zip(slopes, grads_N1, strict=True):
+                for total_VD, x_ND in zip(by_weight, mixed, strict=True):
+                    if total_VD is not None:
+                        total_VD.addmm_(slope_NV.T, grad_N1[at] * x_ND[at])
+                if by_bias is not None:
+                    by_bias.addmv_(slope_NV.T, grad_N1[at, 0] * mix_K11.sum())
         return (None, None, by_bias, *by_input, *by_weight)
-
-
-def _pick(logp_NV: Tensor, tokens_N: Tensor) -> Tensor:
-    return logp_NV.gather(-1, tokens_N.unsqueeze(-1)).squeeze(-1)
-
-
-def _entropy(logp_NV: Tensor, cut: bool) -> Tensor:
-    """- sum p log p [N], in nats; 0 log 0 is 0, which only a cut support has."""
-    probs_NV = logp_NV.exp()
-    return -(probs_NV.mul_(logp_NV.masked_fill(probs_NV == 0, 0.0) if cut else logp_NV)).sum(-1)

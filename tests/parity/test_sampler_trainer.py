@@ -156,5 +156,5 @@ def test_chunked_log_probs_and_gradients_equal_unchunked(monkeypatch: pytest.Mon
         return logp.detach(), policy.model.lm_head.weight.grad.clone()
 
     whole = run()
-    monkeypatch.setattr("rlmm.policies.head.CHUNK", 7)
+    monkeypatch.setattr("rlmm.policies.head.LOGIT_BYTES", 7 * 2 * 4 * CODES)  # 7 decisions of two streams
     torch.testing.assert_close(run(), whole, rtol=1e-5, atol=1e-5)
