@@ -8,6 +8,7 @@ from rlmm.report.findings import JudgeRole, interval, signed, tone
 from rlmm.report.panels import Figure
 from rlmm.report.plots import Point, interval_plot
 from rlmm.report.records import Contrast, EvalRow, Evaluation
+from rlmm.report.svg import SMALL
 
 
 @dataclass(frozen=True)
@@ -66,12 +67,12 @@ def diversity_figure(evaluation: Evaluation, prefix: str) -> Figure | None:
         return None
     arms = list(dict.fromkeys([row.arm for row in evaluation.rows] + [d.arm for d in evaluation.diversity]))
     points = {arm: [Point(d.temperature, d.value) for d in evaluation.diversity if d.arm == arm] for arm in arms}
-    plot = interval_plot(f"{prefix}-diversity", points, x_label="temperature", y_label="diversity")
+    plot = interval_plot(f"{prefix}-diversity", points, x_label="temperature", y_label="diversity", size=SMALL)
     caption = (
         "How much the samples for one prompt differ, by temperature. An arm that scores higher but lies "
         "far lower here may only have become more certain of what it already did."
     )
-    return Figure("Diversity across temperatures", caption, plot)
+    return Figure("Diversity of the arms", caption, plot)
 
 
 def differences(contrasts: Sequence[Contrast]) -> list[Difference]:

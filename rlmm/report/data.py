@@ -93,6 +93,7 @@ def _read_stage(folder: Path, config: Mapping[str, Any] | None, notes: Notes) ->
         gates=_gates(info, config, name),
         evaluation=_read_evaluation(folder / "eval.json", notes),
         samples=_if_there(folder / "samples.parquet"),
+        reference=_if_there(folder / "reference.parquet"),
         rollouts=tuple(sorted(folder.glob("rollouts/*.parquet"))),
         reconstruction=_if_there(folder / "reconstruction.png"),
     )

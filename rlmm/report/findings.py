@@ -4,7 +4,7 @@ Every metric of an evaluation is taken to be better when higher.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -40,13 +40,21 @@ def headline(run: Run, evaluation: Evaluation | None, rl_stages: Sequence[Stage]
     before both at the same (an arm that was only sharpened loses there), then the order they were written in.
     """
     roles = judge_roles(run.stages)
-    contrasts = list(evaluation.contrasts) if evaluation else []
-    contrasts.sort(key=lambda contrast: (roles.get(contrast.judge) == "trained on", contrast.at != "best"))
+    contrasts = _ordered(evaluation.contrasts, roles) if evaluation else []
     if not evaluation or not contrasts:
         return Headline(_before_evaluation(rl_stages), "open", ())
     first = contrasts[0]
     findings = tuple(_finding(contrast, roles.get(contrast.judge, "")) for contrast in contrasts[:4])
     return Headline(_sentence(first, evaluation, roles.get(first.judge, "")), tone(first), findings)
+
+
+def leading(contrasts: Sequence[Contrast], roles: Mapping[str, JudgeRole]) -> Contrast | None:
+    """The contrast that makes the headline."""
+    return next(iter(_ordered(contrasts, roles)), None)
+
+
+def _ordered(contrasts: Sequence[Contrast], roles: Mapping[str, JudgeRole]) -> list[Contrast]:
+    return sorted(contrasts, key=lambda contrast: (roles.get(contrast.judge) == "trained on", contrast.at != "best"))
 
 
 def judge_roles(stages: Sequence[Stage]) -> dict[str, JudgeRole]:
@@ -78,11 +86,14 @@ def divergence(trained: Curve, held_out: Curve) -> bool:
     and its middle one. A change counts when it exceeds two standard errors of the difference of the means; a
     curve of fewer than 9 values shows none.
     """
-    fell = min(_change(held_out, "first"), _change(held_out, "middle")) < 0
-    return _change(trained, "first") > 0 and fell
+    fell = min(change(held_out, "first"), change(held_out, "middle")) < 0
+    return change(trained, "first") > 0 and fell
 
 
-def _change(curve: Curve, against: Literal["first", "middle"]) -> int:
+def change(curve: Curve, against: Literal["first", "middle"] = "first") -> int:
+    """Whether the last third of a curve lies above an earlier third (1), below it (-1) or neither (0), by more than two
+    standard errors.
+    """
     values = [value for value in curve.values if not math.isnan(value)]
     third = len(values) // 3
     if third < 3:

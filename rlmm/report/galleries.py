@@ -8,15 +8,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import pyarrow
-import pyarrow.parquet
 
 from rlmm.report.images import Picture, picture
 from rlmm.report.records import Notes
-
-Row = dict[str, Any]
+from rlmm.report.tables import Row, number, read_rows, text
 
 PROMPTS_SHOWN = 12
 GROUPS_SHOWN = 3
@@ -73,7 +68,7 @@ class Group:
 
 def comparisons(path: Path, notes: Notes) -> dict[float, list[Comparison]]:
     """The first prompts of a samples.parquet by temperature, highest first, each prompt at its first seed."""
-    rows = _read(path, ("arm", "temperature", "seed", "prompt"), ("image",), ("score/", "reading/"), notes)
+    rows = read_rows(path, ("arm", "temperature", "seed", "prompt"), ("image",), ("score/", "reading/"), notes)
     arms = list(dict.fromkeys(str(row["arm"]) for row in rows))
     shown: dict[float, dict[str, dict[str, Row]]] = {}
     seeds: dict[tuple[float, str], int] = {}
@@ -102,7 +97,7 @@ def comparisons(path: Path, notes: Notes) -> dict[float, list[Comparison]]:
 
 def groups(path: Path, notes: Notes) -> tuple[int | None, list[Group]]:
     """The step and the first groups of one rollouts file."""
-    rows = _read(
+    rows = read_rows(
         path,
         ("prompt", "group_id", "reward"),
         ("step", "image", "reward_status", "reward_reason", "advantage"),
@@ -132,7 +127,7 @@ def _arm_sample(arm: str, row: Row | None, broken: list[str]) -> ArmSample:
     if row is None:
         return ArmSample(arm, None, "not drawn", ())
     judges = sorted(key.removeprefix("score/") for key in row if key.startswith("score/"))
-    verdicts = tuple(Verdict(j, _number(row[f"score/{j}"]), _text(row.get(f"reading/{j}"))) for j in judges)
+    verdicts = tuple(Verdict(j, number(row[f"score/{j}"]), text(row.get(f"reading/{j}"))) for j in judges)
     told = ", ".join(f"{v.judge} scores it {v.score:.2f}" for v in verdicts if v.score is not None)
     alt = f"{arm}, T={row['temperature']:g}, for the prompt: {row['prompt']}." + (f" {told}." if told else "")
     shown, why = _picture(row, alt, broken)
@@ -145,13 +140,13 @@ def _members(rows: list[Row], broken: list[str]) -> tuple[GroupMember, ...]:
 
 
 def _member(row: Row, broken: list[str]) -> GroupMember:
-    reward, advantage = _number(row["reward"]), _number(row.get("advantage"))
-    status = _text(row.get("reward_status")) or ("ok" if reward is not None else "unavailable")
+    reward, advantage = number(row["reward"]), number(row.get("advantage"))
+    status = text(row.get("reward_status")) or ("ok" if reward is not None else "unavailable")
     told = f"reward {reward:.2f}" if reward is not None else status.replace("_", " ")
     shown, why = _picture(row, f"Rollout for the prompt: {row['prompt']}, {told}.", broken)
-    terms = {key.removeprefix("reward/"): _number(row[key]) for key in row if key.startswith("reward/")}
+    terms = {key.removeprefix("reward/"): number(row[key]) for key in row if key.startswith("reward/")}
     named = tuple((name, value) for name, value in terms.items() if value is not None)
-    return GroupMember(shown, why, reward, status, _text(row.get("reward_reason")) or "", advantage, named)
+    return GroupMember(shown, why, reward, status, text(row.get("reward_reason")) or "", advantage, named)
 
 
 def _picture(row: Row, alt: str, broken: list[str]) -> tuple[Picture | None, str]:
@@ -165,38 +160,9 @@ def _picture(row: Row, alt: str, broken: list[str]) -> tuple[Picture | None, str
     return shown, ""
 
 
-def _read(
-    path: Path, needed: tuple[str, ...], optional: tuple[str, ...], prefixes: tuple[str, ...], notes: Notes
-) -> list[Row]:
-    """Rows of a parquet file with only the columns asked for; a file that cannot be used is a note and no
-    rows.
-    """
-    where = "/".join(path.parts[-3:])
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-        there = file.schema_arrow.names
-        missing = [name for name in needed if name not in there]
-        if missing:
-            notes.add(f"{where} left out: no column {', '.join(missing)} (it has {', '.join(there)}).")
-            return []
-        wanted = [name for name in there if name in (*needed, *optional) or name.startswith(prefixes)]
-        return file.read(columns=wanted).to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        notes.add(f"{where} is not a readable parquet file and is left out: {error}.")
-        return []
-
-
 def _step(rows: list[Row]) -> int | None:
     step = rows[0].get("step") if rows else None
     return int(step) if step is not None else None
-
-
-def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
-
-
-def _text(value: Any) -> str | None:
-    return str(value) if value not in (None, "") else None
 
 
 def _note_broken(path: Path, broken: list[str], notes: Notes) -> None:

@@ -30,17 +30,24 @@ class Picture:
         return self.width < PIXEL_ART_WIDTH
 
 
+def decoded(data: bytes | None) -> Image.Image | None:
+    """The picture, RGB or RGBA, read in full; None where there are no bytes or they do not decode."""
+    if not data:
+        return None
+    try:
+        with Image.open(BytesIO(data)) as opened:
+            return opened.convert("RGBA" if "A" in opened.getbands() else "RGB")
+    except _UNREADABLE:
+        return None
+
+
 def picture(data: bytes | None, alt: str, max_side: int = MAX_SIDE) -> Picture | None:
     """Decodes `data` fully and encodes it anew; None where there are no bytes or they do not decode.
 
     What is small stays lossless (PNG); what is larger than `max_side` is shrunk and becomes WebP.
     """
-    if not data:
-        return None
-    try:
-        with Image.open(BytesIO(data)) as opened:
-            image = opened.convert("RGBA" if "A" in opened.getbands() else "RGB")
-    except _UNREADABLE:
+    image = decoded(data)
+    if image is None:
         return None
     buffer = BytesIO()
     if max(image.size) > max_side:

@@ -14,7 +14,9 @@ from markupsafe import Markup
 
 from rlmm.report import comparison, findings, galleries, panels, timing
 from rlmm.report.data import read_run
+from rlmm.report.health import health
 from rlmm.report.images import Picture, picture
+from rlmm.report.panel_table import PANELS
 from rlmm.report.records import Notes, Run, Stage
 
 RL_KINDS = ("grpo", "dpo")
@@ -25,9 +27,8 @@ class RlStage:
     """What the page shows of a stage that learns from rewards or preferences."""
 
     stage: Stage
-    curves: tuple[panels.Figure, ...]
+    reward: panels.Figure | None
     galleries: tuple[tuple[str, tuple[galleries.Group, ...]], ...]
-    health: tuple[panels.Figure, ...]
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def batch_equations(config: Mapping[str, Any] | None) -> list[tuple[str, str]]:
 
 def _content(run: Run) -> dict[str, Any]:
     rl = [stage for stage in run.stages if stage.kind in RL_KINDS or "reward/mean" in stage.curves]
-    plain = [stage for stage in run.stages if stage.kind in panels.PANELS]
+    plain = [stage for stage in run.stages if stage.kind in PANELS]
     evaluated = next((stage for stage in reversed(run.stages) if stage.evaluation), None)
     evaluation = evaluated.evaluation if evaluated else None
     sampled = next((stage.samples for stage in reversed(run.stages) if stage.samples), None)
@@ -92,10 +93,9 @@ def _content(run: Run) -> dict[str, Any]:
         "recipe": str((run.config or {}).get("name") or run.folder.resolve().name),
         "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "headline": findings.headline(run, evaluation, rl),
-        "alarms": _alarms(rl),
+        "health": health(run, rl, evaluated),
         "evaluation": evaluation,
         "scores": comparison.scores(evaluation, roles, "eval") if evaluation else [],
-        "diversity": comparison.diversity_figure(evaluation, "eval") if evaluation else None,
         "differences": comparison.differences(evaluation.contrasts) if evaluation else [],
         "samples": galleries.comparisons(sampled, run.notes) if sampled else {},
         "rl_stages": [_rl_stage(stage, run.notes) for stage in rl],
@@ -114,21 +114,12 @@ def _content(run: Run) -> dict[str, Any]:
 
 def _rl_stage(stage: Stage, notes: Notes) -> RlStage:
     prefix = _prefix(stage)
-    curves = (
-        panels.reward_figure(stage, prefix),
-        panels.judges_figure(stage, prefix, _parted(stage)),
-    )
     shown = []
     for label, path in galleries.first_middle_last(stage.rollouts):
         step, found = galleries.groups(path, notes)
         if found:
             shown.append((f"{label} (step {step})" if step is not None else label, tuple(found)))
-    return RlStage(
-        stage,
-        tuple(figure for figure in curves if figure),
-        tuple(shown),
-        tuple(panels.panel_figures(stage, prefix)),
-    )
+    return RlStage(stage, panels.reward_figure(stage, prefix), tuple(shown))
 
 
 def _plain_stage(stage: Stage, notes: Notes) -> PlainStage:
@@ -138,22 +129,7 @@ def _plain_stage(stage: Stage, notes: Notes) -> PlainStage:
         grid = picture(stage.reconstruction.read_bytes(), alt, max_side=1600)
         if grid is None:
             notes.add(f"stages/{stage.folder.name}/reconstruction.png cannot be read.")
-    return PlainStage(stage, tuple(panels.panel_figures(stage, _prefix(stage))), grid)
-
-
-def _alarms(rl: list[Stage]) -> list[str]:
-    return [
-        f"In {stage.name}, the trained reward rose while a held-out judge fell. What was learned may be the"
-        " judge's weakness and not the task: look at the samples before believing the reward."
-        for stage in rl
-        if _parted(stage)
-    ]
-
-
-def _parted(stage: Stage) -> bool:
-    reward = stage.curves.get("reward/mean")
-    held = [c for k, c in stage.curves.items() if k.startswith("held_out/") and k.endswith("/mean")]
-    return reward is not None and any(findings.divergence(reward, curve) for curve in held)
+    return PlainStage(stage, tuple(panels.panel_figures(stage, _prefix(stage)).values()), grid)
 
 
 def _prefix(stage: Stage) -> str:

@@ -39,6 +39,17 @@ class Point:
 
 
 @dataclass(frozen=True)
+class FrontierPoint:
+    """A mean with its interval at a measured x, and what the point is called."""
+
+    x: float
+    mean: float
+    name: str
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
 class Plot:
     """A drawn plot: the SVG, its legend (label, colour slot) and its alternative text."""
 
@@ -123,9 +134,40 @@ def interval_plot(
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.set_xlim(ticks[0] - gap / 2, ticks[-1] + gap / 2)
         axes.set_xlabel(x_label, loc="right")
-        axes.set_title(y_label)
+        if size == WIDE:
+            axes.set_title(y_label)
         told = "; ".join(
             f"{arm}: " + ", ".join(f"{p.mean:.2f} at {p.x:g}" for p in points) for arm, points in arms.items()
+        )
+        alt = f"{y_label} by {x_label}. {told}."
+        legend = tuple((arm, slot % N_COLOURS) for slot, arm in enumerate(arms))
+        return Plot(inline_svg(figure, key, alt), legend, alt)
+
+
+def frontier_plot(
+    key: str,
+    arms: Mapping[str, Sequence[FrontierPoint]],
+    *,
+    x_label: str,
+    y_label: str,
+    size: tuple[float, float] = WIDE,
+) -> Plot:
+    """One line an arm through its named points, each with its interval, in the order of x."""
+    with matplotlib.rc_context(STYLE):
+        figure, axes = new_figure(size)
+        for slot, points in enumerate(arms.values()):
+            ordered = sorted(points, key=lambda point: point.x)
+            _draw_points(axes, [Point(p.x, p.mean, p.low, p.high) for p in ordered], 0.0, stand_in(slot))
+            for point in ordered:
+                axes.annotate(
+                    point.name, (point.x, point.mean), (6, 5), textcoords="offset points", color=stand_in(slot), size=8
+                )
+        axes.margins(x=0.06)
+        axes.set_xlabel(x_label, loc="right")
+        axes.set_title(y_label)
+        told = "; ".join(
+            f"{arm}: " + ", ".join(f"{p.mean:.2f} at {p.x:.2f} ({p.name})" for p in points)
+            for arm, points in arms.items()
         )
         alt = f"{y_label} by {x_label}. {told}."
         legend = tuple((arm, slot % N_COLOURS) for slot, arm in enumerate(arms))

@@ -110,6 +110,7 @@ class Stage:
     gates: Mapping[str, float]
     evaluation: Evaluation | None
     samples: Path | None
+    reference: Path | None
     rollouts: tuple[Path, ...]
     reconstruction: Path | None
 
