@@ -74,7 +74,8 @@ def _in_float64(policy: CausalPolicy) -> None:
     model.double()
     for path, module in list(model.named_modules()):
         if type(module).__name__ == "LlamaRMSNorm":
-            own = nn.RMSNorm(module.weight.shape[0], eps=cast(float, module.variance_epsilon), dtype=torch.float64)
+            size, epsilon = cast(Tensor, module.weight).shape[0], cast(float, module.variance_epsilon)
+            own = nn.RMSNorm(size, eps=epsilon, dtype=torch.float64)
             parent, _, name = path.rpartition(".")
             setattr(model.get_submodule(parent), name, own)
 
