@@ -13,23 +13,39 @@ from rollouts.assembly import image_trajectory, one_image_span, request_stream
 from rollouts.contract import CausalDecoder, Request
 from rollouts.fingerprint import weights_fingerprint
 from rollouts.law import Law, draw, law_log_probs, pack_support, row_uniforms
-from rollouts.torch_engine.cache import preallocated_cache, widen
+from rollouts.torch_engine.packed import PackedLlama
+from rollouts.torch_engine.steps import ModelStepper, PackedStepper, join_prefixes
 from rollouts.trajectory import Span, Stream, Trajectory, concatenate, pad_left
 
 
 class TorchEngine:
-    """Samples from a policy that lives in this process, so a weight sync has nothing to copy.
+    """Samples from a policy that lives in this process.
 
     Args:
         decoder: the policy; it is read at each call, never changed.
         num_layers: attention layers, each with a KV cache.
         max_rows: most decode rows (samples x streams) in one batch.
         use_cache: False recomputes the whole sequence at every step: slow, for parity tests.
+        packed: samples from this decoder's own packed copy of the weights, as of the last `sync` (one is made here).
+            None samples through the policy's own forward, and a sync then has nothing to copy.
     """
 
-    def __init__(self, decoder: CausalDecoder, *, num_layers: int, max_rows: int = 512, use_cache: bool = True) -> None:
+    def __init__(
+        self,
+        decoder: CausalDecoder,
+        *,
+        num_layers: int,
+        max_rows: int = 512,
+        use_cache: bool = True,
+        packed: PackedLlama | None = None,
+    ) -> None:
+        if packed is not None and not use_cache:
+            raise ValueError("the packed decoder always has a cache; use_cache=False needs packed=None")
         self.decoder, self.num_layers, self.max_rows, self.use_cache = decoder, num_layers, max_rows, use_cache
+        self.packed = packed
         self.weights_version = 0
+        if packed is not None:
+            packed.take(decoder.named_weights())
 
     @torch.no_grad()
     def generate(self, requests: Sequence[Request], spans: Sequence[Span]) -> Trajectory:
@@ -41,11 +57,15 @@ class TorchEngine:
         return concatenate(parts, self.decoder.layout.pad)
 
     def sync(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """The decoder is the trainer's own module: only the version changes."""
+        """Copy and pack the weights. Without a packed decoder the trainer's own module is sampled from, and only the
+        version changes."""
+        if self.packed is not None:
+            self.packed.take(weights)
         self.weights_version = version
 
     def fingerprint(self) -> str:
-        return weights_fingerprint(self.decoder.named_weights())
+        """Of the packed decoder's copy, read back from it; else of the policy itself."""
+        return weights_fingerprint(self.decoder.named_weights() if self.packed is None else self.packed.named_weights())
 
     def close(self) -> None:
         """Nothing is held."""
@@ -90,14 +110,14 @@ class TorchEngine:
         ids_BS = torch.full((rows, length), layout.pad, dtype=torch.long)
         logp_BS = torch.zeros(rows, length, dtype=torch.float64)
         supports: list[Tensor] = []
-        stepper = _Stepper(self, prefixes, owner_B, length)
+        stepper = self._stepper(prefixes, owner_B, length)
         for position in range(length):
-            hidden_KBH = stepper.hidden(ids_BS[:, :position])
+            hidden_NH = stepper.hidden(ids_BS[:, :position])
             if position in forced:
                 ids_BS[:, position] = forced[position]
                 supports.append(torch.zeros(rows, law.vocabulary[1] - law.vocabulary[0], dtype=torch.bool))
                 continue
-            logits = self.decoder.head(hidden_KBH.flatten(0, 1), law.vocabulary).unflatten(0, (len(names), rows))
+            logits = stepper.head(hidden_NH, law.vocabulary).unflatten(0, (len(names), rows))
             logp_BV, support_BV = law_log_probs(law, dict(zip(names, logits, strict=True)))
             code_B = draw(logp_BV, uniforms_BS[:, position].to(logp_BV.device))
             ids_BS[:, position] = code_B.cpu() + law.vocabulary[0]
@@ -106,38 +126,8 @@ class TorchEngine:
                 supports.append(support_BV.cpu())
         return ids_BS, logp_BS, pack_support(torch.stack(supports, 1)) if law.truncated else None
 
-
-class _Stepper:
-    """Feeds the model a position at a time and answers the last hidden state of every row, [K, B, H]."""
-
-    def __init__(self, engine: TorchEngine, prefixes: dict[str, Stream], owner_B: Tensor, length: int) -> None:
-        pad = engine.decoder.layout.pad
-        width = max(stream.ids_BP.shape[1] for stream in prefixes.values())
-        self.engine, self.streams, self.owner_B = engine, len(prefixes), owner_B
-        self.ids_QP = torch.cat([_widen_prefix(s.ids_BP, width, pad) for s in prefixes.values()])
-        self.mask_QP = torch.cat([_widen_prefix(s.mask_BP, width, False) for s in prefixes.values()])
-        requests = self.ids_QP.shape[0] // self.streams
-        # Row of the prefill batch (stream-major over requests) that each decode row continues.
-        self.rows_N = torch.cat([owner_B + k * requests for k in range(self.streams)])
-        self.mask_NP = self.mask_QP[self.rows_N]
-        self.cache = preallocated_cache(engine.num_layers, width + length) if engine.use_cache else None
-
-    def hidden(self, ids_BT: Tensor) -> Tensor:
-        decoder, position = self.engine.decoder, ids_BT.shape[1]
-        if self.cache is None:
-            full = torch.cat([self.ids_QP[self.rows_N], ids_BT.repeat(self.streams, 1)], 1)
-            last_NH = decoder.hidden(full, self._mask(position))[:, -1]
-        elif position == 0:
-            last_NH = decoder.hidden(self.ids_QP, self.mask_QP, cache=self.cache)[:, -1][self.rows_N]
-            self.cache = widen(self.cache, self.rows_N.to(last_NH.device))
-        else:
-            step_N1 = ids_BT[:, -1:].repeat(self.streams, 1)
-            last_NH = decoder.hidden(step_N1, self._mask(position), cache=self.cache)[:, -1]
-        return last_NH.unflatten(0, (self.streams, len(self.owner_B)))
-
-    def _mask(self, position: int) -> Tensor:
-        return torch.nn.functional.pad(self.mask_NP, (0, position), value=True)
-
-
-def _widen_prefix(values_BP: Tensor, width: int, fill: int | bool) -> Tensor:
-    return torch.nn.functional.pad(values_BP, (width - values_BP.shape[1], 0), value=fill)
+    def _stepper(self, prefixes: dict[str, Stream], owner_B: Tensor, length: int) -> ModelStepper | PackedStepper:
+        joined = join_prefixes(list(prefixes.values()), owner_B, self.decoder.layout.pad)
+        if self.packed is not None:
+            return PackedStepper(self.packed, joined, length)
+        return ModelStepper(self.decoder, joined, length, self.num_layers if self.use_cache else None)

@@ -1,0 +1,203 @@
+// The element-wise parts of a Llama decode step, fused: residual + norm, rotary + cache + attention, SwiGLU.
+// Matrix products stay in torch (oneDNN). Vectors are the compiler's own: 16 floats, split where registers are narrower.
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#define INLINE static inline __attribute__((always_inline))
+constexpr int LANES = 16;
+typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef int32_t ints __attribute__((vector_size(4 * LANES)));
+typedef uint32_t uints __attribute__((vector_size(4 * LANES)));
+typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
+typedef uint16_t bf16;
+
+INLINE vec load(const float* p) { vec v; memcpy(&v, p, sizeof v); return v; }
+INLINE vec load(const bf16* p) {
+    halves h; memcpy(&h, p, sizeof h);
+    return (vec)(__builtin_convertvector(h, uints) << 16);
+}
+INLINE void store(float* p, vec v) { memcpy(p, &v, sizeof v); }
+INLINE halves rounded(vec v) {  // to nearest, ties to even
+    uints u = (uints)v;
+    return __builtin_convertvector((u + 0x7fffu + ((u >> 16) & 1u)) >> 16, halves);
+}
+INLINE void store(bf16* p, vec v) { halves h = rounded(v); memcpy(p, &h, sizeof h); }
+INLINE float scalar(float x) { return x; }
+INLINE float scalar(bf16 x) { uint32_t u = (uint32_t)x << 16; float f; memcpy(&f, &u, 4); return f; }
+INLINE void put(float* p, float x) { *p = x; }
+INLINE void put(bf16* p, float x) {
+    uint32_t u; memcpy(&u, &x, 4);
+    *p = (bf16)((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
+}
+INLINE vec all(float x) { return vec{} + x; }
+INLINE float sum(vec v) { float s = 0; for (int i = 0; i < LANES; i++) s += v[i]; return s; }
+
+// e^x to about 1 ulp (Cephes): 2^n times a polynomial of the rest; 0 below the smallest normal float.
+INLINE vec exponential(vec x) {
+    vec bounded = x > 88.0f ? all(88.0f) : x;
+    vec y = bounded < -87.0f ? all(-87.0f) : bounded;
+    vec shifted = y * 1.44269504f + 12582912.0f;  // rounds to an integer in the low mantissa bits
+    vec n = shifted - 12582912.0f;
+    vec r = (y - n * 0.693359375f) + n * 2.12194440e-4f;
+    vec p = all(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f; p = p * r + 8.3334519073e-3f; p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f; p = p * r + 5.0000001201e-1f; p = p * r * r + r + 1.0f;
+    ints power = (__builtin_convertvector(n, ints) + 127) << 23;
+    return x < -87.0f ? vec{} : p * (vec)power;
+}
+
+template <class D, class O>
+static void add_norm(float* x_NH, const D* delta_NH, const float* weight_H, O* out_NH, int64_t rows, int64_t hidden,
+                     float eps) {
+#pragma omp parallel for schedule(static)
+    for (int64_t n = 0; n < rows; n++) {
+        float* x = x_NH + n * hidden;
+        O* out = out_NH + n * hidden;
+        vec squares{}, more{};
+        for (int64_t i = 0; i < hidden; i += LANES) {
+            vec v = load(x + i);
+            if (delta_NH) { v += load(delta_NH + n * hidden + i); store(x + i, v); }
+            if (i & LANES) more += v * v; else squares += v * v;
+        }
+        float factor = 1.0f / std::sqrt(sum(squares + more) / hidden + eps);
+        for (int64_t i = 0; i < hidden; i += LANES) store(out + i, load(x + i) * factor * load(weight_H + i));
+    }
+}
+
+template <class T>
+static void gate(const T* gate_up_N2I, T* out_NI, int64_t rows, int64_t size) {
+#pragma omp parallel for schedule(static)
+    for (int64_t n = 0; n < rows; n++) {
+        const T *g = gate_up_N2I + n * 2 * size, *u = g + size;
+        T* out = out_NI + n * size;
+        int64_t i = 0;
+        for (; i + LANES <= size; i += LANES) {
+            vec x = load(g + i);
+            T act[LANES];
+            store(act, x / (1.0f + exponential(-x)));  // rounded to T, as the unfused operation rounds
+            store(out + i, load(act) * load(u + i));
+        }
+        for (; i < size; i++) {
+            T act;
+            float x = scalar(g[i]);
+            put(&act, x / (1.0f + std::exp(-x)));
+            put(out + i, scalar(act) * scalar(u[i]));
+        }
+    }
+}
+
+template <class T>
+INLINE void rotate(const T* x, const float* cos_D, const float* sin_D, T* out, int size) {
+    int half = size / 2;
+    for (int i = 0; i < half; i++) {
+        float a = scalar(x[i]), b = scalar(x[i + half]);
+        put(out + i, a * cos_D[i] - b * sin_D[i]);
+        put(out + i + half, b * cos_D[i + half] + a * sin_D[i + half]);
+    }
+}
+
+// One query over the keys [blocks, D, 16] and values [capacity, D] of its head, positions first..last.
+template <class T, int C>
+INLINE void attend_one(const T* q, const T* keys, const T* values, T* out, float* scores, int64_t first, int64_t last,
+                       float scale) {
+    constexpr int D = C * LANES;
+    ints lane{};
+    for (int i = 0; i < LANES; i++) lane[i] = i;
+    float query[D];
+    for (int d = 0; d < D; d++) query[d] = scalar(q[d]) * scale;
+    vec highest = all(-INFINITY);
+    for (int64_t b = first / LANES; b <= last / LANES; b++) {
+        const T* block = keys + b * LANES * D;
+        vec part[4] = {};
+        for (int d = 0; d < D; d += 4)
+            for (int j = 0; j < 4; j++) part[j] += query[d + j] * load(block + (d + j) * LANES);
+        ints t = lane + (int32_t)(b * LANES);
+        vec score = (part[0] + part[1]) + (part[2] + part[3]);
+        score = (t >= (int32_t)first) & (t <= (int32_t)last) ? score : all(-INFINITY);
+        highest = score > highest ? score : highest;
+        store(scores + b * LANES, score);
+    }
+    float top = highest[0];
+    for (int i = 1; i < LANES; i++) top = highest[i] > top ? highest[i] : top;
+    vec total{};
+    for (int64_t b = first / LANES; b <= last / LANES; b++) {
+        vec p = exponential(load(scores + b * LANES) - top);
+        total += p;
+        store(scores + b * LANES, p);
+    }
+    vec even[C] = {}, odd[C] = {};
+    int64_t t = first;
+    for (; t < last; t += 2)
+        for (int c = 0; c < C; c++) {
+            even[c] += scores[t] * load(values + t * D + c * LANES);
+            odd[c] += scores[t + 1] * load(values + (t + 1) * D + c * LANES);
+        }
+    if (t == last)
+        for (int c = 0; c < C; c++) even[c] += scores[t] * load(values + t * D + c * LANES);
+    float normal = 1.0f / sum(total);
+    for (int c = 0; c < C; c++) store(out + c * LANES, (even[c] + odd[c]) * normal);
+}
+
+struct Sizes { int64_t rows, heads, kv_heads, head_size, capacity, position; };
+
+template <class T, int C>
+static void attend(const T* qkv, const float* cos_PD, const float* sin_PD, T* keys, T* values, const int64_t* start_N,
+                   T* out, const Sizes& s, float scale) {
+    constexpr int D = C * LANES;
+    int64_t group = s.heads / s.kv_heads, width = (s.heads + 2 * s.kv_heads) * D, at = s.position;
+#pragma omp parallel for collapse(2) schedule(static)
+    for (int64_t n = 0; n < s.rows; n++)
+        for (int64_t h = 0; h < s.kv_heads; h++) {
+            static thread_local std::vector<float> scores;
+            scores.resize(s.capacity);
+            const T* row = qkv + n * width;
+            const float *cos_D = cos_PD + (at - start_N[n]) * D, *sin_D = sin_PD + (at - start_N[n]) * D;
+            T* key = keys + (n * s.kv_heads + h) * s.capacity * D;
+            T* value = values + (n * s.kv_heads + h) * s.capacity * D;
+            T turned[D];
+            rotate(row + (s.heads + h) * D, cos_D, sin_D, turned, D);
+            for (int d = 0; d < D; d++) key[((at / LANES) * D + d) * LANES + at % LANES] = turned[d];
+            memcpy(value + at * D, row + (s.heads + s.kv_heads + h) * D, D * sizeof(T));
+            for (int64_t g = h * group; g < (h + 1) * group; g++) {
+                rotate(row + g * D, cos_D, sin_D, turned, D);
+                attend_one<T, C>(turned, key, value, out + (n * s.heads + g) * D, scores.data(), start_N[n], at, scale);
+            }
+        }
+}
+
+template <class T>
+static int attend_sized(const T* qkv, const float* cos_PD, const float* sin_PD, T* keys, T* values,
+                        const int64_t* start_N, T* out, const Sizes& s, float scale) {
+    switch (s.head_size / LANES) {
+#define SIZE(C) case C: attend<T, C>(qkv, cos_PD, sin_PD, keys, values, start_N, out, s, scale); return 0;
+        SIZE(1) SIZE(2) SIZE(3) SIZE(4) SIZE(5) SIZE(6) SIZE(8)
+#undef SIZE
+    }
+    return 1;
+}
+
+extern "C" {
+int rlmm_add_norm(int delta_bf16, int out_bf16, float* x, const void* delta, const float* weight, void* out,
+                  int64_t rows, int64_t hidden, float eps) {
+    if (delta_bf16 && out_bf16) add_norm(x, (const bf16*)delta, weight, (bf16*)out, rows, hidden, eps);
+    else if (delta_bf16) add_norm(x, (const bf16*)delta, weight, (float*)out, rows, hidden, eps);
+    else if (out_bf16) add_norm(x, (const float*)delta, weight, (bf16*)out, rows, hidden, eps);
+    else add_norm(x, (const float*)delta, weight, (float*)out, rows, hidden, eps);
+    return 0;
+}
+int rlmm_gate(int is_bf16, const void* gate_up, void* out, int64_t rows, int64_t size) {
+    if (is_bf16) gate((const bf16*)gate_up, (bf16*)out, rows, size);
+    else gate((const float*)gate_up, (float*)out, rows, size);
+    return 0;
+}
+int rlmm_attend(int is_bf16, const void* qkv, const float* cos_PD, const float* sin_PD, void* keys, void* values,
+                const int64_t* start_N, void* out, int64_t rows, int64_t heads, int64_t kv_heads, int64_t head_size,
+                int64_t capacity, int64_t position, float scale) {
+    Sizes s{rows, heads, kv_heads, head_size, capacity, position};
+    if (is_bf16)
+        return attend_sized((const bf16*)qkv, cos_PD, sin_PD, (bf16*)keys, (bf16*)values, start_N, (bf16*)out, s, scale);
+    return attend_sized((const float*)qkv, cos_PD, sin_PD, (float*)keys, (float*)values, start_N, (float*)out, s, scale);
+}
+}
