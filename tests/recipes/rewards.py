@@ -14,3 +14,9 @@ def darkness(prompts: list[str], completions: list[Image.Image], **columns: Any)
 def left_darkness(prompts: list[str], completions: list[Image.Image], **columns: Any) -> list[float]:
     """Mean darkness of the left half."""
     return [1.0 - float(np.asarray(i, dtype=np.float64)[:, : i.width // 2].mean()) / 255 for i in completions]
+
+
+def picky(prompts: list[str], completions: list[Image.Image], **columns: Any) -> list[float]:
+    """`darkness`, but the same for every picture of a prompt whose length is even."""
+    dark = darkness(prompts, completions)
+    return [0.0 if len(prompt) % 2 == 0 else value for prompt, value in zip(prompts, dark, strict=True)]
