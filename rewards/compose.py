@@ -2,12 +2,12 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from rewards.base import Sample, Score
 from rewards.names import nearest
-from rewards.runner import RewardRunner
+from rewards.runner import RewardContractError, RewardRunner
 
 Mode = Literal["weighted_sum", "product", "min"]
 
@@ -40,12 +40,14 @@ class Affine:
 
 @dataclass(frozen=True)
 class Term:
-    """One reward within a composite. A term of weight 0 is scored and logged, and does not count."""
+    """One reward within a composite. A term of weight 0 is scored and logged, and does not count. `parts`: weights of
+    the score's parts, `value` among them, whose sum is the raw value; empty for the value alone."""
 
     name: str
     runner: RewardRunner
     weight: float = 1.0
     transform: Transform = identity
+    parts: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -110,8 +112,23 @@ class CompositeReward:
         values = {term.name: _value(scores[term.name]) for term in counting}
         if self.gate is not None and values[self.gate.term] < self.gate.threshold:
             return Score.ok(self.gate.floor)
-        weighted = [(term.name, term.weight, term.transform(values[term.name])) for term in counting if term.weight]
+        weighted = [
+            (term.name, term.weight, term.transform(raw(term, scores[term.name]))) for term in self.terms if term.weight
+        ]
         return combine(weighted, self.mode)
+
+
+def raw(term: Term, score: Score) -> float:
+    """The term's raw value of a score that is ok. Raises RewardContractError for a part the reward does not give."""
+    if not term.parts:
+        return _value(score)
+    given = {**score.parts, "value": _value(score)}
+    if unknown := [part for part in term.parts if part not in given]:
+        raise RewardContractError(
+            f"reward term {term.name!r} asks for the part {unknown[0]!r}, which its score does not have. "
+            f"{nearest(unknown[0], given)}"
+        )
+    return math.fsum(weight * given[part] for part, weight in term.parts.items())
 
 
 def _value(score: Score) -> float:

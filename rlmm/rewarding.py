@@ -36,6 +36,7 @@ def build_composite(config: Rewards) -> CompositeReward:
             ),
             term.weight,
             identity if term.transform == "identity" else Affine(term.transform.lo, term.transform.hi),
+            term.parts,
         )
         for term in config.terms
     ]

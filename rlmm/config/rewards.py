@@ -1,6 +1,6 @@
 """What a recipe says about its rewards: the terms, how they combine, and what happens when one fails."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -34,6 +34,8 @@ class RewardTerm(Strict):
     """What logs, report and gate call the term; by default the reward's or the function's name."""
     weight: float = Field(1.0, allow_inf_nan=False)
     """0 scores and logs the term without counting it."""
+    parts: dict[str, Annotated[float, Field(allow_inf_nan=False)]] = {}
+    """Weights of the score's parts, e.g. {value: 0.5, exact: 0.5}; by default its value alone."""
     transform: Literal["identity"] | AffineTransform = "identity"
     """What happens to the raw score before it is weighted."""
     options: dict[str, Any] = {}

@@ -7,7 +7,7 @@ import pytest
 
 from rewards.base import Sample, Score
 from rewards.compose import Affine, CompositeReward, Gate, Term, identity
-from rewards.runner import RewardRunner
+from rewards.runner import RewardContractError, RewardRunner
 
 SAMPLES = [Sample("s", "g", "p")]
 
@@ -61,6 +61,19 @@ def test_a_transform_applies_before_the_weight_and_not_to_the_logged_score() -> 
     scored = composite.score(SAMPLES)[0]
     assert scored.total.value == 2.0
     assert scored.terms["a"].value == 25.0
+
+
+def test_parts_of_a_score_make_the_raw_value_and_the_log_keeps_the_score() -> None:
+    score = Score.ok(0.75, exact=1.0, recall=0.5)
+
+    def composite(parts: dict[str, float]) -> CompositeReward:
+        return CompositeReward([Term("read", RewardRunner(Says(score)), 2.0, Affine(0.0, 2.0), parts)])
+
+    (scored,) = composite({"value": 0.2, "exact": 0.5, "recall": -0.1}).score(SAMPLES)
+    assert scored.total.value == pytest.approx(2.0 * (0.2 * 0.75 + 0.5 - 0.05) / 2.0)
+    assert scored.terms["read"] == score
+    with pytest.raises(RewardContractError, match="'read' asks for the part 'exakt'.*exact"):
+        composite({"exakt": 1.0}).score(SAMPLES)
 
 
 @pytest.mark.parametrize("mode", ["weighted_sum", "product", "min"])
