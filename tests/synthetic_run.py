@@ -18,10 +18,10 @@ ARMS = {"sft": 0.45, "sft-more": 0.52, "grpo": 0.8}
 TEMPERATURES = (1.0, 0.7, 0.4)
 
 
-def png(text: str, size: tuple[int, int] = (96, 32)) -> bytes:
+def png(text: str, size: tuple[int, int] = (96, 32), left: int = 5) -> bytes:
     """A PNG of `text` in black on white."""
     image = Image.new("L", size, 255)
-    ImageDraw.Draw(image).text((5, 4), text, fill=0, font=ImageFont.load_default(size=20))
+    ImageDraw.Draw(image).text((left, 4), text, fill=0, font=ImageFont.load_default(size=20))
     buffer = BytesIO()
     image.save(buffer, "PNG")
     return buffer.getvalue()
@@ -52,6 +52,7 @@ def build_run(folder: Path, *, grpo_steps: int = 40, finished: bool = True) -> P
         evaluation = _stage(folder, "04-eval", "eval", 400, 460)
         (evaluation / "eval.json").write_text(json.dumps(_evaluation()))
         write_samples(evaluation / "samples.parquet")
+        write_reference(evaluation / "reference.parquet", {word: png(word) for word in WORDS})
     else:
         with (rl / "metrics.jsonl").open("a") as handle:
             handle.write('{"step": 40, "reward/me')
@@ -86,6 +87,12 @@ def write_samples(path: Path, prompts: Iterable[str] = tuple(f'render "{word}"' 
                         }
                     )
     write_parquet(path, rows)
+
+
+def write_reference(path: Path, pictures: Mapping[str, bytes]) -> None:
+    """reference.parquet: the training pictures by prompt; the codec draws them alike."""
+    kinds = ("training picture", "training picture through the codec")
+    write_parquet(path, [{"kind": k, "prompt": p, "image": image} for k in kinds for p, image in pictures.items()])
 
 
 def _stage(folder: Path, name: str, kind: str, started: int, finished: int | None) -> Path:
@@ -198,7 +205,7 @@ def _rollouts(path: Path, step: int, skill: float) -> None:
                     "prompt": f'render "{word}"',
                     "group_id": f"{step}-{group}",
                     "sample_id": f"{step}-{group}-{sample}",
-                    "image": None if group == 2 and sample == 0 else png(text),
+                    "image": None if group == 2 and sample == 0 else png(text, left=1 + sample),
                     "reward": None if failed else reward,
                     "reward_status": "unavailable" if failed else "ok",
                     "reward_reason": "the judge did not answer in 10 s" if failed else "",
@@ -219,14 +226,15 @@ def _evaluation() -> dict[str, Any]:
                 row = {"arm": arm, "temperature": temperature, "judge": judge, "metric": metric, "mean": mean}
                 bounds = {"low": mean - 0.05, "high": mean + 0.05}
                 rows.append(row | bounds | {"n_prompts": 256, "n_seeds": 2, "excluded": int(arm == "sft")})
-        for baseline, difference in (("sft", 0.23), ("sft-more", 0.16)):
-            temperatures = {"arm_temperature": 0.4, "baseline_temperature": 0.4}
+        for baseline, best in (("sft", 0.23), ("sft-more", 0.16)):
             pair = {"arm": "grpo", "baseline": baseline, "judge": judge, "metric": metric}
-            bounds = {"difference": difference, "low": difference - 0.06, "high": difference + 0.06}
-            contrasts.append(pair | bounds | temperatures)
+            for at, difference in [*((t, best + 0.1 * (t - 0.4)) for t in TEMPERATURES), ("best", best)]:
+                bounds = {"difference": difference, "low": difference - 0.06, "high": difference + 0.06}
+                both = 0.4 if at == "best" else at
+                contrasts.append(pair | bounds | {"at": str(at), "arm_temperature": both, "baseline_temperature": both})
     for arm, skill in ARMS.items():
         for temperature in TEMPERATURES:
-            diversity.append({"arm": arm, "temperature": temperature, "value": temperature * (1 - skill)})
+            diversity.append({"arm": arm, "temperature": temperature, "value": temperature * (1 - skill / 2)})
     return {"rows": rows, "contrasts": contrasts, "diversity": diversity}
 
 

@@ -74,7 +74,7 @@ def _shrinkage(key: str) -> Callable[[Curves, Limits], Reading | None]:
 def _level(words: str, *keys: str) -> Callable[[Curves, Limits], Reading | None]:
     def measure(curves: Curves, limits: Limits) -> Reading | None:
         there = [last(curves[key]) for key in keys if key in curves]
-        return Reading(max(there), f"{max(there):.3g} {words}") if there else None
+        return Reading(max(there), words.format(max(there))) if there else None
 
     return measure
 
@@ -124,10 +124,10 @@ def _gradient(curves: Curves, limits: Limits) -> Reading | None:
 MEASURES: Mapping[CheckName, Callable[[Curves, Limits], Reading | None]] = {
     "diversity": _shrinkage("diversity"),
     "entropy": _shrinkage("entropy"),
-    "flat": _level("of the groups at the end", "group/flat_share"),
-    "duplicates": _level("of those that could, at the end", "sample/duplicate_share", "guard/repeats"),
-    "kl": _level("nats a token at the end", "kl", "approx_kl"),
-    "clip": _level("of the tokens at the end", "clip_fraction"),
+    "flat": _level("{:.1%} of the groups at the end", "group/flat_share"),
+    "duplicates": _level("{:.0%} of those that could, at the end", "sample/duplicate_share", "guard/repeats"),
+    "kl": _level("{:.3g} nats a token at the end", "kl", "approx_kl"),
+    "clip": _level("{:.1%} of the tokens at the end", "clip_fraction"),
     "mismatch": _mismatch,
     "excluded": _excluded,
     "ess": _lowest_ess,
@@ -183,7 +183,7 @@ def judges_check(trained: Curve, held_out: Mapping[str, Curve], figure: Figure) 
             continue
         parted = findings.divergence(trained, curve)
         told.append(
-            f"{name}: r = {r:.2f} over {steps} steps" + (", and it FELL while the reward rose" if parted else "")
+            f"{name}: r = {r:.2f} over {steps} steps" + (", and it fell while the reward rose" if parted else "")
         )
         statuses.append("bad" if parted else RULES["judges"].status(r) if rose and not math.isnan(r) else "ok")
     if not told:

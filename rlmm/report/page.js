@@ -66,6 +66,7 @@
     const images = [...document.images];
     root.dataset.images = String(images.length);
     root.dataset.brokenImages = String(images.filter((image) => image.naturalWidth === 0).length);
+    root.dataset.overflow = String(root.scrollWidth - root.clientWidth);
     root.dataset.ready = "true";
   });
 })();

@@ -153,7 +153,7 @@ def _table(found: Sequence[Pair]) -> Table:
         (
             f"{pair.arm} − {pair.baseline}",
             *(_gain(pair.equal.get(t)) for t in temperatures),
-            f"{_gain(pair.best)} at T = {_temperature(pair.best.arm_temperature)}"
+            f"{_gain(pair.best)}\nT = {_temperature(pair.best.arm_temperature)}"
             f" against {_temperature(pair.best.baseline_temperature)}",
             pair.verdict,
         )
@@ -167,7 +167,7 @@ def _table(found: Sequence[Pair]) -> Table:
 def _gain(contrast: Contrast | None) -> str:
     if contrast is None:
         return "–"
-    return f"{signed(contrast.difference)} {interval(contrast.low, contrast.high, difference=True)}"
+    return f"{signed(contrast.difference)}\n{interval(contrast.low, contrast.high, difference=True)}"
 
 
 def _temperature(value: float | None) -> str:

@@ -31,9 +31,9 @@ def browse(page: Path, profile: Path, *options: str) -> subprocess.CompletedProc
     )
 
 
-def seen(page: Path, profile: Path) -> dict[str, str]:
+def seen(page: Path, profile: Path, *options: str) -> dict[str, str]:
     """The data attributes that the page's script left on <html>."""
-    dom = browse(page, profile, "--dump-dom").stdout
+    dom = browse(page, profile, "--dump-dom", *options).stdout
     opening = re.search(r"<html[^>]*>", dom)
     assert opening is not None, f"the browser gave no document: {dom[:200]!r}"
     return dict(re.findall(r'data-([a-z-]+)="([^"]*)"', opening.group()))
@@ -41,7 +41,8 @@ def seen(page: Path, profile: Path) -> dict[str, str]:
 
 def test_browser_shows_every_image_and_runs_the_script(report: Path, tmp_path: Path) -> None:
     n_images = report.read_text().count("<img ")
-    assert seen(report, tmp_path) == {"ready": "true", "broken-images": "0", "images": str(n_images)}
+    expected = {"ready": "true", "broken-images": "0", "images": str(n_images), "overflow": "0"}
+    assert seen(report, tmp_path) == expected
     assert n_images > 100
 
 
@@ -60,6 +61,11 @@ def test_a_changed_script_does_not_run(report: Path, tmp_path: Path) -> None:
 def test_browser_complains_about_nothing(report: Path, tmp_path: Path) -> None:
     said = browse(report, tmp_path, "--dump-dom").stderr
     assert not [line for line in said.splitlines() if "CONSOLE" in line]
+
+
+@pytest.mark.parametrize("width", [400, 1280])
+def test_nothing_sticks_out_of_the_page(report: Path, tmp_path: Path, width: int) -> None:
+    assert seen(report, tmp_path, f"--window-size={width},1600")["overflow"] == "0"
 
 
 @pytest.mark.parametrize("width", [390, 1280])

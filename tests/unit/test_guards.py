@@ -80,7 +80,12 @@ def test_near_duplicates_forgive_noise_and_see_drawings_apart() -> None:
     found = alike(word, noisy(word, 6), render("RIDER"), render("RIVER", "bold"), render("STONE"))
     assert found[0, 1] and found[1, 0] and found.diagonal().all()
     assert not found[0, 2:].any() and not found[1, 2:].any()
-    assert not alike(word, noisy(word, 60))[0, 1]
+    assert alike(word, noisy(word, 16))[0, 1] and not alike(word, noisy(word, 60))[0, 1]
+
+
+def test_blank_pictures_are_alike_despite_noise() -> None:
+    grey = Image.new("RGB", (16, 16), (128, 128, 128))
+    assert alike(noisy(grey, 3), noisy(grey, 3, seed=1)).all()
 
 
 def test_near_duplicates_see_colour_place_and_ground() -> None:

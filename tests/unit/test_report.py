@@ -213,8 +213,11 @@ def test_headline_prefers_each_arm_at_its_best(finished: Path) -> None:
     run = read_run(finished)
     evaluation = run.stages[-1].evaluation
     assert evaluation is not None
-    best = evaluation.contrasts[3].model_copy(update={"at": "best", "difference": -2e-5, "low": -0.1, "high": 0.1})
-    told = headline(run, Evaluation(evaluation.rows, (*evaluation.contrasts, best), ()), run.stages[2:3])
+    changed = {"difference": -2e-5, "low": -0.1, "high": 0.1}
+    held_out = [c for c in evaluation.contrasts if (c.judge, c.baseline) == ("tesseract", "sft-more")]
+    contrasts = tuple(c.model_copy(update=changed) if c.at == "best" else c for c in held_out)
+    assert contrasts[0].at == "1.0"
+    told = headline(run, Evaluation(evaluation.rows, contrasts, ()), run.stages[2:3])
     assert "no difference between grpo and sft-more is shown" in told.sentence and told.tone == "open"
     assert (told.findings[0].difference, told.findings[0].interval) == ("−2.0e-05", "[−0.100, +0.100]")
     assert "each at its best temperature" in told.findings[0].detail

@@ -1,0 +1,346 @@
+"""The Health section: rules, verdicts, and runs in which every check is made bad on purpose."""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+from PIL import Image, ImageFilter
+
+from rlmm.report import write_report
+from rlmm.report.checks import Check, correlation, judges_check
+from rlmm.report.data import read_run
+from rlmm.report.guards import arm_guards, figures, one_a_step, reference_of, rollout_guards, spread
+from rlmm.report.health import Health, health, updates_per_rollout
+from rlmm.report.panels import Figure
+from rlmm.report.plots import Plot
+from rlmm.report.records import Curve, Evaluation, Notes
+from rlmm.report.rules import RULES, Rule, factor, worst
+from rlmm.report.sharpening import pairs
+from tests.synthetic_run import WORDS, build_run, png, write_parquet
+
+Line = dict[str, Any]
+Spoil = Callable[[Path], None]
+ROLES: Mapping[str, Any] = {"ocr": "trained on", "tesseract": "held out"}
+
+
+def of_run(folder: Path) -> Health:
+    run = read_run(folder)
+    evaluated = next((stage for stage in run.stages if stage.evaluation), None)
+    return health(run, [stage for stage in run.stages if stage.kind == "grpo"], evaluated)
+
+
+def checks_of(found: Health) -> dict[str, Check]:
+    return {check.name: check for part in found.parts for check in part.checks}
+
+
+def edit_metrics(change: Callable[[int, Line], Line]) -> Spoil:
+    """A change of every line of the GRPO stage's log, by its number from 0."""
+
+    def spoil(folder: Path) -> None:
+        path = folder / "stages/03-grpo/metrics.jsonl"
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        path.write_text("".join(json.dumps(line | change(i, line)) + "\n" for i, line in enumerate(lines)))
+
+    return spoil
+
+
+def edit_pictures(draw: Callable[[int, str], bytes], where: str = "03-grpo/rollouts/*.parquet") -> Spoil:
+    """Other pictures in stored parquet files, by the row's number and prompt."""
+
+    def spoil(folder: Path) -> None:
+        for path in (folder / "stages").glob(where):
+            rows = pyarrow.parquet.read_table(path).to_pylist()
+            write_parquet(path, [row | {"image": draw(i, row["prompt"])} for i, row in enumerate(rows)])
+
+    return spoil
+
+
+def edit_evaluation(change: Callable[[dict[str, Any]], None]) -> Spoil:
+    def spoil(folder: Path) -> None:
+        path = folder / "stages/04-eval/eval.json"
+        content = json.loads(path.read_text())
+        change(content)
+        path.write_text(json.dumps(content))
+
+    return spoil
+
+
+def drawn(image: Image.Image) -> bytes:
+    buffer = BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def noise(row: int, prompt: str) -> bytes:
+    pixels = np.random.default_rng(row).integers(0, 256, (32, 96, 3), np.uint8)
+    return drawn(Image.fromarray(pixels))
+
+
+def smooth(row: int, prompt: str) -> bytes:
+    """The word out of focus: no pixel steps by a tenth of the range."""
+    word = Image.open(BytesIO(png(prompt.split('"')[1], left=1 + 3 * (row % 8))))
+    return drawn(word.filter(ImageFilter.GaussianBlur(4)))
+
+
+def only_sharper(content: dict[str, Any]) -> None:
+    for row in content["contrasts"]:
+        if row["at"] in ("best", "0.4"):
+            row.update(difference=0.01, low=-0.05, high=0.07)
+
+
+def collapsed_arm(content: dict[str, Any]) -> None:
+    for row in content["diversity"]:
+        row["value"] *= 0.1 if row["arm"] == "grpo" else 1
+
+
+BAD: Mapping[str, tuple[str, Spoil]] = {
+    "sharpening": ("sharpened, 0.00 of the gain left", edit_evaluation(only_sharper)),
+    "arm_diversity": ("grpo has 0.08 of sft's at T = 0.4", edit_evaluation(collapsed_arm)),
+    "diversity": ("of what it was", edit_metrics(lambda i, line: {"diversity": 0.6 * 0.9**i})),
+    "entropy": ("of what it was", edit_metrics(lambda i, line: {"entropy": 1.1 * 0.9**i})),
+    "judges": (
+        "tesseract: r = -1.00 over 40 steps, and it fell",
+        edit_metrics(lambda i, line: {"held_out/tesseract/mean": 0.7 - 0.01 * i, "reward/mean": 0.5 + 0.01 * i}),
+    ),
+    "flat": ("95.0% of the groups", edit_metrics(lambda i, line: {"group/flat_share": 0.95})),
+    "mismatch": (
+        "mean difference came to 40 of its tolerance 1e-05",
+        edit_metrics(lambda i, line: {"mismatch/mean": 4e-4 if i == 9 else 1e-7}),
+    ),
+    "excluded": (
+        "unavailable 20.00%, invalid 0.",
+        edit_metrics(lambda i, line: {"sample/unavailable_share": 0.2 * (i >= 36)}),
+    ),
+    "duplicates": ("100% of those", edit_metrics(lambda i, line: {"sample/duplicate_share": 0.97})),
+    "blank": ("1 at the end, 0 in the training pictures", edit_pictures(lambda i, prompt: png(""))),
+    "across": ("1 at the end", edit_pictures(lambda i, prompt: png("AMBER"))),
+    "edges": ("0 at the end", edit_pictures(smooth)),
+    "colours": ("of the training pictures'", edit_pictures(noise)),
+    "kl": ("3 nats a token", edit_metrics(lambda i, line: {"kl": 3.0})),
+    "clip": ("50.0% of the tokens", edit_metrics(lambda i, line: {"clip_fraction": 0.5})),
+    "ess": ("lowest 0.05", edit_metrics(lambda i, line: {"ess": 0.05 if i == 7 else 0.9})),
+    "grad": ("times the median", edit_metrics(lambda i, line: {"grad_norm": 90.0 if i == 7 else 0.5})),
+}
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_run(tmp_path_factory.mktemp("runs") / "good")
+
+
+def test_a_good_run_has_every_check_and_all_are_ok(good: Path) -> None:
+    found = of_run(good)
+    assert {name: check.status for name, check in checks_of(found).items()} == dict.fromkeys(BAD, "ok")
+    assert set(BAD) == set(RULES) - {"cold_end"}  # which is part of sharpening
+    assert found.counts == {"bad": 0, "look": 0, "ok": len(BAD)} and found.bad == ()
+    assert [part.missing for part in found.parts] == [(), ()]
+    assert [figure.title for figure in found.parts[1].others] == ["Loss", "Learning rate"]
+
+
+PICTURES = ("blank", "across", "edges", "colours")
+
+
+@pytest.fixture(scope="module")
+def ill(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Health]:
+    """By each of `PICTURES`: a run with such pictures. The one with blank pictures has every other fault as well."""
+    found = {}
+    for pictures in PICTURES:
+        folder = build_run(tmp_path_factory.mktemp("runs") / pictures)
+        for name in [pictures] + [name for name in BAD if pictures == "blank" and name not in PICTURES]:
+            BAD[name][1](folder)
+        found[pictures] = of_run(folder)
+    return found
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_is_made_bad_is_called_bad(ill: Mapping[str, Health], name: str) -> None:
+    found = ill[name if name in PICTURES else "blank"]
+    check = checks_of(found)[name]
+    assert check.status == "bad", check.says
+    assert BAD[name][0] in check.says
+    assert any(check is bad for _, bad in found.bad)
+
+
+def test_no_other_check_is_bad(ill: Mapping[str, Health]) -> None:
+    bad = {pictures: {check.name for _, check in ill[pictures].bad} for pictures in PICTURES}
+    assert bad.pop("blank") == set(BAD)
+    assert bad == {
+        "across": {"across", "duplicates"},
+        "edges": {"edges", "duplicates"},
+        "colours": {"edges", "colours"},
+    }
+    for part in (part for found in ill.values() for part in found.parts):
+        ranks = [("bad", "look", "ok").index(check.status) for check in part.checks]
+        assert ranks == sorted(ranks)
+
+
+def test_the_page_says_what_is_bad_by_which_rule(tmp_path: Path) -> None:
+    folder = build_run(tmp_path / "run")
+    for name in ("blank", "sharpening"):
+        BAD[name][1](folder)
+    page = write_report(folder).read_text()
+    assert '<a href="#health-eval-sharpening">Sharpening or learning</a> (held-out evaluation)' in page
+    assert '<figure class="plot card check" id="stage-03-grpo-blank">' in page
+    assert "Share of blank pictures beyond the reference&#39;s: look from 0.02 up, bad from 0.1 up." in page
+    assert "sharpened (bad)" in page
+    assert page.count('class="status bad"') >= 2
+
+
+def test_a_rule_states_its_direction() -> None:
+    up, down = Rule("x", 0.5, 0.9, "And so."), Rule("y", 0.5, 0.2)
+    assert [up.status(v) for v in (0.0, 0.49, 0.5, 0.89, 0.9, math.nan)] == ["ok", "ok", "look", "look", "bad", "bad"]
+    assert [down.status(v) for v in (1.0, 0.51, 0.5, 0.21, 0.2, math.nan)] == ["ok", "ok", "look", "look", "bad", "bad"]
+    assert up.text == "x: look from 0.5 up, bad from 0.9 up. And so."
+    assert down.text == "y: look from 0.5 down, bad from 0.2 down."
+    assert Rule("z", 1.0, math.inf).text == "z: look from 1 up."
+    assert worst("ok", "look", "ok") == "look" and worst("look", "bad") == "bad" and worst() == "ok"
+    assert factor(2, 1) == factor(1, 2) == 2 and factor(0, 0) == 1 and factor(0, 1) == math.inf
+
+
+def test_verdicts_on_gains(good: Path) -> None:
+    evaluation = read_run(good).stages[-1].evaluation
+    assert evaluation is not None
+
+    def verdict(at_one: tuple[float, float, float], at_best: tuple[float, float, float]) -> tuple[str, str]:
+        changed = {"1.0": at_one, "best": at_best}
+        kept = [c for c in evaluation.contrasts if c.at in changed and c.baseline == "sft"]
+        contrasts = tuple(
+            c.model_copy(update=dict(zip(("difference", "low", "high"), changed[c.at or ""], strict=True)))
+            for c in kept
+        )
+        (pair,) = pairs(Evaluation(evaluation.rows, contrasts, ()), ROLES, ["grpo"])
+        assert pair.best.judge == "tesseract"
+        return pair.verdict, pair.status
+
+    gain, none, loss = (0.2, 0.1, 0.3), (0.02, -0.05, 0.09), (-0.2, -0.3, -0.1)
+    assert verdict(gain, gain) == ("learned", "ok")
+    assert verdict(gain, none) == ("sharpened", "bad")
+    assert verdict((0.9, 0.8, 1.0), gain) == ("learned", "look")  # less than a quarter of it is left
+    assert verdict(none, none) == ("no gain shown", "look")
+    assert verdict(none, gain) == ("learned", "ok")
+    assert verdict(gain, loss) == verdict(none, loss) == ("worse", "bad")
+
+
+def test_a_baseline_that_still_rises_at_its_coldest_wants_a_look(good: Path) -> None:
+    evaluation = read_run(good).stages[-1].evaluation
+    assert evaluation is not None
+    steeper = tuple(
+        row.model_copy(update={"mean": row.mean - 0.3}) if row.arm == "sft" and row.temperature > 0.4 else row
+        for row in evaluation.rows
+    )
+    found = {pair.baseline: pair for pair in pairs(Evaluation(steeper, evaluation.contrasts, ()), ROLES, ["grpo"])}
+    assert found["sft"].status == "look" and found["sft-more"].status == "ok"
+    assert (found["sft"].cold_end or 0) > 1 > (found["sft-more"].cold_end or 1)
+
+
+def test_learners_are_compared_with_the_other_arms_only(good: Path) -> None:
+    evaluation = read_run(good).stages[-1].evaluation
+    assert evaluation is not None
+    more = tuple(
+        c.model_copy(update={"arm": "grpo-lora", "baseline": b}) for c in evaluation.contrasts for b in ("sft", "grpo")
+    )
+    both = Evaluation(evaluation.rows, (*evaluation.contrasts, *more), ())
+    names = [(pair.arm, pair.baseline) for pair in pairs(both, ROLES, ["grpo", "grpo-lora"])]
+    assert names == [("grpo", "sft"), ("grpo", "sft-more"), ("grpo-lora", "sft")]
+    assert len(pairs(both, ROLES, [])) == 4  # where nothing learned from rewards, every pair
+    assert pairs(Evaluation(evaluation.rows, evaluation.contrasts[:1], ()), ROLES, []) == []
+
+
+def test_an_arm_that_draws_blanks_when_cold_is_bad_though_its_rollouts_are_not(tmp_path: Path) -> None:
+    folder = build_run(tmp_path / "run")
+    path = folder / "stages/04-eval/samples.parquet"
+    rows = pyarrow.parquet.read_table(path).to_pylist()
+    cold = [r | {"image": png("")} if (r["arm"], r["temperature"]) == ("grpo", 0.4) else r for r in rows]
+    write_parquet(path, cold)
+    found = of_run(folder)
+    assert checks_of(found)["blank"].status == "bad"
+    assert "held-out samples at T = 0.4: 1" in checks_of(found)["blank"].says
+    table = found.parts[0].table
+    assert table is not None and [row[0] for row in table.rows][-2:] == ["grpo, T = 0.4", "training pictures"]
+    assert table.marked[8, 1] == "bad" and not any(row < 8 for row, _ in table.marked)
+
+
+def test_without_training_pictures_the_first_rollouts_are_the_reference(tmp_path: Path) -> None:
+    folder = build_run(tmp_path / "run")
+    (folder / "stages/04-eval/reference.parquet").unlink()
+    check = checks_of(of_run(folder))["edges"]
+    assert "of the first rollouts'" in check.says and check.status == "ok"
+    assert ("first rollouts", 0) in check.figure.plot.legend
+    edit_pictures(noise, "03-grpo/rollouts/step-000039.parquet")(folder)
+    assert checks_of(of_run(folder))["edges"].status == "bad"
+
+
+def test_a_run_without_pictures_or_held_out_judge_says_what_is_not_measured(tmp_path: Path) -> None:
+    folder = build_run(tmp_path / "run", finished=False)
+    for path in (folder / "stages/03-grpo/rollouts").iterdir():
+        path.unlink()
+    log = folder / "stages/03-grpo/metrics.jsonl"
+    log.write_text(log.read_text().replace("held_out/", "elsewhere/"))
+    (part,) = of_run(folder).parts
+    assert part.missing[0] == "trained against held-out judge"
+    assert part.missing[-4:] == ("blank pictures", "one picture for many prompts", "edge density", "colour entropy")
+    assert "Not measured: trained against held-out judge, blank" in write_report(folder).read_text()
+
+
+def test_correlation_is_over_the_steps_that_both_have() -> None:
+    one = Curve((1, 2, 3, 4, 5), (1.0, 2.0, math.nan, 4.0, 5.0))
+    other = Curve((2, 3, 4, 5, 6), (-2.0, 0.0, -4.0, -5.0, 9.0))
+    assert correlation(one, other) == (pytest.approx(-1.0), 3)
+    assert math.isnan(correlation(one, Curve((1, 2), (3.0, 3.0)))[0])
+
+
+def test_judges_that_do_not_move_together_want_a_look_only_if_the_reward_rose() -> None:
+    steps, figure = tuple(range(30)), Figure("t", "c", Plot(png(""), (), ""))  # pyrefly: ignore
+    rise = Curve(steps, tuple(0.1 * s for s in steps))
+    wave = Curve(steps, tuple((-1.0) ** s for s in steps))
+    found = judges_check(rise, {"a": wave, "b": rise}, figure)
+    assert found is not None and found.status == "look" and "b: r = 1.00 over 30 steps" in found.says
+    level = judges_check(Curve(steps, tuple(math.sin(7 * s) for s in steps)), {"a": wave}, figure)
+    assert level is not None and level.status == "ok" and "did not rise" in level.says
+    assert judges_check(rise, {"a": Curve(steps[:8], rise.values[:8])}, figure) is None
+
+
+def test_guards_follow_the_steps_and_take_whole_groups(tmp_path: Path) -> None:
+    folder = build_run(tmp_path / "run")
+    stage, notes = read_run(folder).stages[2], Notes()
+    curves = rollout_guards(stage, 2, notes)
+    assert curves["guard/blank"].steps == (1, 41, 79) and notes.messages == []
+    assert updates_per_rollout(read_run(folder).config, "grpo") == 2
+    assert updates_per_rollout(None, "grpo") == updates_per_rollout({"stages": {}}, "grpo") == 1
+    cells = arm_guards(folder / "stages/04-eval/samples.parquet", notes)
+    assert [(cell.arm, cell.temperature) for cell in cells][:2] == [("sft", 1.0), ("sft", 0.7)] and len(cells) == 9
+    reference = reference_of(read_run(folder))
+    assert reference is not None and reference.name == "training pictures" and "guard/repeats" not in reference.figures
+
+
+def test_figures_of_pictures_by_hand() -> None:
+    word, blank = (Image.open(BytesIO(png(text))) for text in ("RIVER", ""))
+    found = figures([word, word, blank, blank], ["a", "a", "b", "c"], ["p", "p", "q", "r"])
+    assert found["guard/blank"] == 0.5 and found["guard/repeats"] == 1.0
+    assert found["guard/across"] == pytest.approx(1 / 5)  # blank q and r, of the pairs pq pq pr pr qr
+    assert set(figures([word], ["a"], ["p"])) == {"guard/blank", "guard/edges", "guard/colours"}
+    assert figures([], [], []) == {}
+
+
+def test_pictures_that_do_not_decode_are_left_out(tmp_path: Path) -> None:
+    rows = [
+        {"arm": "a", "temperature": 1.0, "prompt": w, "image": png(w)[: 60 if i else None]} for i, w in enumerate(WORDS)
+    ]
+    write_parquet(tmp_path / "samples.parquet", rows)
+    (cell,) = arm_guards(tmp_path / "samples.parquet", Notes())
+    assert set(cell.figures) == {"guard/blank", "guard/edges", "guard/colours"}
+
+
+def test_steps_are_spread_and_each_is_read_once() -> None:
+    paths = [Path(f"step-{i:06d}.rank{rank}.parquet") for i in range(3) for rank in range(2)]
+    assert [path.stem for path in one_a_step(paths)] == [f"step-{i:06d}.rank0" for i in range(3)]
+    many = [Path(str(i)) for i in range(100)]
+    chosen = spread(many, 24)
+    assert len(set(chosen)) == 24 and chosen[0] == many[0] and chosen[-1] == many[-1]
+    assert spread(many[:3], 24) == many[:3]
