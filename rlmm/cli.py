@@ -106,6 +106,21 @@ def export(
 
 
 @app.command()
+def evidence(
+    plan: Annotated[Path, typer.Argument(help="A plan, e.g. configs/evidence/words.yaml")],
+    runs: Annotated[Path, typer.Option(help="Where the runs go, and resume from")] = Path("runs/evidence"),
+    out: Annotated[Path, typer.Option(help="Where the record, table and plot go")] = Path("docs/evidence"),
+) -> None:
+    """Whether RL helped: tune every arm alike, train every seed, compare on test prompts. Hours; resumes."""
+    from rlmm.evidence.plan import read_plan
+    from rlmm.evidence.run import run_plan
+
+    read = read_plan(plan)
+    run_plan(read, runs / read.name, out, say)
+    say(f"wrote {out / read.name}.json, .md and .png")
+
+
+@app.command()
 def doctor() -> None:
     """Versions, devices and optional parts, and the fix for what does not fit."""
     from rlmm.doctor import print_report

@@ -9,10 +9,10 @@ import yaml
 
 from rlmm.codecs import load_codec
 from rlmm.config.recipe import Recipe, validate_recipe
-from rlmm.config.stages import EvalStage, ExportStage, GrpoStage, SftStage
+from rlmm.config.stages import EvalStage, ExportStage, GrpoStage
 from rlmm.export_card import CardInfo, HeldOut, model_card
 from rlmm.run_folder import RunFolder, environment
-from rlmm.train.context import StageContext, policy_stage_before
+from rlmm.train.context import StageContext, parent
 
 
 def run_export(context: StageContext) -> None:
@@ -51,7 +51,7 @@ def write_export(recipe: Recipe, run: RunFolder, stage: str, say: Callable[[str]
 def _base_folder(recipe: Recipe, run: RunFolder, stage: str) -> Path:
     config = recipe.stages[stage]
     context = StageContext(recipe, run, stage, config, lambda line: None)
-    start = (config.start_from if isinstance(config, SftStage | GrpoStage) else None) or policy_stage_before(context)
+    start = parent(context)
     if start is not None:
         return run.stage(start) / "model"
     if recipe.policy.kind == "checkpoint":

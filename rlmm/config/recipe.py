@@ -18,6 +18,9 @@ from rlmm.config.stages import CodecStage, EvalStage, ExportStage, GrpoStage, Sf
 from rlmm.installation import recipes_dir
 from rlmm.objectives.legality import LogProbKind, check_legal
 
+OWN_POLICY = "policy"
+"""What `start_from` says for the recipe's own policy, whatever stages stand before."""
+
 
 class Runtime(Strict):
     """How a run uses the machine."""
@@ -61,6 +64,10 @@ class Recipe(Strict):
         for name, stage in self.stages.items():
             if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
                 raise ValueError(f"stage name {name!r} is a folder's name: use letters, digits, _ and - alone")
+            if name == OWN_POLICY:
+                raise ValueError(
+                    f"{OWN_POLICY!r} means the recipe's own policy in start_from; call the stage otherwise"
+                )
             wanted = _references(stage)
             unknown = [other for other in wanted if other not in before]
             if unknown:
@@ -85,7 +92,7 @@ def _references(stage: Any) -> list[str]:
     if isinstance(stage, ExportStage):
         return [stage.start_from]
     start = getattr(stage, "start_from", None)
-    return [start] if start else []
+    return [start] if start and start != OWN_POLICY else []
 
 
 class RecipeError(ValueError):

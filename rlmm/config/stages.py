@@ -60,7 +60,7 @@ class SftStage(Optimization):
 
     kind: Literal["sft"] = "sft"
     start_from: str | None = None
-    """A stage's name, by default the policy stage before this one, or the recipe's policy."""
+    """A stage's name, or `policy` for the recipe's own; by default the policy stage before this one, if any."""
     batch_size: int = Field(64, ge=1)
     micro_batch_size: int = Field(64, ge=1)
     pairs: Literal["train", "fresh"] = "train"

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from rlmm.config.stages import GrpoStage, SftStage
-from rlmm.train.context import StageContext, policy_stage_before
+from rlmm.train.context import StageContext, parent
 from rlmm.train.metrics import MetricsFile
 
 EQUAL = 0.8
@@ -38,7 +38,7 @@ def _parent(context: StageContext, name: str) -> str | None:
     stage = context.recipe.stages[name]
     if not isinstance(stage, SftStage | GrpoStage):
         return None
-    return stage.start_from or policy_stage_before(replace(context, name=name))
+    return parent(replace(context, name=name, config=stage))
 
 
 def compute_lines(rows: Sequence[dict[str, Any]]) -> list[str]:

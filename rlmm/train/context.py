@@ -8,7 +8,7 @@ from typing import Any
 from rlmm.codecs import Codec, load_codec
 from rlmm.config.data import Split
 from rlmm.config.policy import CheckpointPolicy
-from rlmm.config.recipe import Recipe
+from rlmm.config.recipe import OWN_POLICY, Recipe
 from rlmm.config.stages import CodecStage, GrpoStage, SftStage
 from rlmm.data import Dataset, build_dataset
 from rlmm.policies.causal import CausalPolicy
@@ -64,7 +64,7 @@ def run_codec(context: StageContext) -> Codec:
 
 def starting_policy(context: StageContext, codec: Codec) -> CausalPolicy:
     """The policy a stage starts from: `start_from`, else the policy stage before it, else the recipe's policy."""
-    start = context.config.start_from or policy_stage_before(context)
+    start = parent(context)
     if start is not None:
         policy = llama.load(context.run.stage(start) / "model")
     elif isinstance(context.recipe.policy, CheckpointPolicy):
@@ -77,6 +77,12 @@ def starting_policy(context: StageContext, codec: Codec) -> CausalPolicy:
         policy.add_lora(context.config.lora, context.seed("lora"))
     policy.to(device())
     return policy
+
+
+def parent(context: StageContext) -> str | None:
+    """The stage this one starts from; None where that is the recipe's own policy."""
+    start = context.config.start_from or policy_stage_before(context)
+    return None if start == OWN_POLICY else start
 
 
 def policy_stage_before(context: StageContext) -> str | None:

@@ -1,0 +1,75 @@
+"""The evidence as a table and a plot."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+
+
+def write_pages(record: Mapping[str, Any], out: Path) -> None:
+    """`<name>.md` and `<name>.png` beside the record's own file."""
+    name = record["settings"]["name"]
+    (out / f"{name}.md").write_text(markdown(record))
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), width_ratios=(3, 2), layout="constrained")
+    _values(axes[0], record)
+    _temperatures(axes[1], record)
+    figure.savefig(out / f"{name}.png", dpi=140)
+    plt.close(figure)
+
+
+def markdown(record: Mapping[str, Any]) -> str:
+    """Values a seed, differences with intervals, and what was chosen."""
+    plan, arms = record["settings"], record["arms"]
+    metric = f"{plan['judge']} {plan['metric']}"
+    lines = [
+        f"# {plan['name']}: {metric} on {plan['test']['prompts']} test prompts",
+        "",
+        f"![Values of every arm and seed, and each arm by temperature]({plan['name']}.png)",
+        "",
+        "| arm | " + " | ".join(f"seed {seed}" for seed in plan["seeds"]) + " | mean | seconds beyond the start |",
+        "|---|" + "---|" * (len(plan["seeds"]) + 2),
+    ]
+    for arm, one in arms.items():
+        seconds = record["compute"]["seconds"][arm]
+        cells = [f"{value:.3f}" for value in [*one["values"], one["mean"]]]
+        lines.append(f"| {arm} | " + " | ".join(cells) + f" | {sum(seconds) / len(seconds):.0f} |")
+    lines += ["", "| difference | mean | 95 % t-interval over seeds |", "|---|---|---|"]
+    lines += [
+        f"| {row['arm']} - {row['baseline']} | {row['mean']:+.3f} | [{row['low']:+.3f}, {row['high']:+.3f}] |"
+        for row in record["differences"]
+    ]
+    lines += ["", "Chosen on the validation prompts with equal trials:", ""]
+    lines += [
+        f"- {arm}: {_short(plan, arm, one['chosen'])}, temperature {one['chosen']['temperature']:g} "
+        f"(validation {one['chosen']['score']:.3f})"
+        for arm, one in arms.items()
+    ]
+    return "\n".join([*lines, "", f"Commit {record['commit']}.", ""])
+
+
+def _short(plan: Mapping[str, Any], arm: str, chosen: Mapping[str, Any]) -> str:
+    given = plan["start"] if arm not in plan["arms"] else plan["arms"][arm]
+    return ", ".join(f"{key} {value}" for key, value in given["trials"][chosen["trial"]].items())
+
+
+def _values(axis: Axes, record: Mapping[str, Any]) -> None:
+    for place, one in enumerate(record["arms"].values()):
+        axis.plot([place] * len(one["values"]), one["values"], "o", color="tab:blue", alpha=0.6)
+        axis.plot([place - 0.25, place + 0.25], [one["mean"]] * 2, color="black")
+    axis.set_xticks(range(len(record["arms"])), list(record["arms"]))
+    axis.set_ylabel(f"{record['settings']['judge']} {record['settings']['metric']}")
+    axis.set_title("Test prompts: each training seed, and the mean")
+
+
+def _temperatures(axis: Axes, record: Mapping[str, Any]) -> None:
+    for arm, one in record["arms"].items():
+        points = sorted((float(t), sum(v) / len(v)) for t, v in one["by_temperature"].items())
+        axis.plot(*zip(*points, strict=True), "o-", label=arm)
+    axis.set_xlabel("sampling temperature")
+    axis.set_title("Sharpening or learning")
+    axis.legend(fontsize=8)

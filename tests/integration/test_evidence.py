@@ -1,0 +1,53 @@
+"""A whole evidence plan in small: tuned, trained on two seeds, compared, written; a second call does nothing again."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from rlmm.evidence.plan import read_plan
+from rlmm.evidence.run import run_plan
+
+TINY = Path(__file__).parents[1] / "recipes" / "tiny_evidence.yaml"
+
+
+def test_a_plan_runs_whole_and_only_once(tmp_path: Path) -> None:
+    plan, said = read_plan(TINY), []
+    record = run_plan(plan, tmp_path / "runs", tmp_path / "out", said.append)
+    written = json.loads((tmp_path / "out" / "tiny.json").read_text())
+    assert written == json.loads(json.dumps(record))
+    assert list(record["arms"]) == ["sft", "sft_more", "sft_fresh", "grpo"]
+    for name, arm in record["arms"].items():
+        tried = {(row["trial"], row["temperature"]): row["score"] for row in record["tuning"]}
+        chosen = arm["chosen"]
+        best = max(score for (trial, _), score in tried.items() if trial.rsplit("-", 1)[0] == name)
+        assert chosen["score"] == tried[f"{name}-{chosen['trial']}", chosen["temperature"]] == best
+        for i, seed in enumerate(plan.seeds):
+            run = tmp_path / "runs" / f"seed-{seed}" / "stages"
+            rows = json.loads(next(run.glob("*-evaluation/eval.json")).read_text())["rows"]
+            (mean,) = [
+                row["mean"]
+                for row in rows
+                if (row["arm"], row["temperature"], row["judge"], row["metric"])
+                == (name, chosen["temperature"], "left_darkness", "value")
+            ]
+            assert arm["values"][i] == arm["by_temperature"][f"{chosen['temperature']:g}"][i] == mean
+    assert all(value > 0 for values in record["compute"]["seconds"].values() for value in values)
+    page = (tmp_path / "out" / "tiny.md").read_text()
+    assert "| grpo - sft_more |" in page and "tiny.png" in page
+    assert Image.open(tmp_path / "out" / "tiny.png").width > 600
+    # The tuned SFT settings decide where the arms start.
+    steps = plan.start.trials[record["arms"]["sft"]["chosen"]["trial"]]["steps"]
+    metrics = next((tmp_path / "runs" / "seed-1" / "stages").glob("*-sft/metrics.jsonl")).read_text()
+    assert len(metrics.splitlines()) == steps
+
+    said.clear()
+    assert run_plan(plan, tmp_path / "runs", tmp_path / "out", said.append)["arms"] == record["arms"]
+    assert not [line for line in said if line.endswith(("(codec)", "(sft)", "(grpo)", "(eval)"))]
+
+
+def test_a_judge_that_is_not_there_is_named_before_anything_runs(tmp_path: Path) -> None:
+    plan = read_plan(TINY).model_copy(update={"judge": "tesseract"})
+    with pytest.raises(ValueError, match="'tesseract' is no held-out judge of tests/recipes/tiny.yaml"):
+        run_plan(plan, tmp_path / "runs", tmp_path / "out", lambda line: None)
