@@ -89,7 +89,9 @@ def _mismatch(curves: Curves, limits: Limits) -> Reading | None:
         return None
     key = max(shares, key=lambda name: math.inf if math.isnan(shares[name]) else shares[name])
     figure = key.removeprefix("mismatch/").replace("max", "largest")
-    return Reading(shares[key], f"the {figure} difference came to {shares[key]:.2g} of its tolerance {limits[key]:g}")
+    return Reading(
+        shares[key], f"the {figure} difference came to {shares[key]:.2g} times its tolerance {limits[key]:g}"
+    )
 
 
 def _excluded(curves: Curves, limits: Limits) -> Reading | None:
@@ -118,7 +120,7 @@ def _gradient(curves: Curves, limits: Limits) -> Reading | None:
     if median == 0:
         return Reading(math.inf, "0 at half of the steps or more: nothing is being learned")
     ratio = float(values.max()) / median
-    return Reading(ratio, f"largest {ratio:.2g} times the median {median:.2g}")
+    return Reading(ratio, f"largest {ratio:.3g} times the median {median:.2g}")
 
 
 MEASURES: Mapping[CheckName, Callable[[Curves, Limits], Reading | None]] = {
@@ -152,7 +154,7 @@ def guard_reading(name: CheckName, value: float, reference: float, against: str)
     """A guard's figure in the last tenth of the steps, held against the reference called `against`."""
     judged = guarded(name, value, reference)
     if name in ("edges", "colours") and reference:
-        return Reading(judged, f"{value:.3g} at the end, {value / reference:.2f} of the {against}' {reference:.3g}")
+        return Reading(judged, f"{value:.3g} at the end, {value / reference:.2f} times the {against}' {reference:.3g}")
     return Reading(judged, f"{value:.3g} at the end, {reference:.3g} in the {against}")
 
 
@@ -183,7 +185,8 @@ def judges_check(trained: Curve, held_out: Mapping[str, Curve], figure: Figure) 
             continue
         parted = findings.divergence(trained, curve)
         told.append(
-            f"{name}: r = {r:.2f} over {steps} steps" + (", and it fell while the reward rose" if parted else "")
+            f"{name}: r = {r:.2f} over {steps} steps".replace("= -", "= −")
+            + (", and it fell while the reward rose" if parted else "")
         )
         statuses.append("bad" if parted else RULES["judges"].status(r) if rose and not math.isnan(r) else "ok")
     if not told:

@@ -78,22 +78,25 @@ def arm_guards(samples: Path, notes: Notes) -> list[ArmGuards]:
 
 
 def reference_of(run: Run) -> Reference | None:
-    """Training pictures as the codec draws them, where an evaluation kept them; None where none did.
+    """Training pictures, where an evaluation kept them; None where none did.
 
-    Those and not the pictures themselves: an edge that the codec cannot draw is no fault of a policy.
+    Edges and colours are those of the pictures as the codec draws them: what it cannot draw is no fault of a policy.
+    Blank and like pictures are counted among the pictures themselves: a codec that makes them so excuses nothing.
     """
     for stage in reversed(run.stages):
         if stage.reference is not None:
             rows = read_rows(stage.reference, ("kind", "prompt", "image"), (), (), run.notes)
-            drawn = [row for row in rows if str(row["kind"]).endswith("codec")] or rows
-            found = _of_rows(drawn[:PICTURES_READ], "prompt")
+            by_codec = [[row for row in rows if str(row["kind"]).endswith("codec") is drawn] for drawn in (False, True)]
+            found, looks = (_of_rows(part[:PICTURES_READ], "prompt") for part in by_codec)
+            found |= {key: looks[key] for key in ("guard/edges", "guard/colours") if key in looks}
+            found.pop("guard/repeats", None)  # one picture a prompt has nothing to repeat
             return Reference("training pictures", found) if found else None
     return None
 
 
 def first_rollouts(curves: Mapping[str, Curve]) -> Reference | None:
     """A stage's own first rollouts, for a run that has no other reference."""
-    found = {key: curves[key].values[0] for key in KEYS if key in curves}
+    found = {key: curves[key].values[0] for key in KEYS if key in curves and key != "guard/repeats"}
     return Reference("first rollouts", found) if found else None
 
 

@@ -116,7 +116,6 @@ def _stage_part(run: Run, stage: Stage, reference: Reference | None, own: Sequen
     shown = rollout_guards(stage, updates_per_rollout(run.config, stage.name), run.notes)
     against = reference or first_rollouts(shown)
     level = {key: (against.name, value) for key, value in against.figures.items()} if against else {}
-    level.pop("guard/repeats", None)  # one picture a prompt has nothing to repeat
     full = replace(stage, curves={**stage.curves, **shown})
     figures = panels.panel_figures(full, slug, level)
     checks = [_judges(full, slug)]
@@ -192,7 +191,7 @@ def _arms_table(arms: Sequence[ArmGuards], reference: Reference | None) -> Table
         cells = [f"{reference.figures[key]:.3g}" if key in reference.figures else "–" for key in GUARD_KEYS.values()]
         rows.append((reference.name, *cells, "–"))
     return Table(
-        "Guards of the held-out samples. Shares, and bits of colour; the training pictures as the codec draws them.",
+        "Guards of the held-out samples: shares, and bits of colour.",
         ("pictures", *titles.values(), "same look in a group"),
         tuple(rows),
         marked,

@@ -52,7 +52,7 @@ class Rule:
         """The rule as the page states it."""
         way = "down" if self.bad < self.look else "up"
         limits = f"look from {self.look:g} {way}" + ("" if math.isinf(self.bad) else f", bad from {self.bad:g} {way}")
-        return f"{self.figure}: {limits}." + (f" {self.also}" if self.also else "")
+        return f"{self.figure}: {limits}.".replace("from -", "from −") + (f" {self.also}" if self.also else "")
 
 
 RULES: Mapping[CheckName, Rule] = {

@@ -105,12 +105,12 @@ BAD: Mapping[str, tuple[str, Spoil]] = {
     "diversity": ("of what it was", edit_metrics(lambda i, line: {"diversity": 0.6 * 0.9**i})),
     "entropy": ("of what it was", edit_metrics(lambda i, line: {"entropy": 1.1 * 0.9**i})),
     "judges": (
-        "tesseract: r = -1.00 over 40 steps, and it fell",
+        "tesseract: r = −1.00 over 40 steps, and it fell",
         edit_metrics(lambda i, line: {"held_out/tesseract/mean": 0.7 - 0.01 * i, "reward/mean": 0.5 + 0.01 * i}),
     ),
     "flat": ("95.0% of the groups", edit_metrics(lambda i, line: {"group/flat_share": 0.95})),
     "mismatch": (
-        "mean difference came to 40 of its tolerance 1e-05",
+        "mean difference came to 40 times its tolerance 1e-05",
         edit_metrics(lambda i, line: {"mismatch/mean": 4e-4 if i == 9 else 1e-7}),
     ),
     "excluded": (
@@ -121,7 +121,7 @@ BAD: Mapping[str, tuple[str, Spoil]] = {
     "blank": ("1 at the end, 0 in the training pictures", edit_pictures(lambda i, prompt: png(""))),
     "across": ("1 at the end", edit_pictures(lambda i, prompt: png("AMBER"))),
     "edges": ("0 at the end", edit_pictures(smooth)),
-    "colours": ("of the training pictures'", edit_pictures(noise)),
+    "colours": ("times the training pictures'", edit_pictures(noise)),
     "kl": ("3 nats a token", edit_metrics(lambda i, line: {"kl": 3.0})),
     "clip": ("50.0% of the tokens", edit_metrics(lambda i, line: {"clip_fraction": 0.5})),
     "ess": ("lowest 0.05", edit_metrics(lambda i, line: {"ess": 0.05 if i == 7 else 0.9})),
@@ -270,7 +270,7 @@ def test_without_training_pictures_the_first_rollouts_are_the_reference(tmp_path
     folder = build_run(tmp_path / "run")
     (folder / "stages/04-eval/reference.parquet").unlink()
     check = checks_of(of_run(folder))["edges"]
-    assert "of the first rollouts'" in check.says and check.status == "ok"
+    assert "times the first rollouts'" in check.says and check.status == "ok"
     assert ("first rollouts", 0) in check.figure.plot.legend
     edit_pictures(noise, "03-grpo/rollouts/step-000039.parquet")(folder)
     assert checks_of(of_run(folder))["edges"].status == "bad"
@@ -317,6 +317,17 @@ def test_guards_follow_the_steps_and_take_whole_groups(tmp_path: Path) -> None:
     assert [(cell.arm, cell.temperature) for cell in cells][:2] == [("sft", 1.0), ("sft", 0.7)] and len(cells) == 9
     reference = reference_of(read_run(folder))
     assert reference is not None and reference.name == "training pictures" and "guard/repeats" not in reference.figures
+
+
+def test_a_codec_that_blurs_is_allowed_for_and_one_that_blanks_is_not(tmp_path: Path) -> None:
+    folder = build_run(tmp_path / "run")
+    path = folder / "stages/04-eval/reference.parquet"
+    rows = pyarrow.parquet.read_table(path).to_pylist()
+    write_parquet(path, [r | {"image": png("")} if r["kind"].endswith("codec") else r for r in rows])
+    reference = reference_of(read_run(folder))
+    assert reference is not None
+    assert reference.figures["guard/edges"] == reference.figures["guard/colours"] == 0.0
+    assert reference.figures["guard/blank"] == reference.figures["guard/across"] == 0.0
 
 
 def test_figures_of_pictures_by_hand() -> None:
