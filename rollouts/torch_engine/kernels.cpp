@@ -1,9 +1,14 @@
 // The element-wise parts of a Llama decode step, fused: residual + norm, rotary + cache + attention, SwiGLU.
 // Matrix products stay in torch (oneDNN). Vectors are the compiler's own: 16 floats, split where registers are narrower.
+#include <sys/mman.h>
+
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <vector>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
 
 #define INLINE static inline __attribute__((always_inline))
 constexpr int LANES = 16;
@@ -23,7 +28,6 @@ INLINE halves rounded(vec v) {  // to nearest, ties to even
     uints u = (uints)v;
     return __builtin_convertvector((u + 0x7fffu + ((u >> 16) & 1u)) >> 16, halves);
 }
-INLINE void store(bf16* p, vec v) { halves h = rounded(v); memcpy(p, &h, sizeof h); }
 INLINE float scalar(float x) { return x; }
 INLINE float scalar(bf16 x) { uint32_t u = (uint32_t)x << 16; float f; memcpy(&f, &u, 4); return f; }
 INLINE void put(float* p, float x) { *p = x; }
@@ -33,6 +37,13 @@ INLINE void put(bf16* p, float x) {
 }
 INLINE vec all(float x) { return vec{} + x; }
 INLINE float sum(vec v) { float s = 0; for (int i = 0; i < LANES; i++) s += v[i]; return s; }
+
+#ifdef __AVX512BF16__
+INLINE void narrow(bf16* p, vec v) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh((__m512)v)); }
+#else
+INLINE void narrow(bf16* p, vec v) { halves h = rounded(v); memcpy(p, &h, sizeof h); }
+#endif
+INLINE void store(bf16* p, vec v) { narrow(p, v); }
 
 // e^x to about 1 ulp (Cephes): 2^n times a polynomial of the rest; 0 below the smallest normal float.
 INLINE vec exponential(vec x) {
@@ -98,11 +109,12 @@ INLINE void rotate(const T* x, const float* cos_D, const float* sin_D, T* out, i
     }
 }
 
-// One query over the keys [blocks, D, 16] and values [capacity, D] of its head, positions first..last.
+// One query over the keys [blocks, D, 16] and values [capacity, D] of its head, positions first..last. The head after
+// it, `ahead` elements on, is fetched meanwhile: each head's run is too short for the processor to see it coming.
 template <class T, int C>
 INLINE void attend_one(const T* q, const T* keys, const T* values, T* out, float* scores, int64_t first, int64_t last,
-                       float scale) {
-    constexpr int D = C * LANES;
+                       int64_t ahead, float scale) {
+    constexpr int D = C * LANES, PER_LINE = 64 / (LANES * sizeof(T));
     ints lane{};
     for (int i = 0; i < LANES; i++) lane[i] = i;
     float query[D];
@@ -112,7 +124,10 @@ INLINE void attend_one(const T* q, const T* keys, const T* values, T* out, float
         const T* block = keys + b * LANES * D;
         vec part[4] = {};
         for (int d = 0; d < D; d += 4)
-            for (int j = 0; j < 4; j++) part[j] += query[d + j] * load(block + (d + j) * LANES);
+            for (int j = 0; j < 4; j++) {
+                part[j] += query[d + j] * load(block + (d + j) * LANES);
+                if ((d + j) % PER_LINE == 0) __builtin_prefetch(block + ahead + (d + j) * LANES, 0, 2);
+            }
         ints t = lane + (int32_t)(b * LANES);
         vec score = (part[0] + part[1]) + (part[2] + part[3]);
         score = (t >= (int32_t)first) & (t <= (int32_t)last) ? score : all(-INFINITY);
@@ -133,6 +148,7 @@ INLINE void attend_one(const T* q, const T* keys, const T* values, T* out, float
         for (int c = 0; c < C; c++) {
             even[c] += scores[t] * load(values + t * D + c * LANES);
             odd[c] += scores[t + 1] * load(values + (t + 1) * D + c * LANES);
+            for (int l = 0; l < 2; l += PER_LINE) __builtin_prefetch(values + ahead + t * D + (2 * c + l) * LANES, 0, 2);
         }
     if (t == last)
         for (int c = 0; c < C; c++) even[c] += scores[t] * load(values + t * D + c * LANES);
@@ -162,7 +178,8 @@ static void attend(const T* qkv, const float* cos_PD, const float* sin_PD, T* ke
             memcpy(value + at * D, row + (s.heads + s.kv_heads + h) * D, D * sizeof(T));
             for (int64_t g = h * group; g < (h + 1) * group; g++) {
                 rotate(row + g * D, cos_D, sin_D, turned, D);
-                attend_one<T, C>(turned, key, value, out + (n * s.heads + g) * D, scores.data(), start_N[n], at, scale);
+                attend_one<T, C>(turned, key, value, out + (n * s.heads + g) * D, scores.data(), start_N[n], at,
+                                 s.capacity * D, scale);
             }
         }
 }
@@ -179,6 +196,16 @@ static int attend_sized(const T* qkv, const float* cos_PD, const float* sin_PD, 
 }
 
 extern "C" {
+// Ask for large pages under a range not yet touched: fewer faults and page walks. Without them all works as before.
+int rlmm_large_pages(void* memory, int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+    constexpr uintptr_t PAGE = 4096;
+    uintptr_t first = ((uintptr_t)memory + PAGE - 1) / PAGE * PAGE, last = ((uintptr_t)memory + bytes) / PAGE * PAGE;
+    return last > first ? madvise((void*)first, last - first, MADV_HUGEPAGE) : 0;
+#else
+    return 0;
+#endif
+}
 int rlmm_add_norm(int delta_bf16, int out_bf16, float* x, const void* delta, const float* weight, void* out,
                   int64_t rows, int64_t hidden, float eps) {
     if (delta_bf16 && out_bf16) add_norm(x, (const bf16*)delta, weight, (bf16*)out, rows, hidden, eps);

@@ -28,14 +28,22 @@ class NoKernels(RuntimeError):
 
 
 class Kernels:
-    """The three calls of the compiled library. Tensors must be contiguous, on the CPU, float32 or bfloat16."""
+    """The calls of the compiled library. Tensors must be contiguous, on the CPU, float32 or bfloat16."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         pointer, integer, word, real = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
         self._add_norm, self._gate, self._attend = library.rlmm_add_norm, library.rlmm_gate, library.rlmm_attend
+        self._large_pages = library.rlmm_large_pages
+        self._large_pages.argtypes = [pointer, word]
         self._add_norm.argtypes = [integer, integer, *[pointer] * 4, word, word, real]
         self._gate.argtypes = [integer, *[pointer] * 2, word, word]
         self._attend.argtypes = [integer, *[pointer] * 7, *[word] * 6, real]
+
+    def empty(self, *sizes: int, dtype: torch.dtype) -> Tensor:
+        """Unwritten memory on large pages where the system grants them: a cache is fresh, large and read whole."""
+        tensor = torch.empty(sizes, dtype=dtype)
+        self._large_pages(tensor.data_ptr(), tensor.numel() * tensor.element_size())
+        return tensor
 
     def add_norm(self, x_NH: Tensor, delta_NH: Tensor | None, weight_H: Tensor, out_NH: Tensor, eps: float) -> None:
         """x += delta, in place; out = RMSNorm(x) weight (Zhang & Sennrich 2019, arXiv 1910.07467)."""

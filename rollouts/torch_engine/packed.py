@@ -119,15 +119,24 @@ class PackedLlama:
         start_N = (filled - mask_QP.to(self.device).sum(-1))[rows_N]
         capacity = -(-(filled + length) // LANES) * LANES
 
-        def wide(part_QEPD: Tensor) -> Tensor:
-            new = part_QEPD.new_zeros(len(rows_N), part_QEPD.shape[1], capacity, self.shape.head_size)
-            new[:, :, :filled] = part_QEPD[rows_N]
-            return new
+        shape = (len(rows_N), self.shape.kv_heads, capacity, self.shape.head_size)
+        keys, values = self._room(shape), self._room(shape)
+        for index, (key, value) in enumerate(zip(prefix.keys, prefix.values, strict=True)):
+            values[index][:, :, :filled] = value[rows_N]
+            if self.kernels is None:
+                keys[index][:, :, :filled] = key[rows_N]
+            else:
+                blocks = F.pad(key, (0, 0, 0, -filled % LANES)).unflatten(2, (-1, LANES)).transpose(3, 4)
+                keys[index] = keys[index].view(*shape[:2], -1, shape[3], LANES)
+                keys[index][:, :, : blocks.shape[2]] = blocks[rows_N]
+        return Rows(keys, values, start_N, filled)
 
-        keys = [wide(part) for part in prefix.keys]
+    def _room(self, shape: tuple[int, int, int, int]) -> list[Tensor]:
+        """A layer's cache each, in one piece of memory. What is not yet filled is unwritten, and never read."""
+        sizes = (self.shape.layers, *shape)
         if self.kernels is not None:
-            keys = [part.unflatten(2, (-1, LANES)).transpose(3, 4).contiguous() for part in keys]
-        return Rows(keys, [wide(part) for part in prefix.values], start_N, filled)
+            return list(self.kernels.empty(*sizes, dtype=self.dtype).unbind())
+        return list(torch.empty(sizes, dtype=self.dtype, device=self.device).unbind())
 
     def step(self, ids_N: Tensor, rows: Rows) -> Tensor:
         """Feed one token a row; the final hidden state [N, H] of each, in float32."""
