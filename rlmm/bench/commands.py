@@ -25,3 +25,22 @@ def rollout(
 
     plan = RolloutPlan(tuple(sizes.split(",")), samples, tokens, repeats, threads)
     bench_rollout(plan, json_file)
+
+
+@bench_app.command("step")
+def step(
+    json_file: JsonFile = None,
+    problems: Annotated[str, typer.Option(help="Vocabularies, of small and emu3")] = "small,emu3",
+    prompts: Annotated[int, typer.Option(min=1, help="Prompts an update, of 8 samples each")] = 4,
+    tokens: Annotated[int, typer.Option(min=1, help="Image tokens a sample")] = 256,
+    checkpointed: Annotated[bool, typer.Option(help="Also with gradient checkpointing, TRL's default")] = True,
+    steps: Annotated[int, typer.Option(min=2, help="Updates a process, the first of which is not counted")] = 3,
+    repeats: Annotated[int, typer.Option(min=1, help="Interleaved processes a side, of which medians are shown")] = 3,
+    threads: Threads = 1,
+) -> None:
+    """Seconds and peak memory of one GRPO update, against TRL's GRPOTrainer on the same tokens."""
+    from rlmm.bench.step import bench_step, step_plan
+
+    names = tuple(problems.split(","))
+    plan = step_plan(names, prompts, tokens, checkpointed=checkpointed, steps=steps, repeats=repeats, threads=threads)
+    bench_step(plan, json_file)

@@ -163,11 +163,11 @@ class _Chosen(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
         bias_V, *rest = ctx.saved_tensors
         inputs, weights, directions = rest[: ctx.inputs], rest[ctx.inputs : 2 * ctx.inputs], rest[2 * ctx.inputs :]
         outputs = len(directions) // ctx.inputs
-        grads_N1 = [grad_N.to(weights[0].dtype).unsqueeze(-1) for grad_N in grads[:outputs]]
+        grads_N1 = [grad_N.to(weights[0].dtype).unsqueeze(-1) for grad_N in grad_outputs[:outputs]]
         mix_K11 = ctx.replay.coefficients(weights[0])
         by_input = [
             mix_K11 * sum(g * d for g, d in zip(grads_N1, directions[i :: ctx.inputs], strict=True))

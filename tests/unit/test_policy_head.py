@@ -1,6 +1,6 @@
 """The log-probs and entropies of decisions, and their gradients, are those of the plain computation."""
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def make_head(kind: str) -> nn.Module:
     if kind != "lora":
         return linear
     lora = LoraLinear(linear.requires_grad_(False), "default", config=LoraConfig(r=2), r=2, lora_alpha=6).double()
-    nn.init.normal_(lora.lora_B["default"].weight)
+    nn.init.normal_(cast(nn.Linear, lora.lora_B["default"]).weight)
     return lora
 
 
@@ -85,7 +85,9 @@ def test_rows_of_the_head_outside_the_slice_have_no_gradient() -> None:
     head = make_head("linear")
     hidden_KNH = torch.randn(1, 5, 6, dtype=torch.float64)
     decision_log_probs(head, Law(SLICE), ("cond",), hidden_KNH, torch.full((5,), 4))[0].sum().backward()
-    moved = head.weight.grad.abs().sum(-1) > 0
+    gradient_VH = cast(nn.Linear, head).weight.grad
+    assert gradient_VH is not None
+    moved = gradient_VH.abs().sum(-1) > 0
     assert moved.nonzero().squeeze(-1).tolist() == list(range(*SLICE))
 
 
