@@ -84,7 +84,7 @@ def test_near_duplicates_forgive_noise_and_see_drawings_apart() -> None:
 
 
 def test_blank_pictures_are_alike_despite_noise() -> None:
-    grey = Image.new("RGB", (16, 16), (128, 128, 128))
+    grey = Image.new("RGB", (48, 48), (128, 128, 128))
     assert alike(noisy(grey, 3), noisy(grey, 3, seed=1)).all()
 
 
