@@ -1,0 +1,162 @@
+"""Twenty kills at arbitrary moments: the same command, run until it ends, leaves the same bits as a run left alone.
+
+Five runs of four kills. The moments are spread evenly over the lines that the command says (one a step, a temperature, a
+stage), and are any time until the next line, drawn from a fixed seed. Where in the code that is is the machine's affair,
+a half-written file included; `test_resume` kills at places of interest.
+"""
+
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.integration.kill_driver import RECIPE, digest
+
+ROOT = Path(__file__).parents[2]
+RUNS, KILLS, ATTEMPTS = 5, 4, 6
+
+
+@dataclass(frozen=True)
+class Whole:
+    """The run that was left alone: digests of what it left, what it said and when, and when it ended.
+
+    Seconds since its first word: imports, which touch nothing, are behind it then.
+    """
+
+    files: dict[str, str]
+    said: list[tuple[str, float]]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Some seconds after the command says a line."""
+
+    line: str
+    delay: float
+
+
+class Command:
+    """`rlmm run` of the tiny recipe as a process of its own, and the lines it says."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.log = folder, folder.with_suffix(".log")
+        self.log.touch()
+        self.read, self.rest = self.log.stat().st_size, ""
+        with self.log.open("ab") as handle:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "rlmm.cli", "run", str(RECIPE), f"run_dir={folder}"],
+                cwd=ROOT,
+                stdout=handle,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "PYTHONUNBUFFERED": "1"},
+                start_new_session=True,
+            )
+
+    def lines(self) -> Iterator[str]:
+        """Every line when it is said, without the figures that follow a step's number, until the process ends."""
+        ended = False
+        while not ended:
+            ended = self.process.poll() is not None
+            with self.log.open() as handle:
+                handle.seek(self.read)
+                *whole, self.rest = (self.rest + handle.read()).split("\n")
+                self.read = handle.tell()
+            for line in whole:
+                yield line.split("  ")[0].replace(str(self.folder), "")
+            time.sleep(0.002)
+
+    def finish(self) -> tuple[list[tuple[str, float]], float]:
+        """What it says until it ends and when, from its first word on, and when that was."""
+        said = [(line, time.monotonic()) for line in self.lines()]
+        now = time.monotonic()
+        assert self.process.returncode == 0, self.log.read_text()[-6000:]
+        return [(line, at - said[0][1]) for line, at in said], now - said[0][1]
+
+    def kill_at(self, moment: Moment) -> str | None:
+        """Where the kill found it; None where it ended without having come there."""
+        if any(line == moment.line for line in self.lines()):
+            time.sleep(moment.delay)
+        ended = self.process.poll()
+        if ended is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        code = self.process.wait()
+        assert code in (0, -signal.SIGKILL), self.log.read_text()[-6000:]
+        return f"{moment.delay:.2f} s after {moment.line!r}: {progress(self.folder)}" if ended is None else None
+
+
+def progress(folder: Path) -> str:
+    """The newest stage with a record, its state, its lines of metrics and the newest file."""
+    stages = sorted(folder.glob("stages/*/stage.json"))
+    if not stages:
+        return "before the first stage"
+    stage = stages[-1].parent
+    metrics = stage / "metrics.jsonl"
+    lines = len(metrics.read_text().splitlines()) if metrics.is_file() else 0
+    newest = max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_mtime_ns)
+    status = json.loads(stages[-1].read_text())["status"]
+    return f"{stage.name} {status}, {lines} steps, last file {newest.relative_to(folder)}"
+
+
+def left(folder: Path) -> dict[str, str]:
+    """Digests of weights, metrics, evaluation, stored rollouts and exported weights."""
+    exported = [folder / "adapter" / "adapter_model.safetensors", folder / "merged" / "model.safetensors"]
+    rollouts = sorted(folder.glob("stages/*/rollouts/*.parquet"))
+    more = {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in [*exported, *rollouts]}
+    return digest(folder) | more
+
+
+def moments(run: int, whole: Whole) -> list[Moment]:
+    """Four moments of a run: each somewhere between two lines of its own twentieth of what the command says."""
+    chance, found = random.Random(f"kills of run {run}"), []
+    times = [said for _, said in whole.said] + [whole.seconds]
+    # A resumed run would not say the same seconds again.
+    lines = [i for i, (line, _) in enumerate(whole.said) if not line.endswith(" s")]
+    for part in range(KILLS):
+        place = lines[int(len(lines) * (run + RUNS * part + chance.random()) / (RUNS * KILLS))]
+        found.append(Moment(whole.said[place][0], chance.random() * (times[place + 1] - times[place])))
+    return found
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    said, seconds = Command(folder).finish()
+    return Whole(left(folder), said, seconds)
+
+
+@pytest.mark.long
+def test_the_comparison_covers_what_a_run_leaves(whole: Whole) -> None:
+    names = " ".join(whole.files)
+    for part in ("codec.safetensors", "sft/model", "grpo/model", "metrics", "eval", "adapter", "merged", "parquet"):
+        assert part in names
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("run", range(RUNS))
+def test_four_kills_leave_no_trace(whole: Whole, run: int, tmp_path: Path) -> None:
+    kills: list[str] = []
+    for attempt in range(ATTEMPTS):
+        folder = tmp_path / f"run{attempt}"
+        for moment in moments(run, whole)[len(kills) :]:
+            found = Command(folder).kill_at(moment)
+            if found is None:  # the kill before came later than meant: what is left of them goes to another run
+                break
+            kills.append(found)
+        Command(folder).finish()
+        files = left(folder)
+        differing = [name for name in {**files, **whole.files} if files.get(name) != whole.files.get(name)]
+        assert not differing, kills
+        if len(kills) == KILLS:
+            break
+    print(*kills, sep="\n")
+    assert len(kills) == KILLS
