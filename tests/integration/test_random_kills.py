@@ -1,8 +1,8 @@
 """Twenty kills at arbitrary moments: the same command, run until it ends, leaves the same bits as a run left alone.
 
-Five runs of four kills. The moments are spread evenly over the lines that the command says (one a step, a temperature, a
-stage), and are any time until the next line, drawn from a fixed seed. Where in the code that is is the machine's affair,
-a half-written file included; `test_resume` kills at places of interest.
+Five runs of four kills. The moments are spread evenly over the lines that the command says (one a step, a temperature,
+a stage), and are any time until the next line, drawn from a fixed seed. Where in the code that is is the machine's
+affair, a half-written file included; `test_resume` kills at places of interest.
 """
 
 import hashlib
