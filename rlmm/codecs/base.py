@@ -61,14 +61,15 @@ class Codec(nn.Module):
         self.quantizer: Quantizer = QUANTIZERS[config.kind](config)  # pyrefly: ignore
         width, latent = config.width, self.quantizer.latent_dim
         encoder_block = _Block if config.context == "both" else _PatchBlock
+        decoder_block, reach = (_PatchBlock, 0) if config.context == "none" else (_Block, 1)
         self.encoder = nn.Sequential(
             nn.Conv2d(config.channels, width, config.patch, stride=config.patch),
             *[encoder_block(width) for _ in range(config.blocks)],
             nn.Conv2d(width, latent, 1),
         )
         self.decoder = nn.Sequential(
-            nn.Conv2d(latent, width, 3, padding=1),
-            *[_Block(width) for _ in range(config.blocks)],
+            nn.Conv2d(latent, width, 2 * reach + 1, padding=reach),
+            *[decoder_block(width) for _ in range(config.blocks)],
             nn.ConvTranspose2d(width, config.channels, config.patch, stride=config.patch),
         )
 

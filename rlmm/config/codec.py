@@ -24,10 +24,11 @@ class CodecNetwork(Strict):
     """Channels of the hidden layers, a multiple of 8."""
     blocks: int = Field(2, ge=0)
     """Residual blocks on each side of the quantizer."""
-    context: Literal["both", "decoder"] = "both"
+    context: Literal["both", "decoder", "none"] = "both"
     """Which side sees the neighbours of a patch. decoder: a patch's code depends on that patch alone, so what repeats
     on the token grid (letters in cells) has one code wherever it stands, which a policy learns in far fewer steps.
-    both: neighbours share the work, for content that lies anywhere."""
+    none: the decoder sees one patch alone too, for images made of cells that know nothing of each other. both:
+    neighbours share the work, for content that lies anywhere."""
     edge_weight: float = Field(0.0, ge=0)
     """Weight of the multi-scale edge loss, which keeps strokes and outlines sharp; 0 leaves it out."""
 

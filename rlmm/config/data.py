@@ -46,6 +46,9 @@ class ScenesData(Strict):
     variant: Literal["text_to_image", "edit"] = "text_to_image"
     """edit: a source image and an instruction (recolor, reshape, remove, add)."""
     train_images: int = Field(4000, ge=1)
+    """Scenes with a picture: a fixed set, which does not grow with the number of steps."""
+    prompts: int | None = Field(None, ge=1)
+    """Requests without pictures that RL samples from; as many as `train_images` if null."""
     held_out: int = Field(256, ge=1)
     """Most held-out prompts; every one is a combination that `train` and `prompts` never show."""
     held_out_share: float = Field(0.1, gt=0, lt=1)

@@ -127,7 +127,7 @@ class Scenes(Dataset):
 
 
 def build(config: ScenesData, split: Split, seed: int) -> Scenes:
-    """`train`: `train_images` scenes with pictures, tasks in turn. `prompts`: as many requests, without
+    """`train`: `train_images` scenes with pictures, tasks in turn. `prompts`: `prompts` requests, without
     pictures. `fresh`: the same requests with pictures. `held_out`: up to `held_out` combinations that none of them
     has, each once, with pictures, in every run alike.
 
@@ -146,7 +146,8 @@ def build(config: ScenesData, split: Split, seed: int) -> Scenes:
         items = [one for turn in turns for one in turn if one is not None][: config.held_out]
     else:
         items = []
-        for number in range(config.train_images):
+        asked = config.prompts if split == "prompts" and config.prompts is not None else config.train_images
+        for number in range(asked):
             turn, task = divmod(number, len(shuffled))
             items.append(shuffled[task][turn % len(shuffled[task])])
     return Scenes(items, derive(run, "scenes", split), drawn=split != "prompts", fixed=fixed)

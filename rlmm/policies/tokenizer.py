@@ -1,6 +1,8 @@
 """The character tokenizer of the small shipped policy: an ordinary transformers tokenizer, saved with the model."""
 
+import re
 import string
+from collections.abc import Sequence
 
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -9,12 +11,17 @@ PAD, BOS, EOS, UNK, BOI, EOI, EOL, NULL = "<pad>", "<bos>", "<eos>", "<unk>", "<
 SPECIAL = (PAD, BOS, EOS, UNK, BOI, EOI, EOL, NULL)
 
 
-def character_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a printable ASCII character, after the special tokens. Anything else is `<unk>`."""
+def character_tokenizer(words: Sequence[str] = ()) -> PreTrainedTokenizerFast:
+    """One token a printable ASCII character, after the special tokens. Anything else is `<unk>`.
+
+    Each of `words` is a token too, and another one with the space before it; letters that go on are no such word.
+    """
     characters = [c for c in string.printable if c in " \n" or not c.isspace()]
-    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *characters])}
+    pieces = [piece for word in words for piece in (f" {word}", word) if piece not in characters]
+    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *characters, *pieces])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNK))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    whole = "|".join(rf" ?\b{re.escape(word)}\b" for word in words)
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(f"{whole}|[\\s\\S]" if words else r"[\s\S]"), "isolated")
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD,

@@ -28,6 +28,7 @@ CONFIGS = {
     "vq": VqCodec.model_validate({**SIZE, "codebook_size": 32}),
     "lfq": LfqCodec.model_validate({**SIZE, "bits": 5}),
     "fsq, context decoder": FsqCodec.model_validate({**SIZE, "levels": (4, 5, 3), "context": "decoder"}),
+    "fsq, context none": FsqCodec.model_validate({**SIZE, "levels": (4, 5, 3), "context": "none"}),
 }
 
 
@@ -126,8 +127,10 @@ def test_straight_through_gradient_is_the_bounds_own() -> None:
     torch.testing.assert_close(latents.grad, by_hand)
 
 
-@pytest.mark.parametrize(("kind", "alone"), [("fsq", False), ("fsq, context decoder", True)])
-def test_context_decoder_gives_a_patch_a_code_of_its_own(kind: str, alone: bool) -> None:
+@pytest.mark.parametrize(
+    ("kind", "alone"), [("fsq", False), ("fsq, context decoder", True), ("fsq, context none", True)]
+)
+def test_an_encoder_without_context_gives_a_patch_a_code_of_its_own(kind: str, alone: bool) -> None:
     model = codec(kind).eval()
     plain = torch.rand(1, 1, 16, 24, generator=torch.Generator().manual_seed(0))
     changed = plain.clone()
@@ -136,6 +139,14 @@ def test_context_decoder_gives_a_patch_a_code_of_its_own(kind: str, alone: bool)
         before, after = (model._latents(images)[0] for images in (plain, changed))
     moved = set((before != after).any(-1).nonzero().flatten().tolist())
     assert moved == ({4} if alone else set(range(6)))
+
+
+@pytest.mark.parametrize(("kind", "alone"), [("fsq, context decoder", False), ("fsq, context none", True)])
+def test_a_decoder_without_context_gives_a_code_pixels_of_its_own(kind: str, alone: bool) -> None:
+    model, ids = codec(kind).eval(), torch.arange(6)[None]
+    with torch.no_grad():
+        moved = (model.decode(ids) != model.decode(ids.where(ids != 4, 50)))[0, 0]
+    assert moved[8:, 8:16].any() and alone != bool(moved[:8].any() or moved[8:, :8].any() or moved[8:, 16:].any())
 
 
 @pytest.mark.parametrize("kind", CONFIGS)

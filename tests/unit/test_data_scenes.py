@@ -175,3 +175,10 @@ def test_too_small_a_world_is_refused() -> None:
         ScenesData(colors=("red",), shapes=("circle", "square"))
     with pytest.raises(ValueError, match="colors must list at least one value, each once"):
         ScenesData(colors=("red", "red", "blue"))
+
+
+def test_rl_may_see_more_prompts_than_there_are_pictures() -> None:
+    config = scenes(train_images=20, prompts=300)
+    assert len(build_dataset(config, "train", 0)) == 20
+    assert len({item.prompt for item in build_dataset(config, "prompts", 0)}) > 200
+    assert len(build_dataset(scenes(train_images=20), "prompts", 0)) == 20

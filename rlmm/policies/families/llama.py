@@ -26,7 +26,7 @@ from rollouts.contract import Grid, Layout
 
 def build(config: NewPolicy, *, num_codes: int, grid: tuple[int, int], seed: int) -> CausalPolicy:
     """A fresh policy over a codec's codes; its weights are a function of `seed` alone."""
-    tokenizer = character_tokenizer()
+    tokenizer = character_tokenizer(config.words)
     token = {name: tokenizer.get_vocab()[name] for name in (PAD, BOS, BOI, EOL, NULL)}
     text_size = len(tokenizer)
     layout = Layout(
