@@ -1,7 +1,8 @@
 """What fits on this machine, what does not, and how to mend it (`rlmm doctor`).
 
 Versions come from package metadata and optional parts from the file system, so a broken part is reported and
-not imported; only a GPU build of torch is imported, to list its devices.
+not imported; only a GPU build of torch is imported, to list its devices, and any torch in a process of its own, to
+measure threads.
 """
 
 import os
@@ -19,6 +20,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from rlmm import diagnosis
+from rlmm.bench.threads import check_thread_choice, measured_apart
 from rlmm.diagnosis import Check
 from rlmm.installation import ROOMS, room_path
 
@@ -53,10 +55,18 @@ def _machine() -> list[Check]:
     threads, all_cores = os.environ.get("OMP_NUM_THREADS"), os.cpu_count() or 1
     return [
         diagnosis.check_threads(threads, visible_cores(), all_cores, os.getloadavg()[0]),
+        *_thread_choice(),
         diagnosis.check_bf16(_read("/proc/cpuinfo")),
         diagnosis.check_browser(next(filter(None, map(shutil.which, BROWSERS)), None)),
         diagnosis.check_disk(shutil.disk_usage(".").free),
     ]
+
+
+def _thread_choice() -> list[Check]:
+    """Measured, where there is more than one core to choose and a torch to measure with."""
+    if visible_cores() < 2 or installed_version("torch") is None:
+        return []
+    return [check_thread_choice(measured_apart(visible_cores(), dict(os.environ)))]
 
 
 def print_report() -> int:

@@ -14,7 +14,7 @@ Threads = Annotated[int, typer.Option(min=1, help="Torch threads; OMP_NUM_THREAD
 @bench_app.command("rollout")
 def rollout(
     json_file: JsonFile = None,
-    sizes: Annotated[str, typer.Option(help="Models, of quickstart, 5m and 50m")] = "5m,50m",
+    sizes: Annotated[str, typer.Option(help="Models, of tiny, quickstart, 5m and 50m")] = "5m,50m",
     samples: Annotated[int, typer.Option(min=1)] = 64,
     tokens: Annotated[int, typer.Option(min=1, help="Image tokens a sample")] = 256,
     repeats: Annotated[int, typer.Option(min=1, help="Interleaved repeats, of which medians are shown")] = 3,

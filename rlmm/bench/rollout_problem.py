@@ -1,0 +1,167 @@
+"""What `rlmm bench rollout` samples: a random Llama, 20-token prompts, and both ways to sample from it."""
+
+import copy
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from rlmm.bench.machine import Shape
+from rlmm.config.policy import NewPolicy
+from rlmm.config.stages import TorchEngineConfig
+from rlmm.policies.causal import CausalPolicy
+from rlmm.policies.families.llama import build
+from rlmm.train.engines import build_engine
+from rlmm.train.gates import Mismatch, measure_mismatch
+from rollouts.contract import Request
+from rollouts.law import Law
+from rollouts.torch_engine.causal import TorchEngine
+from rollouts.trajectory import Span, Trajectory
+
+PROMPT = 20
+"""Prefix tokens of every conditional row."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model, its image codes, and how many samples share a prompt."""
+
+    model: NewPolicy
+    codes: int
+    group: int = 1
+
+
+SIZES = {
+    "tiny": Size(NewPolicy(hidden_size=32, num_layers=2, num_heads=2, intermediate_size=48), 64, group=2),
+    "quickstart": Size(NewPolicy(hidden_size=128, num_layers=4, num_heads=4, intermediate_size=384), 240, group=8),
+    "5m": Size(NewPolicy(hidden_size=256, num_layers=6, num_heads=8, intermediate_size=688), 1024),
+    "50m": Size(NewPolicy(hidden_size=640, num_layers=10, num_heads=10, intermediate_size=1728), 1024),
+}
+
+
+def known_sizes() -> list[str]:
+    return list(SIZES)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line of the benchmark. `guidance_scale` 1 samples without guidance."""
+
+    size: str
+    precision: str
+    guidance_scale: float
+    samples: int
+    tokens: int
+
+    @property
+    def guided(self) -> bool:
+        return self.guidance_scale != 1.0
+
+    def __str__(self) -> str:
+        return f"{self.size} {self.precision}{' guided' if self.guided else ''}"
+
+
+class Problem:
+    """A case with its model, ready to be sampled from."""
+
+    def __init__(self, case: Case) -> None:
+        self.case, self.size = case, SIZES[case.size]
+        if case.samples % self.size.group:
+            raise ValueError(
+                f"{case.samples} samples are not whole groups: size {case.size} draws {self.size.group} a prompt; "
+                f"give --samples a multiple of {self.size.group}"
+            )
+        shape = self.size.model.model_copy(update={"max_positions": PROMPT + case.tokens})
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.policy = _policy(shape, self.size.codes, case.tokens)
+        self.policy.to(self.device)
+        self.policy.precision = case.precision
+        self.engine = cast(TorchEngine, build_engine(TorchEngineConfig(max_rows=2 * case.samples), self.policy))
+        self.law = Law(self.policy.layout.image, guidance_scale=case.guidance_scale)
+
+    @property
+    def parameters(self) -> int:
+        return sum(parameter.numel() for parameter in cast(nn.Module, self.policy.model).parameters())
+
+    @property
+    def kernels(self) -> bool:
+        return self.engine.packed is not None and self.engine.packed.kernels is not None
+
+    def product_shapes(self) -> list[Shape]:
+        """The matrix products of one decode step: the body in the case's dtype, the sliced head in float32."""
+        config, rows = cast(Any, self.policy.base.config), self.case.samples * (2 if self.case.guided else 1)
+        hidden, inner = config.hidden_size, config.intermediate_size
+        dtype, layers = getattr(torch, self.case.precision), config.num_hidden_layers
+        body = [(hidden, 3 * hidden), (hidden, hidden), (hidden, 2 * inner), (inner, hidden)]
+        low, high = self.law.vocabulary
+        head = Shape(rows, hidden, high - low, torch.float32, 1)
+        return [*(Shape(rows, ins, outs, dtype, layers) for ins, outs in body), head]
+
+    def sample(self) -> Trajectory:
+        """The torch engine's way."""
+        layout, span, group = self.policy.layout, Span("image", self.law, self.case.tokens), self.size.group
+        uncond = layout.prefix(layout.null_prompt)
+        requests = [
+            Request(
+                str(row),
+                {"cond": tuple(ids), "uncond": uncond},
+                tuple(range(row, row + group)),
+                tuple(map(str, range(row, row + group))),
+            )
+            for row, ids in list(enumerate(self._prefix_BP.tolist()))[::group]
+        ]
+        return self.engine.generate(requests, [span])
+
+    def generate(self, tokens: int | None = None) -> Tensor:
+        """transformers' way, as a user would: the model in the dtype, its own cache, its own guidance."""
+        length, layout = tokens or self.case.tokens, self.policy.layout
+        guidance: dict[str, Any] = {}
+        if self.case.guided:
+            null = torch.tensor(layout.prefix(layout.null_prompt)).expand(self.case.samples, -1)
+            null = null.to(self.device)
+            guidance = {"guidance_scale": self.case.guidance_scale, "negative_prompt_ids": null}
+        with torch.no_grad():
+            return self._plain_model.generate(
+                self._prefix_BP.to(self.device),
+                attention_mask=torch.ones_like(self._prefix_BP, device=self.device),
+                do_sample=True,
+                top_k=0,
+                min_new_tokens=length,
+                max_new_tokens=length,
+                **guidance,
+            )
+
+    def warm_up_generate(self) -> None:
+        self.generate(min(4, self.case.tokens))
+
+    @torch.no_grad()
+    def mismatch(self) -> Mismatch:
+        """|trainer - sampler| log-prob over every token of one batch."""
+        made = self.sample()
+        parts = [made.rows(range(at, min(at + 16, len(made)))) for at in range(0, len(made), 16)]
+        logp_BS = torch.cat([self.policy.log_probs(part.to(self.device)).logp_BS.cpu() for part in parts])
+        return measure_mismatch(logp_BS, made.sampler_logp, made.target_mask)
+
+    @cached_property
+    def _plain_model(self) -> Any:
+        return copy.deepcopy(cast(Any, self.policy.base)).to(getattr(torch, self.case.precision)).eval()
+
+    @cached_property
+    def _prefix_BP(self) -> Tensor:
+        """A prefix a sample, equal within a group."""
+        layout = self.policy.layout
+        room = PROMPT - len(layout.prefix(()))
+        texts = [f"render {row // self.size.group}".ljust(room, "a")[:room] for row in range(self.case.samples)]
+        return torch.tensor([layout.prefix(self.policy.encode_prompt(text)) for text in texts])
+
+
+def _policy(shape: NewPolicy, codes: int, tokens: int) -> CausalPolicy:
+    """A random policy, its head enlarged: a fresh one is nearly uniform, and rounding would hide in that."""
+    policy = build(shape, num_codes=codes, grid=(1, tokens), seed=0)
+    head = cast(nn.Linear, policy.base.get_output_embeddings())
+    with torch.no_grad():
+        head.weight.mul_(5.0)
+    cast(nn.Module, policy.model).eval()
+    return policy
