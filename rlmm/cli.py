@@ -112,11 +112,26 @@ def evidence(
     out: Annotated[Path, typer.Option(help="Where the record, table and plot go")] = Path("docs/evidence"),
 ) -> None:
     """Whether RL helped: tune every arm alike, train every seed, compare on test prompts. Hours; resumes."""
-    from rlmm.evidence.plan import read_plan
+    from rlmm.evidence.plan import EvidencePlan, read_plan
     from rlmm.evidence.run import run_plan
 
-    read = read_plan(plan)
+    read = read_plan(plan, EvidencePlan)
     run_plan(read, runs / read.name, out, say)
+    say(f"wrote {out / read.name}.json, .md and .png")
+
+
+@app.command()
+def ablate(
+    plan: Annotated[Path, typer.Argument(help="A plan, e.g. configs/ablations/words.yaml")],
+    runs: Annotated[Path, typer.Option(help="Where the run goes, and resumes from")] = Path("runs/ablations"),
+    out: Annotated[Path, typer.Option(help="Where the record, table and plots go")] = Path("docs/ablations"),
+) -> None:
+    """What each setting of a GRPO stage does, one changed at a time, one seed. An hour or so; resumes."""
+    from rlmm.evidence.ablation import run_ablation
+    from rlmm.evidence.plan import AblationPlan, read_plan
+
+    read = read_plan(plan, AblationPlan)
+    run_ablation(read, runs / read.name, out, say)
     say(f"wrote {out / read.name}.json, .md and .png")
 
 

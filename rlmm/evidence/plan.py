@@ -4,8 +4,10 @@ Phases, each a recipe run in a folder of its own: `start` (the trials of the SFT
 trials of the others, on the chosen start), and one run a training seed with what was chosen.
 """
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
@@ -13,6 +15,7 @@ from pydantic import Field, ValidationError, model_validator
 from rlmm.config.base import Strict
 
 START = "sft"
+PlanT = TypeVar("PlanT", bound="Plan")
 
 
 class Prompts(Strict):
@@ -38,22 +41,27 @@ class Arm(Strict):
         return {**self.stage, **self.trials[trial]}
 
 
-class EvidencePlan(Strict):
-    """A comparison fixed before it is run."""
+class Plan(Strict):
+    """What every plan says of the recipe it varies and of how its arms are judged."""
 
     name: str = Field(..., pattern=r"^[A-Za-z0-9._-]+$")
     recipe: str
     """The recipe that data, codec, policy, rewards and the codec stage are taken from."""
     overrides: tuple[str, ...] = ()
     """key=value changes of that recipe."""
-    seeds: tuple[int, ...] = Field(..., min_length=2)
-    tuning_seed: int
-    validation: Prompts
-    test: Prompts
     temperatures: tuple[Annotated[float, Field(gt=0)], ...] = (1.0, 0.7, 0.4)
     judge: str
     """The held-out reward's label, e.g. tesseract."""
     metric: str = "exact"
+    validation: Prompts
+
+
+class EvidencePlan(Plan):
+    """A comparison fixed before it is run."""
+
+    seeds: tuple[int, ...] = Field(..., min_length=2)
+    tuning_seed: int
+    test: Prompts
     start: Arm
     """The SFT that is itself the first arm, and that the other arms go on from."""
     arms: dict[str, Arm] = Field(..., min_length=1)
@@ -80,12 +88,55 @@ class EvidencePlan(Strict):
         return {START: self.start, **self.arms}
 
 
-def read_plan(path: Path) -> EvidencePlan:
+class AblationPlan(Plan):
+    """One GRPO stage, and settings of it changed one at a time; one seed, so that small differences mean little."""
+
+    seed: int
+    start: dict[str, Any]
+    """The SFT stage every variant goes on from."""
+    base: dict[str, Any]
+    """The GRPO stage that is varied."""
+    factors: dict[str, dict[str, dict[str, Any]]] = Field(..., min_length=1)
+    """Factor -> the setting's label -> what it changes in `base`; {} is the base itself."""
+
+    @model_validator(mode="after")
+    def _something_to_compare(self) -> "AblationPlan":
+        for factor, settings in self.factors.items():
+            if len(settings) < 2:
+                raise ValueError(
+                    f"factor {factor!r} has {len(settings)} setting(s): nothing to compare; give two or more"
+                )
+        return self
+
+    @property
+    def variants(self) -> dict[str, dict[str, Any]]:
+        """Stage name -> its settings; a setting that changes nothing is the base, trained once."""
+        every = {"grpo": self.base}
+        for factor, settings in self.factors.items():
+            every |= {self.stage(factor, label): merged(self.base, change) for label, change in settings.items()}
+        return every
+
+    def stage(self, factor: str, label: str) -> str:
+        """The stage that stands for a setting."""
+        name = re.sub(r"[^A-Za-z0-9_-]+", "_", f"{factor}-{label}")
+        return name if self.factors[factor][label] else "grpo"
+
+
+def merged(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with `change` laid over it, mappings inside it too."""
+    both = dict(base)
+    for key, value in change.items():
+        inner = both.get(key)
+        both[key] = merged(inner, value) if isinstance(inner, Mapping) and isinstance(value, Mapping) else value
+    return both
+
+
+def read_plan(path: Path, kind: type[PlanT]) -> PlanT:
     """Raises ValueError for a file that is not there, is no YAML mapping, or does not fit."""
     if not path.is_file():
-        raise ValueError(f"no evidence plan at {path}; configs/evidence holds the shipped ones")
+        raise ValueError(f"no plan at {path}; configs/evidence and configs/ablations hold the shipped ones")
     try:
-        return EvidencePlan.model_validate(yaml.safe_load(path.read_text()))
+        return kind.model_validate(yaml.safe_load(path.read_text()))
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is no YAML: {error}") from error
     except ValidationError as error:
@@ -93,4 +144,4 @@ def read_plan(path: Path) -> EvidencePlan:
             f"  {'.'.join(str(p) for p in e['loc']) or 'plan'}: {e['msg'].removeprefix('Value error, ')}"
             for e in error.errors()
         ]
-        raise ValueError(f"{path} is not a valid evidence plan:\n" + "\n".join(faults)) from error
+        raise ValueError(f"{path} is not a valid plan:\n" + "\n".join(faults)) from error

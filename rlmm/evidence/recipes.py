@@ -7,7 +7,7 @@ from typing import Any
 from rlmm.config.base import nearest
 from rlmm.config.recipe import OWN_POLICY, Recipe, read_recipe, validate_recipe
 from rlmm.config.stages import CodecStage
-from rlmm.evidence.plan import START, EvidencePlan, Prompts
+from rlmm.evidence.plan import START, AblationPlan, EvidencePlan, Plan, Prompts
 
 EVALUATION = "evaluation"
 
@@ -42,7 +42,14 @@ def seed_run(plan: EvidencePlan, folder: Path, seed: int, chosen: Mapping[str, i
     return _recipe(plan, folder / f"seed-{seed}", seed, stages, plan.test)
 
 
-def _recipe(plan: EvidencePlan, folder: Path, seed: int, stages: Mapping[str, Any], prompts: Prompts) -> Recipe:
+def ablation_run(plan: AblationPlan, folder: Path) -> Recipe:
+    """The start and every variant from it, on the validation prompts."""
+    stages = {START: {**plan.start, "start_from": OWN_POLICY}}
+    stages |= {name: {**settings, "start_from": START} for name, settings in plan.variants.items()}
+    return _recipe(plan, folder, plan.seed, stages, plan.validation)
+
+
+def _recipe(plan: Plan, folder: Path, seed: int, stages: Mapping[str, Any], prompts: Prompts) -> Recipe:
     base = read_recipe(Path(plan.recipe), list(plan.overrides))
     judges = [term.key for term in base.held_out.terms]
     if plan.judge not in judges:

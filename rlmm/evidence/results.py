@@ -9,7 +9,7 @@ from typing import Any
 
 from scipy.stats import t as student
 
-from rlmm.evidence.plan import EvidencePlan
+from rlmm.evidence.plan import EvidencePlan, Plan
 from rlmm.evidence.recipes import EVALUATION, trial_name
 from rlmm.run_folder import RunFolder
 
@@ -40,7 +40,7 @@ def evaluation(run: RunFolder) -> dict[str, Any]:
     return json.loads((run.stage(EVALUATION) / "eval.json").read_text())
 
 
-def scores(record: Mapping[str, Any], plan: EvidencePlan) -> dict[tuple[str, float], float]:
+def scores(record: Mapping[str, Any], plan: Plan) -> dict[tuple[str, float], float]:
     """(arm, temperature) -> mean of the plan's metric by its judge. ValueError where the judge did not give it."""
     found = {
         (row["arm"], row["temperature"]): row["mean"]

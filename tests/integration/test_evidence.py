@@ -6,14 +6,16 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from rlmm.evidence.plan import read_plan
+from rlmm.evidence.ablation import run_ablation
+from rlmm.evidence.plan import AblationPlan, EvidencePlan, read_plan
 from rlmm.evidence.run import run_plan
+from tests.unit.test_evidence import ABLATION
 
 TINY = Path(__file__).parents[1] / "recipes" / "tiny_evidence.yaml"
 
 
 def test_a_plan_runs_whole_and_only_once(tmp_path: Path) -> None:
-    plan, said = read_plan(TINY), []
+    plan, said = read_plan(TINY, EvidencePlan), []
     record = run_plan(plan, tmp_path / "runs", tmp_path / "out", said.append)
     written = json.loads((tmp_path / "out" / "tiny.json").read_text())
     assert written == json.loads(json.dumps(record))
@@ -47,7 +49,20 @@ def test_a_plan_runs_whole_and_only_once(tmp_path: Path) -> None:
     assert not [line for line in said if line.endswith(("(codec)", "(sft)", "(grpo)", "(eval)"))]
 
 
+def test_an_ablation_runs_whole(tmp_path: Path) -> None:
+    plan = AblationPlan.model_validate(ABLATION)
+    record = run_ablation(plan, tmp_path / "run", tmp_path / "out", lambda line: None)
+    assert json.loads((tmp_path / "out" / "tiny.json").read_text()) == json.loads(json.dumps(record))
+    objective, kl = record["factors"]["objective"], record["factors"]["KL"]
+    assert list(objective) == ["grpo", "dapo"] and objective["grpo"] == kl["0"] != kl["0.1"]
+    assert all(len(one["reward"]) == 2 and one["seconds"] > 0 for one in [*objective.values(), *kl.values()])
+    assert kl["0"]["best"] == max(kl["0"]["by_temperature"].values())
+    page = (tmp_path / "out" / "tiny.md").read_text()
+    assert "| objective | **grpo** |" in page and "| KL | 0.1 |" in page
+    assert Image.open(tmp_path / "out" / "tiny.png").width > 600
+
+
 def test_a_judge_that_is_not_there_is_named_before_anything_runs(tmp_path: Path) -> None:
-    plan = read_plan(TINY).model_copy(update={"judge": "tesseract"})
+    plan = read_plan(TINY, EvidencePlan).model_copy(update={"judge": "tesseract"})
     with pytest.raises(ValueError, match="'tesseract' is no held-out judge of tests/recipes/tiny.yaml"):
         run_plan(plan, tmp_path / "runs", tmp_path / "out", lambda line: None)

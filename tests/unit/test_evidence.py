@@ -9,7 +9,7 @@ from scipy import stats
 
 from rlmm.config.recipe import OWN_POLICY, RecipeError, validate_recipe
 from rlmm.config.stages import EvalStage
-from rlmm.evidence.plan import EvidencePlan, read_plan
+from rlmm.evidence.plan import AblationPlan, EvidencePlan, read_plan
 from rlmm.evidence.recipes import arm_trials, seed_run, start_trials
 from rlmm.evidence.results import Chosen, choose, difference, differences, extra_seconds, scores
 
@@ -38,11 +38,11 @@ def test_an_unfair_plan_is_refused(changes: dict[str, Any], message: str) -> Non
 
 
 def test_a_plan_file_that_cannot_be_read_says_why(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no evidence plan at"):
-        read_plan(tmp_path / "none.yaml")
+    with pytest.raises(ValueError, match="no plan at"):
+        read_plan(tmp_path / "none.yaml", EvidencePlan)
     (tmp_path / "bad.yaml").write_text(TINY.read_text().replace("seeds: [1, 2]", "seeds: [1]"))
     with pytest.raises(ValueError, match=r"seeds: .*at least 2"):
-        read_plan(tmp_path / "bad.yaml")
+        read_plan(tmp_path / "bad.yaml", EvidencePlan)
 
 
 def test_every_trial_of_the_start_begins_with_the_recipes_policy_and_every_arm_with_the_start() -> None:
@@ -116,9 +116,40 @@ def test_compute_is_counted_from_the_start_on() -> None:
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_the_shipped_plans_make_valid_recipes(path: Path) -> None:
-    shipped = read_plan(path)
+    shipped = read_plan(path, EvidencePlan)
     start_trials(shipped, Path("runs"))
     arm_trials(shipped, Path("runs"), 0)
     for seed in shipped.seeds:
         seed_run(shipped, Path("runs"), seed, dict.fromkeys(shipped.all_arms, 0))
     assert {"sft_more", "sft_fresh", "grpo", "grpo_lora"} <= set(shipped.arms) and len(shipped.seeds) >= 5
+
+
+ABLATION = {
+    "name": "tiny",
+    "recipe": "tests/recipes/tiny.yaml",
+    "overrides": ["stages.codec.steps=1"],
+    "temperatures": [1.0, 0.5],
+    "judge": "left_darkness",
+    "metric": "value",
+    "validation": {"prompts": 4},
+    "seed": 0,
+    "start": {"kind": "sft", "steps": 1, "batch_size": 8, "micro_batch_size": 8, "learning_rate": 1.0e-3},
+    "base": {
+        "kind": "grpo", "steps": 2, "prompts_per_step": 2, "samples_per_prompt": 4, "micro_batch_size": 8,
+        "learning_rate": 1.0e-3, "held_out_every": 0, "objective": {"name": "grpo", "kl": {"kind": "k2"}},
+    },
+    "factors": {
+        "objective": {"grpo": {}, "dapo": {"objective": {"name": "dapo"}}},
+        "KL": {"0": {}, "0.1": {"objective": {"kl": {"coefficient": 0.1}}}},
+    },
+}  # fmt: skip
+
+
+def test_a_variant_changes_its_setting_alone_and_the_base_is_trained_once() -> None:
+    ablation = AblationPlan.model_validate(ABLATION)
+    assert list(ablation.variants) == ["grpo", "objective-dapo", "KL-0_1"]
+    assert ablation.variants["KL-0_1"]["objective"] == {"name": "grpo", "kl": {"kind": "k2", "coefficient": 0.1}}
+    assert ablation.variants["objective-dapo"]["objective"] == {"name": "dapo", "kl": {"kind": "k2"}}
+    assert (ablation.stage("objective", "grpo"), ablation.stage("KL", "0.1")) == ("grpo", "KL-0_1")
+    with pytest.raises(ValueError, match=r"factor 'KL' has 1 setting\(s\)"):
+        AblationPlan.model_validate(ABLATION | {"factors": {"KL": {"0": {}}}})
