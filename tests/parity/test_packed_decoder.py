@@ -183,7 +183,8 @@ def test_a_sync_copies_and_the_fingerprint_is_of_the_copy(lora: bool) -> None:
     if lora:
         move_adapter(policy, torch.Generator().manual_seed(7))
     else:
-        policy.model.model.layers[1].mlp.down_proj.weight.data.mul_(1.5)
+        for parameter in policy.model.parameters():  # in place, as an optimizer does: none may be shared
+            parameter.data.mul_(1.3)
     assert engine.fingerprint() != weights_fingerprint(policy.named_weights())
     stale = sample(engine, law)
     assert torch.equal(stale.ids, before.ids)

@@ -59,7 +59,9 @@ def test_both_ways_sample_the_same_work(scale: float) -> None:
     assert made.group_id == ("0", "0", "2", "2")
     first, second, third, _ = made.streams["cond"].ids_BP.tolist()
     assert first == second != third
-    assert problem.generate().shape == (4, PROMPT + 5)
+    generated = problem.generate()
+    assert generated.shape == (4, PROMPT + 5)
+    assert torch.equal(generated[:, :PROMPT], made.streams["cond"].ids_BP)
 
 
 def test_the_limit_counts_every_product_of_a_step() -> None:
