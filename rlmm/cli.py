@@ -61,7 +61,7 @@ def check(config: Config, overrides: Overrides = None) -> None:
     for line in batch_equations(recipe):
         say(line)
     table = Table(title="Memory plan (estimate)")
-    parts = ("weights", "gradients", "optimizer", "reference", "activations", "logits", "kv_cache", "total")
+    parts = ("weights", "gradients", "optimizer", "reference", "activations", "logits", "kv_cache", "engine", "total")
     for column in ("stage", *parts):
         table.add_column(column, justify="left" if column == "stage" else "right")
     for plan in memory_plans(recipe):

@@ -36,11 +36,13 @@ class MemoryPlan:
     activations: int
     logits: int
     kv_cache: int
+    engine: int
+    """The rollout engine's own copy of the weights."""
 
     @property
     def total(self) -> int:
         """Sampling and updating take turns, so the larger of their working sets counts."""
-        held = self.weights + self.gradients + self.optimizer + self.reference
+        held = self.weights + self.gradients + self.optimizer + self.reference + self.engine
         return held + max(self.activations + self.logits, self.kv_cache)
 
 
@@ -79,14 +81,21 @@ def _plan(name: str, stage: SftStage | GrpoStage, shape: NewPolicy, total: int, 
         reference=total * FLOAT_BYTES if frozen else 0,
         activations=_activations(shape, rows, length, stage),
         logits=3 * min(rows * length * width * FLOAT_BYTES, LOGIT_BYTES),
-        kv_cache=_sampling(stage, shape, total, streams, length) if isinstance(stage, GrpoStage) else 0,
+        kv_cache=_sampling(stage, shape, streams, length) if isinstance(stage, GrpoStage) else 0,
+        engine=_engine_copy(stage, total) if isinstance(stage, GrpoStage) else 0,
     )
 
 
-def _sampling(stage: GrpoStage, shape: NewPolicy, total: int, streams: int, length: int) -> int:
-    """Keys and values of the torch engine's widest batch; what vLLM reserves, and its own copy of the weights."""
+def _engine_copy(stage: GrpoStage, total: int) -> int:
+    """Under bfloat16 the torch engine keeps the float32 weights beside the rounded ones, for its fingerprint."""
+    both = stage.precision == "bfloat16" and not isinstance(stage.engine, VllmEngineConfig)
+    return total * FLOAT_BYTES * 3 // 2 if both else total * FLOAT_BYTES
+
+
+def _sampling(stage: GrpoStage, shape: NewPolicy, streams: int, length: int) -> int:
+    """Keys and values of the torch engine's widest batch, or what vLLM reserves."""
     if isinstance(stage.engine, VllmEngineConfig):
-        return (stage.engine.kv_megabytes << 20) + total * FLOAT_BYTES
+        return stage.engine.kv_megabytes << 20
     rows = min(stage.rollouts * streams, stage.engine.max_rows)
     return rows * length * shape.num_layers * 2 * shape.hidden_size * FLOAT_BYTES
 

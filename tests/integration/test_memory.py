@@ -20,7 +20,8 @@ def test_each_setting_moves_its_own_figure() -> None:
     three = plan("stages.grpo.sampling.source_scale=2.0")
     assert (three.kv_cache, three.activations) == (plain.kv_cache * 3 // 2, plain.activations * 3 // 2)
     vllm = plan("stages.grpo.engine={kind: vllm, kv_megabytes: 64}")
-    assert vllm.kv_cache - (64 << 20) == plan("stages.grpo.lora=null").weights
+    assert vllm.kv_cache == 64 << 20 and vllm.engine == plain.engine == plan("stages.grpo.lora=null").weights
+    assert plan("stages.grpo.precision=bfloat16").engine == plain.engine * 3 // 2
     whole = plan("stages.grpo.lora=null")
     assert whole.reference == whole.weights == whole.gradients and plain.reference == 0 < plain.gradients
 
