@@ -65,7 +65,12 @@ def run_eval(context: StageContext) -> None:
     record = {
         "rows": [row for cell in cells for row in _rows(cell, config)],
         "contrasts": found,
-        "diversity": [{"arm": c.arm, "temperature": c.temperature, "value": c.diversity} for c in cells],
+        # One sample a prompt has nothing to differ from.
+        "diversity": [
+            {"arm": c.arm, "temperature": c.temperature, "value": c.diversity}
+            for c in cells
+            if np.isfinite(c.diversity)
+        ],
         "compute": costs,
         "compute_notes": notes,
     }

@@ -23,7 +23,7 @@ def write_reference(context: StageContext, codec: Codec) -> None:
     there = [(row.prompt, row.target) for row in rows if row.target is not None and row.target.size == size]
     if not there:
         context.say(
-            "no training row has a target image of the codec's size: the report compares with the first rollouts instead"
+            "no training row has a target image of the codec's size: the report compares with the first rollouts"
         )
         return
     codec.eval()

@@ -87,7 +87,7 @@ class _Replay:
         """Runs of decisions whose logits, of all streams, fit in LOGIT_BYTES."""
         width = self.law.vocabulary[1] - self.law.vocabulary[0]
         size = max(1, LOGIT_BYTES // (width * len(self.names) * itemsize))
-        return [slice(start, start + size) for start in range(0, len(self.tokens_N), size)]
+        return [slice(start, start + size) for start in range(0, max(1, len(self.tokens_N)), size)]
 
     def log_probs(
         self, at: slice, inputs: Sequence[Tensor], weights: Sequence[Tensor], bias_V: Tensor | None

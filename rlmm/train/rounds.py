@@ -1,6 +1,6 @@
 """One set of rollouts: sampled, decoded, scored; groups without spread are replaced by other prompts' where asked."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -115,7 +115,7 @@ def flat_groups(reward_B: np.ndarray, valid_B: np.ndarray, size: int, settings: 
     return [i for i, row in enumerate(kept.reshape(-1, size)) if not row.any()]
 
 
-def replaced_figure(found: Rollout, config: GrpoStage) -> Mapping[str, float]:
+def replaced_figure(found: Rollout, config: GrpoStage) -> dict[str, float]:
     """Groups thrown away for being flat, as a share of all groups sampled in the step, over all processes."""
     if not config.resample_flat:
         return {}

@@ -41,7 +41,7 @@ def test_the_bonus_has_the_exact_gradient_under_every_law(name: str) -> None:
     entropy = []
     for row in range(len(made)):
         one = table(policy, law, made.group_id[row])
-        image = (IMAGES_NS + policy.layout.image[0] == made.ids[row]).all(1).nonzero().item()
+        image = int((IMAGES_NS + policy.layout.image[0] == made.ids[row]).all(1).nonzero())
         possible, logp_SV = one.support_NSV[image], one.logp_NSV[image]
         entropy.append(torch.stack([-(p.exp() * p).sum() for p in (logp_SV[s][possible[s]] for s in range(LENGTH))]))
     entropy_BS = torch.stack(entropy)

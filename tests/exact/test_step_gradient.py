@@ -193,9 +193,6 @@ def test_the_order_of_the_batch_leaves_it(name: str, seed: int) -> None:
     assert_same(step_gradient(name, experience=shuffled, micro_batches=4), step_gradient(name))
 
 
-@pytest.mark.xfail(
-    raises=ValueError, strict=True, reason="rlmm/policies/head.py: _Replay.chunks makes no chunk of no decisions"
-)
 def test_a_micro_batch_without_a_decision_in_a_span_has_log_probs() -> None:
     given = step("grpo")
     row = given.experience.trajectory.rows([0])

@@ -31,6 +31,13 @@ SMOKE = [
 ]
 
 
+SMALL = {
+    "bench rollout": ["--sizes", "quickstart", "--samples", "8", "--tokens", "4", "--repeats", "1"],
+    "bench step": ["--problems", "small", "--prompts", "1", "--steps", "2", "--repeats", "1"],
+}
+"""What makes the commands small that take no overrides."""
+
+
 def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
 
@@ -45,7 +52,7 @@ def test_the_commands_run_with_a_smoke_budget(tmp_path: Path, monkeypatch: pytes
     monkeypatch.chdir(tmp_path)
     assert [command[0] for command in commands()][:3] == ["run", "run", "check"]
     for command in commands():
-        budget = [*SMOKE, "stages.grpo.steps=2"] if command[0] == "run" else []
+        budget = [*SMOKE, "stages.grpo.steps=2"] if command[0] == "run" else SMALL.get(" ".join(command[:2]), [])
         answer = CliRunner().invoke(app, [*command, *budget], catch_exceptions=False)
         assert answer.exit_code == 0, f"rlmm {shlex.join(command)}:\n{answer.output[-3000:]}"
     check_what_is_left(tmp_path)
@@ -61,7 +68,8 @@ def check_what_is_left(folder: Path) -> None:
 
 
 def test_make_runs_what_the_readme_says() -> None:
-    for target, expected in (("quickstart", "rlmm run configs/quickstart.yaml"), ("test", "python -m pytest")):
+    quick, plans = "rlmm run configs/quickstart.yaml", "rlmm evidence"
+    for target, expected in (("quickstart", quick), ("test", "python -m pytest"), ("evidence", plans)):
         assert f"make {target}" in (ROOT / "README.md").read_text()
         answer = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=True)
         assert expected in answer.stdout
