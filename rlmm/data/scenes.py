@@ -146,7 +146,7 @@ def build(config: ScenesData, split: Split, seed: int) -> Scenes:
         items = [one for turn in turns for one in turn if one is not None][: config.held_out]
     else:
         items = []
-        asked = config.prompts if split == "prompts" and config.prompts is not None else config.train_images
+        asked = config.train_images if order == "train" or config.prompts is None else config.prompts
         for number in range(asked):
             turn, task = divmod(number, len(shuffled))
             items.append(shuffled[task][turn % len(shuffled[task])])

@@ -108,9 +108,9 @@ def test_prompts_have_sources_and_no_targets() -> None:
 
 
 def test_fresh_pairs_are_pictures_of_the_prompts() -> None:
-    config = scenes(train_images=40)
+    config = scenes(train_images=40, prompts=55)
     prompts, fresh = build_dataset(config, "prompts", 3), build_dataset(config, "fresh", 3)
-    assert [item.prompt for item in fresh] == [item.prompt for item in prompts]
+    assert [item.prompt for item in fresh] == [item.prompt for item in prompts] and len(fresh) == 55
     assert all(strict(item) == 1 for item in fresh)
 
 
