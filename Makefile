@@ -11,7 +11,7 @@ PIP_INSTALL := $(BIN)/pip install --disable-pip-version-check --no-deps --no-com
 CODE := rlmm rewards rollouts tests examples
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart evidence check lint types format test test-long lock
+.PHONY: help install quickstart evidence ablations check lint types format test test-long lock
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -34,6 +34,9 @@ format: install  ## rewrite the code in the house style
 
 evidence: install  ## the evidence that RL helped, in docs/evidence: hours
 	for plan in configs/evidence/*.yaml; do $(BIN)/rlmm evidence $$plan || exit 1; done
+
+ablations: install  ## what each setting of GRPO does, in docs/ablations: about an hour
+	for plan in configs/ablations/*.yaml; do $(BIN)/rlmm ablate $$plan || exit 1; done
 
 test: install  ## every test but the long ones
 	$(BIN)/python -m pytest

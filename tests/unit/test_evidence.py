@@ -10,10 +10,11 @@ from scipy import stats
 from rlmm.config.recipe import OWN_POLICY, RecipeError, validate_recipe
 from rlmm.config.stages import EvalStage
 from rlmm.evidence.plan import AblationPlan, EvidencePlan, read_plan
-from rlmm.evidence.recipes import arm_trials, seed_run, start_trials
+from rlmm.evidence.recipes import ablation_run, arm_trials, seed_run, start_trials
 from rlmm.evidence.results import Chosen, choose, difference, differences, extra_seconds, scores
 
 TINY = Path(__file__).parents[1] / "recipes" / "tiny_evidence.yaml"
+ABLATIONS = sorted((Path(__file__).parents[2] / "configs" / "ablations").glob("*.yaml"))
 SHIPPED = sorted((Path(__file__).parents[2] / "configs" / "evidence").glob("*.yaml"))
 
 
@@ -153,3 +154,12 @@ def test_a_variant_changes_its_setting_alone_and_the_base_is_trained_once() -> N
     assert (ablation.stage("objective", "grpo"), ablation.stage("KL", "0.1")) == ("grpo", "KL-0_1")
     with pytest.raises(ValueError, match=r"factor 'KL' has 1 setting\(s\)"):
         AblationPlan.model_validate(ABLATION | {"factors": {"KL": {"0": {}}}})
+
+
+@pytest.mark.parametrize("path", ABLATIONS, ids=lambda path: path.stem)
+def test_the_shipped_ablations_make_valid_recipes(path: Path) -> None:
+    shipped = read_plan(path, AblationPlan)
+    recipe = ablation_run(shipped, Path("runs"))
+    every = {shipped.stage(factor, label) for factor, settings in shipped.factors.items() for label in settings}
+    assert every == set(shipped.variants) <= set(recipe.stages)
+    assert all("grpo" in {shipped.stage(f, label) for label in s} for f, s in shipped.factors.items())
