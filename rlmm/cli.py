@@ -122,7 +122,7 @@ def evidence(
 
 @app.command()
 def ablate(
-    plan: Annotated[Path, typer.Argument(help="A plan, e.g. configs/ablations/words.yaml")],
+    plan: Annotated[Path, typer.Argument(help="A plan, e.g. configs/ablations/scenes.yaml")],
     runs: Annotated[Path, typer.Option(help="Where the run goes, and resumes from")] = Path("runs/ablations"),
     out: Annotated[Path, typer.Option(help="Where the record, table and plots go")] = Path("docs/ablations"),
 ) -> None:

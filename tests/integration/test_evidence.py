@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -35,6 +36,13 @@ def test_a_plan_runs_whole_and_only_once(tmp_path: Path) -> None:
                 == (name, chosen["temperature"], "left_darkness", "value")
             ]
             assert arm["values"][i] == arm["by_temperature"][f"{chosen['temperature']:g}"][i] == mean
+    asked = {
+        name: set(pq.read_table(next(runs.glob("stages/*-evaluation/samples.parquet")))["prompt"].to_pylist())
+        for name in ("tune-start", "tune-arms", "seed-1", "seed-2")
+        for runs in [tmp_path / "runs" / name]
+    }
+    assert asked["tune-start"] == asked["tune-arms"] and asked["seed-1"] == asked["seed-2"]
+    assert len(asked["seed-1"]) == 4 and not asked["seed-1"] & asked["tune-start"]
     assert all(value >= 0 for values in record["compute"]["seconds"].values() for value in values)
     page = (tmp_path / "out" / "tiny.md").read_text()
     assert "| grpo - sft_more |" in page and "tiny.png" in page

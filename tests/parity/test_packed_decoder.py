@@ -15,7 +15,6 @@ from rlmm.policies.causal import CausalPolicy
 from rlmm.policies.families.llama import build
 from rlmm.train.engines import build_engine
 from rlmm.train.gates import check_mismatch, measure_mismatch
-from rollouts.contract import Request
 from rollouts.fingerprint import weights_fingerprint
 from rollouts.law import Law
 from rollouts.torch_engine.causal import TorchEngine
@@ -23,9 +22,9 @@ from rollouts.torch_engine.llama import Unsupported, llama_shape
 from rollouts.torch_engine.native import NoKernels, load_kernels
 from rollouts.torch_engine.packed import PackedLlama
 from rollouts.trajectory import Span, Trajectory
+from tests.parity.test_sampler_trainer import PROMPTS, requests
 
 CODES, GRID = 40, (4, 5)
-PROMPTS = ["a", 'render "HELLO"', "two red circles on a table", 'say "no"']
 WAYS = ["kernels", "torch"]
 LAWS: dict[str, dict[str, Any]] = {
     "none": {"mode": "none"},
@@ -91,23 +90,6 @@ def engine_of(policy: CausalPolicy, way: str) -> TorchEngine:
     packed = PackedLlama(llama_shape(policy.base), dtype, use_kernels=way == "kernels")
     assert (packed.kernels is not None) == (way == "kernels"), packed.without
     return TorchEngine(policy, num_layers=2, packed=packed)
-
-
-def requests(policy: CausalPolicy, prompts: list[str] = PROMPTS, samples: int = 3) -> list[Request]:
-    layout = policy.layout
-    return [
-        Request(
-            group_id=prompt,
-            streams={
-                "cond": layout.prefix(policy.encode_prompt(prompt)),
-                "uncond": layout.prefix(layout.null_prompt),
-                "source": layout.prefix([9, 10, 11]),
-            },
-            seeds=tuple(1000 * PROMPTS.index(prompt) + sample for sample in range(samples)),
-            sample_ids=tuple(f"{prompt}/{sample}" for sample in range(samples)),
-        )
-        for prompt in prompts
-    ]
 
 
 def sample(engine: TorchEngine, law: Law, prompts: list[str] = PROMPTS) -> Trajectory:
