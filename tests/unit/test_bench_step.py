@@ -72,12 +72,13 @@ def test_images_are_of_image_codes_and_groups_differ_in_reward() -> None:
 
 @pytest.mark.skipif(not CLEAR.exists() or torch.cuda.is_available(), reason="resident memory of Linux")
 def test_the_peak_is_what_was_held_and_let_go() -> None:
-    torch.ones(48 << 20, dtype=torch.uint8)  # before the reset: not in the peak
+    """In sizes far above the kernel's own error: it counts pages per processor and adds them up now and then."""
+    torch.ones(256 << 20, dtype=torch.uint8)  # before the reset: not in the peak
     before = reset_peak()
-    held = torch.ones(96 << 20, dtype=torch.uint8)
+    held = torch.ones(512 << 20, dtype=torch.uint8)
     del held
-    assert 90 << 20 < read_peak() - before < 140 << 20
-    assert reset_peak() - before < 40 << 20
+    assert 400 << 20 < read_peak() - before < 640 << 20
+    assert reset_peak() - before < 120 << 20
 
 
 @pytest.mark.slow
