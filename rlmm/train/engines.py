@@ -48,18 +48,19 @@ def packed_decoder(policy: CausalPolicy) -> PackedLlama | None:
 
 def _vllm(config: VllmEngineConfig, policy: CausalPolicy) -> Engine:
     from rollouts.vllm_engine.engine import VllmEngine
+    from rollouts.vllm_engine.local import LocalHost
 
     with tempfile.TemporaryDirectory() as folder:
         policy.save(Path(folder))
-        return VllmEngine(
+        host = LocalHost(
             Path(folder),
-            policy.layout,
             max_length=policy.base.config.max_position_embeddings,
             dtype=str(policy.base.dtype).removeprefix("torch."),
             max_rows=config.max_rows,
             max_prompt_tokens=config.max_prompt_tokens,
             kv_bytes=config.kv_megabytes << 20,
         )
+    return VllmEngine(policy.layout, [host])
 
 
 ENGINES: dict[str, Callable[[Any, CausalPolicy], Engine]] = {"torch": _torch, "vllm": _vllm}

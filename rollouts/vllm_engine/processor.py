@@ -22,39 +22,26 @@ from vllm.v1.sample.logits_processor import LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
 from rollouts.law import Law, draw, law_log_probs, pack_support, row_uniforms
-
-KEY = "rollouts"
-"""The entry of `SamplingParams.extra_args` that holds a row's `row_arguments`."""
+from rollouts.vllm_engine.drawn import KEY, Drawn
 
 
 @dataclass
-class Drawn:
-    """What was drawn for one sample: tokens [S] int64, log-probs [S] float64, support [S, bytes] uint8 or None."""
+class _Sample:
+    """A sample being drawn, and what its rows carried."""
 
     law: Law
     forced: dict[int, int]
     uniforms_S: Tensor
-    tokens_S: np.ndarray
-    logp_S: np.ndarray
-    support: np.ndarray | None
-    fault: str | None = None
+    drawn: Drawn
 
 
 @dataclass
 class _Row:
     """A row of vLLM's batch: a stream of a sample. `output` is vLLM's live list of its tokens so far."""
 
-    sample: int
+    sample: str
     stream: str
     output: list[int] = field(repr=False)
-
-
-def row_arguments(sample: int, stream: str, law: Law, forced: dict[int, int], seed: int, length: int) -> dict[str, Any]:
-    """What a request must carry, as plain data."""
-    return {
-        "sample": sample, "stream": stream, "law": law.to_dict(), "forced": sorted(forced.items()), "seed": seed,
-        "length": length,
-    }  # fmt: skip
 
 
 class LawProcessor(LogitsProcessor):
@@ -62,7 +49,7 @@ class LawProcessor(LogitsProcessor):
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
         self.rows: dict[int, _Row] = {}
-        self.drawn: dict[int, Drawn] = {}
+        self.samples: dict[str, _Sample] = {}
 
     def is_argmax_invariant(self) -> bool:
         return False
@@ -71,62 +58,67 @@ class LawProcessor(LogitsProcessor):
         process_dict_updates(self.rows, batch_update, self._row)
 
     def apply(self, logits: Tensor) -> Tensor:
-        samples: dict[int, dict[str, tuple[int, _Row]]] = defaultdict(dict)
+        found: dict[str, dict[str, tuple[int, _Row]]] = defaultdict(dict)
         for index, row in self.rows.items():
-            samples[row.sample][row.stream] = (index, row)
-        ready: dict[Law, list[tuple[Drawn, int, list[int]]]] = defaultdict(list)
-        for sample, found in samples.items():
-            drawn = self.drawn[sample]
-            indices = [index for index, _ in found.values()]
-            positions = {len(row.output) for _, row in found.values()}
-            if set(found) != set(drawn.law.streams()) or len(positions) > 1:
-                drawn.fault = drawn.fault or f"its streams parted: {sorted(found)} at positions {sorted(positions)}"
+            found[row.sample][row.stream] = (index, row)
+        ready: dict[Law, list[tuple[_Sample, int, list[int]]]] = defaultdict(list)
+        for name, rows in found.items():
+            sample, drawn = self.samples[name], self.samples[name].drawn
+            positions = {len(row.output) for _, row in rows.values()}
+            if set(rows) != set(sample.law.streams()) or len(positions) > 1:
+                drawn.fault = drawn.fault or f"its streams parted: {sorted(rows)} at positions {sorted(positions)}"
                 continue
             position = positions.pop()
-            if position in drawn.forced:
-                _leave_one(logits, torch.tensor(indices), torch.tensor([drawn.forced[position]]))
-                drawn.tokens_S[position] = drawn.forced[position]
+            if position in sample.forced:
+                indices = [index for index, _ in rows.values()]
+                _leave_one(logits, torch.tensor(indices), torch.tensor([sample.forced[position]]))
+                drawn.tokens_S[position] = sample.forced[position]
             else:
-                order = [found[name][0] for name in drawn.law.streams()]
-                ready[drawn.law].append((drawn, position, order))
+                order = [rows[name][0] for name in sample.law.streams()]
+                ready[sample.law].append((sample, position, order))
         for law, group in ready.items():
             _decide(logits, law, group)
         return logits
 
-    def collect(self, samples: list[int]) -> list[Drawn]:
-        """Hand over and forget what was drawn for these samples."""
-        return [self.drawn.pop(sample) for sample in samples]
+    def collect(self, names: list[str]) -> list[Drawn]:
+        """Hand over what was drawn for these samples, and forget all: whoever asks has its rows finished."""
+        drawn = [self.samples[name].drawn for name in names]
+        self.samples.clear()
+        return drawn
 
     def _row(self, params: SamplingParams, prompt: list[int] | None, output: list[int]) -> _Row | None:
         wanted = (params.extra_args or {}).get(KEY)
         if wanted is None:
             return None
-        sample, law = wanted["sample"], Law.from_dict(wanted["law"])
-        if sample not in self.drawn:
+        name, law = wanted["sample"], Law.from_dict(wanted["law"])
+        if name not in self.samples:
             length, size = wanted["length"], law.vocabulary[1] - law.vocabulary[0]
-            self.drawn[sample] = Drawn(
+            self.samples[name] = _Sample(
                 law,
-                dict(wanted["forced"]),
-                row_uniforms([wanted["seed"]], length)[0],
-                np.full(length, -1, dtype=np.int64),
-                np.zeros(length),
-                np.zeros((length, -(-size // 8)), dtype=np.uint8) if law.truncated else None,
+                {position: token for position, token in wanted["forced"]},
+                row_uniforms([int(wanted["seed"])], length)[0],
+                Drawn(
+                    np.full(length, -1, dtype=np.int64),
+                    np.zeros(length),
+                    np.zeros((length, -(-size // 8)), dtype=np.uint8) if law.truncated else None,
+                ),
             )
-        return _Row(sample, wanted["stream"], output)
+        return _Row(name, wanted["stream"], output)
 
 
-def _decide(logits: Tensor, law: Law, group: list[tuple[Drawn, int, list[int]]]) -> None:
+def _decide(logits: Tensor, law: Law, group: list[tuple[_Sample, int, list[int]]]) -> None:
     """Draw the next token of every sample of one law, and leave it alone finite in all rows of the sample."""
     rows_NK = torch.tensor([rows for _, _, rows in group])
     low, high = law.vocabulary
     by_stream = {name: logits[rows_NK[:, k], low:high] for k, name in enumerate(law.streams())}
     logp_NV, support_NV = law_log_probs(law, by_stream)
-    uniform_N = torch.stack([drawn.uniforms_S[position] for drawn, position, _ in group]).to(logits.device)
+    uniform_N = torch.stack([sample.uniforms_S[position] for sample, position, _ in group]).to(logits.device)
     code_N = draw(logp_NV, uniform_N)
     chosen = logp_NV.gather(-1, code_N.unsqueeze(-1)).squeeze(-1).tolist()
     packed = None if support_NV is None else pack_support(support_NV).numpy()
     token_N = code_N.cpu() + low
-    for n, (drawn, position, _) in enumerate(group):
+    for n, (sample, position, _) in enumerate(group):
+        drawn = sample.drawn
         drawn.tokens_S[position], drawn.logp_S[position] = int(token_N[n]), chosen[n]
         if drawn.support is not None and packed is not None:
             drawn.support[position] = packed[n]

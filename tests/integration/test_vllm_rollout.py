@@ -10,12 +10,11 @@ from typing import Any
 
 import pytest
 
-from rollouts.contract import Grid, Layout
 from rollouts.vllm_engine import plugin
-from rollouts.vllm_engine.engine import VllmEngine
+from rollouts.vllm_engine.local import LocalHost
 
 ROOT = Path(__file__).parents[2]
-LAYOUT = Layout(vocab_size=9, text=(0, 4), image=(4, 9), bos=0, pad=1, boi=2, grid=Grid(1, 2))
+SIZES = {"max_length": 16, "dtype": "float32", "max_rows": 4, "max_prompt_tokens": 16, "kv_bytes": 1 << 20}
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 
 
@@ -116,10 +115,10 @@ def test_the_plugin_is_harmless_where_vllm_is_absent(monkeypatch: pytest.MonkeyP
 def test_without_vllm_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(ImportError, match="install the extra `cpu`"):
-        VllmEngine(Path("nowhere"), LAYOUT, max_length=16)
+        LocalHost(Path("nowhere"), **SIZES)
 
 
 def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(RuntimeError, match="inside a single process"):
-        VllmEngine(Path("nowhere"), LAYOUT, max_length=16)
+        LocalHost(Path("nowhere"), **SIZES)

@@ -1,0 +1,56 @@
+"""Where a vLLM runs: in this process, or as a server. The engine plans, draws and checks the same way on either."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from rollouts.vllm_engine.drawn import Drawn
+
+BLOCK = 32
+"""Positions a KV block holds: the least a CPU allows, so that samples of one prompt share most of its prefix."""
+
+
+class HostLost(RuntimeError):
+    """The vLLM is gone: a killed process, a closed connection. A new one may do the work again."""
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a vLLM can hold at once. `blocks`: KV blocks that requests can have; `length`: positions of a request."""
+
+    rows: int
+    prompt_tokens: int
+    blocks: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """One request: a stream of a sample. `arguments` is what the processor needs of it, as plain data."""
+
+    prefix: tuple[int, ...]
+    arguments: dict[str, Any]
+    length: int
+
+
+class Host(Protocol):
+    """A running vLLM with the law's processor and the wave scheduler in it."""
+
+    @property
+    def room(self) -> Room: ...
+
+    def run(self, rows: Sequence[Row], samples: Sequence[str]) -> tuple[list[list[int]], list[Drawn]]:
+        """The tokens vLLM took for each row, and what was drawn for each sample, in order.
+
+        Raises HostLost where it is gone; it holds no rows afterwards, whatever was raised."""
+        ...
+
+    def sync(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Load the weights and forget every key and value the old ones made."""
+        ...
+
+    def fingerprint(self) -> str: ...
+
+    def close(self) -> None: ...

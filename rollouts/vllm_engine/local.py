@@ -1,0 +1,125 @@
+"""vLLM inside this process."""
+
+import gc
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rollouts.vllm_engine.drawn import KEY, Drawn
+from rollouts.vllm_engine.host import BLOCK, Room, Row
+
+
+class LocalHost:
+    """Eager, synchronous, and with the rest of the process as it was before.
+
+    Raises:
+        ImportError: vLLM is not installed.
+        RuntimeError: the process is one of several of a distributed run.
+    """
+
+    def __init__(
+        self, folder: Path, *, max_length: int, dtype: str, max_rows: int, max_prompt_tokens: int, kv_bytes: int
+    ) -> None:
+        _refuse_several_processes()
+        self._owns_group = not torch.distributed.is_initialized()
+        budget = max(max_prompt_tokens, max_length)
+        self.llm = _start(
+            model=str(folder), dtype=dtype, max_model_len=max_length, max_num_seqs=max_rows,
+            max_num_batched_tokens=budget, kv_cache_memory_bytes=kv_bytes, block_size=BLOCK,
+        )  # fmt: skip
+        # Block 0 stands for "none".
+        blocks = self.llm.llm_engine.vllm_config.cache_config.num_gpu_blocks - 1
+        self.room = Room(max_rows, max_prompt_tokens, blocks, max_length)
+
+    def run(self, rows: Sequence[Row], samples: Sequence[str]) -> tuple[list[list[int]], list[Drawn]]:
+        from vllm import SamplingParams
+
+        from rollouts.vllm_engine.processor import on_processor
+
+        prompts = [{"prompt_token_ids": list(row.prefix)} for row in rows]
+        parameters = [
+            # Greedy: the processor leaves one token to take.
+            SamplingParams(
+                temperature=0.0, max_tokens=row.length, ignore_eos=True, detokenize=False,
+                extra_args={KEY: row.arguments},
+            )
+            for row in rows
+        ]  # fmt: skip
+        try:
+            outputs = self.llm.generate(prompts, parameters, use_tqdm=False)
+        finally:
+            self._abort_unfinished()
+        names = list(samples)
+        (drawn,) = self.llm.collective_rpc(on_processor, args=(lambda processor: processor.collect(names),))
+        return [list(output.outputs[0].token_ids) for output in outputs], drawn
+
+    def sync(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        from rollouts.vllm_engine.weights import refresh_tied_head
+
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
+        self.llm.apply_model(refresh_tied_head)
+        if not self.llm.reset_prefix_cache():
+            raise RuntimeError("vLLM kept keys and values of the old weights: requests are still running; finish them")
+
+    def fingerprint(self) -> str:
+        from rollouts.vllm_engine.weights import running_fingerprint
+
+        (digest,) = self.llm.apply_model(running_fingerprint)
+        return digest
+
+    def close(self) -> None:
+        """Free the model, the KV memory, and the process group where vLLM was the one to make it."""
+        from vllm.distributed.parallel_state import destroy_distributed_environment, destroy_model_parallel
+
+        self.llm.llm_engine.engine_core.shutdown()
+        del self.llm
+        gc.collect()
+        if self._owns_group:
+            destroy_model_parallel()
+            destroy_distributed_environment()
+
+    def _abort_unfinished(self) -> None:
+        """After a failed or interrupted call; vLLM would otherwise go on waiting for these rows in the next one."""
+        engine = self.llm.llm_engine
+        if engine.has_unfinished_requests():
+            engine.abort_request(list(engine.output_processor.request_states), internal=True)
+
+
+def _start(**settings: Any) -> Any:
+    # Read when vLLM builds its engine. In this process a sync hands tensors over as they are, and the processor's
+    # records can be fetched; the second runner has another interface for logits processors.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # it warns at length of what is chosen here
+    try:
+        from vllm import LLM
+    except ImportError as error:
+        raise ImportError(
+            "the vllm engine needs vLLM, which is not installed; install the extra `cpu` (no GPU) or `vllm`, or set "
+            "engine.kind: torch"
+        ) from error
+    from rollouts.vllm_engine.processor import LawProcessor
+    from rollouts.vllm_engine.scheduler import WaveScheduler
+
+    set_num_threads = torch.set_num_threads
+    try:
+        return LLM(
+            skip_tokenizer_init=True, enforce_eager=True, enable_chunked_prefill=False, async_scheduling=False,
+            enable_prefix_caching=True, logits_processors=[LawProcessor], scheduler_cls=WaveScheduler,
+            disable_log_stats=True, **settings,
+        )  # fmt: skip
+    finally:
+        torch.set_num_threads = set_num_threads  # vLLM puts a no-op there
+
+
+def _refuse_several_processes() -> None:
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size > 1:
+        raise RuntimeError(
+            f"the vllm engine runs inside a single process and this run has {size}; set engine.kind: vllm_server or "
+            "torch, or start one process"
+        )
