@@ -136,6 +136,23 @@ def ablate(
 
 
 @app.command()
+def rollout_server(
+    model: Annotated[Path, typer.Argument(help="The policy that a run starts from: a folder with model and layout")],
+    port: Annotated[int, typer.Option(help="Where to listen")] = 8000,
+    host: Annotated[
+        str, typer.Option(help="On what address; others than this machine's own let others in")
+    ] = "127.0.0.1",
+    settings: Annotated[
+        list[str] | None, typer.Argument(help="key=value of the engine: max_rows, kv_megabytes, tensor_parallel, ...")
+    ] = None,
+) -> None:
+    """Serve rollouts by vLLM to training runs that name this server in engine.urls. RLMM_ROLLOUT_TOKEN has its key."""
+    from rlmm.rollout_server import serve_rollouts
+
+    serve_rollouts(model, host, port, settings or [])
+
+
+@app.command()
 def doctor() -> None:
     """Versions, devices and optional parts, and the fix for what does not fit."""
     from rlmm.doctor import print_report

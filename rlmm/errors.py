@@ -3,5 +3,14 @@
 from rewards.runner import RewardContractError
 from rlmm.config.recipe import RecipeError
 from rlmm.train.gates import GateError
+from rollouts.contract import EngineLost
 
-MENDABLE: tuple[type[Exception], ...] = (RecipeError, GateError, RewardContractError, ValueError, OSError, ImportError)
+MENDABLE: tuple[type[Exception], ...] = (
+    RecipeError,
+    GateError,
+    RewardContractError,
+    EngineLost,
+    ValueError,
+    OSError,
+    ImportError,
+)

@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
+from rlmm.config.engines import TorchEngineConfig, VllmServerConfig, VllmSizes
 from rlmm.config.policy import NewPolicy
 from rlmm.config.recipe import Recipe
-from rlmm.config.stages import GrpoStage, SftStage, VllmEngineConfig
+from rlmm.config.stages import GrpoStage, SftStage
 from rlmm.policies.families import llama
 from rlmm.policies.head import LOGIT_BYTES
 from rlmm.policies.layout_io import load_layout
@@ -88,14 +89,17 @@ def _plan(name: str, stage: SftStage | GrpoStage, shape: NewPolicy, total: int, 
 
 def _engine_copy(stage: GrpoStage, total: int) -> int:
     """Under bfloat16 the torch engine keeps the float32 weights beside the rounded ones, for its fingerprint."""
-    both = stage.precision == "bfloat16" and not isinstance(stage.engine, VllmEngineConfig)
+    if isinstance(stage.engine, VllmServerConfig):
+        return stage.engine.started * total * FLOAT_BYTES
+    both = stage.precision == "bfloat16" and isinstance(stage.engine, TorchEngineConfig)
     return total * FLOAT_BYTES * 3 // 2 if both else total * FLOAT_BYTES
 
 
 def _sampling(stage: GrpoStage, shape: NewPolicy, streams: int, length: int) -> int:
     """Keys and values of the torch engine's widest batch, or what vLLM reserves."""
-    if isinstance(stage.engine, VllmEngineConfig):
-        return stage.engine.kv_megabytes << 20
+    if isinstance(stage.engine, VllmSizes):
+        servers = stage.engine.started if isinstance(stage.engine, VllmServerConfig) else 1
+        return servers * (stage.engine.kv_megabytes << 20)
     rows = min(stage.rollouts * streams, stage.engine.max_rows)
     return rows * length * shape.num_layers * 2 * shape.hidden_size * FLOAT_BYTES
 

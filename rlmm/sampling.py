@@ -6,7 +6,8 @@ from pathlib import Path
 from PIL import Image
 
 from rlmm.codecs import load_codec
-from rlmm.config.stages import Sampling, TorchEngineConfig
+from rlmm.config.engines import TorchEngineConfig
+from rlmm.config.stages import Sampling
 from rlmm.data import Example
 from rlmm.policies.families import llama
 from rlmm.seeds import derive

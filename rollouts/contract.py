@@ -119,6 +119,10 @@ class CausalDecoder(Protocol):
         ...
 
 
+class EngineLost(RuntimeError):
+    """What an engine samples with is gone: a killed process, a closed connection. A new one may do the work again."""
+
+
 @runtime_checkable
 class Engine(Protocol):
     """Makes trajectories. Rows come back in request order, one a seed."""

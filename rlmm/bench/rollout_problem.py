@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from rlmm.bench.machine import Shape
+from rlmm.config.engines import TorchEngineConfig
 from rlmm.config.policy import NewPolicy
-from rlmm.config.stages import TorchEngineConfig
 from rlmm.policies.causal import CausalPolicy
 from rlmm.policies.families.llama import build
 from rlmm.train.engines import build_engine

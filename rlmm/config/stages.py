@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from rlmm.config.base import Strict
 from rlmm.config.codec import Perceptual
+from rlmm.config.engines import EngineConfig, TorchEngineConfig
 from rlmm.config.objectives import ObjectiveConfig
 from rlmm.config.policy import Lora
 from rollouts.law import Law
@@ -128,27 +129,6 @@ class Gates(Strict):
     unavailable_share: float = 0.5
     duplicate_share: float = 0.98
     patience: int = Field(5, ge=1)
-
-
-class TorchEngineConfig(Strict):
-    kind: Literal["torch"] = "torch"
-    max_rows: int = Field(512, ge=1)
-    """Most decode rows (samples x streams) in one batch."""
-
-
-class VllmEngineConfig(Strict):
-    """Stock vLLM inside the training process (one process)."""
-
-    kind: Literal["vllm"] = "vllm"
-    max_rows: int = Field(256, ge=1)
-    """Most rows (samples x streams) in one batch."""
-    max_prompt_tokens: int = Field(8192, ge=1)
-    """Most prefix tokens prefilled in one step."""
-    kv_megabytes: int = Field(1024, ge=1)
-    """Memory for keys and values. vLLM touches all of it."""
-
-
-EngineConfig = Annotated[TorchEngineConfig | VllmEngineConfig, Field(discriminator="kind")]
 
 
 class GrpoStage(Optimization):

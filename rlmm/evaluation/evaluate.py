@@ -15,7 +15,8 @@ import pyarrow.parquet as pq
 from rewards.base import Sample, Score
 from rewards.compose import CompositeReward
 from rlmm.codecs import Codec
-from rlmm.config.stages import EvalStage, GrpoStage, SftStage, TorchEngineConfig
+from rlmm.config.engines import TorchEngineConfig
+from rlmm.config.stages import EvalStage, GrpoStage, SftStage
 from rlmm.data import Example
 from rlmm.evaluation.compute import compute, compute_lines
 from rlmm.evaluation.reference import write_reference

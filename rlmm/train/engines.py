@@ -1,15 +1,18 @@
 """Rollout engines by the kind a recipe names."""
 
 import logging
+import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from rlmm.config.stages import EngineConfig, TorchEngineConfig, VllmEngineConfig
+from rlmm.config.engines import EngineConfig, TorchEngineConfig, VllmEngineConfig, VllmServerConfig, VllmSizes
 from rlmm.policies.causal import CausalPolicy
+from rlmm.train.processes import world
+from rlmm.train.recovery import Recovering
 from rollouts.contract import Engine
 from rollouts.torch_engine.causal import TorchEngine
 from rollouts.torch_engine.llama import Unsupported, llama_shape
@@ -19,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 def build_engine(config: EngineConfig, policy: CausalPolicy) -> Engine:
-    """The engine of a stage. A new kind is one config class in `rlmm.config.stages` and one entry here."""
+    """The engine of a stage. A new kind is one config class in `rlmm.config.engines` and one entry here."""
     return ENGINES[config.kind](config, policy)
 
 
@@ -52,15 +55,61 @@ def _vllm(config: VllmEngineConfig, policy: CausalPolicy) -> Engine:
 
     with tempfile.TemporaryDirectory() as folder:
         policy.save(Path(folder))
-        host = LocalHost(
-            Path(folder),
-            max_length=policy.base.config.max_position_embeddings,
-            dtype=str(policy.base.dtype).removeprefix("torch."),
-            max_rows=config.max_rows,
-            max_prompt_tokens=config.max_prompt_tokens,
-            kv_bytes=config.kv_megabytes << 20,
+        return VllmEngine(policy.layout, [LocalHost(Path(folder), **_sizes(config, policy))])
+
+
+def _vllm_server(config: VllmServerConfig, policy: CausalPolicy) -> Engine:
+    return Recovering(lambda: _connected(config, policy), policy)
+
+
+def _connected(config: VllmServerConfig, policy: CausalPolicy) -> Engine:
+    from rollouts.vllm_engine.engine import VllmEngine
+    from rollouts.vllm_engine.launch import ServerPlan
+    from rollouts.vllm_engine.server import ServerHost, start_servers
+
+    if config.urls:
+        token, exchange = _token(config), Path(config.exchange or tempfile.gettempdir())
+        hosts = [ServerHost(url, token=token, exchange=exchange) for url in _own_urls(config.urls)]
+        return VllmEngine(policy.layout, hosts)
+    with tempfile.TemporaryDirectory() as folder:
+        policy.save(Path(folder))
+        plan = ServerPlan(Path(folder), tensor_parallel=config.tensor_parallel, **_sizes(config, policy))
+        return VllmEngine(policy.layout, start_servers(plan, config.replicas, config.start_seconds))
+
+
+def _token(config: VllmServerConfig) -> str:
+    token = os.environ.get(config.token_env)
+    if not token:
+        raise ValueError(
+            f"engine.urls names servers, and the environment variable {config.token_env} with their API key is not "
+            "set; `rlmm rollout-server` reads it, too: set the same value for both"
         )
-    return VllmEngine(policy.layout, [host])
+    return token
 
 
-ENGINES: dict[str, Callable[[Any, CausalPolicy], Engine]] = {"torch": _torch, "vllm": _vllm}
+def _own_urls(urls: Sequence[str]) -> Sequence[str]:
+    """This process's share: a server serves one process, since its weights and waves are of one rollout at a time."""
+    rank, size = world()
+    if len(urls) < size:
+        raise ValueError(
+            f"{size} training processes and {len(urls)} rollout server(s); start one for each process and list them in "
+            "engine.urls"
+        )
+    return urls[rank::size]
+
+
+def _sizes(config: VllmSizes, policy: CausalPolicy) -> dict[str, Any]:
+    return {
+        "max_length": policy.base.config.max_position_embeddings,
+        "dtype": str(policy.base.dtype).removeprefix("torch."),
+        "max_rows": config.max_rows,
+        "max_prompt_tokens": config.max_prompt_tokens,
+        "kv_bytes": config.kv_megabytes << 20,
+    }
+
+
+ENGINES: dict[str, Callable[[Any, CausalPolicy], Engine]] = {
+    "torch": _torch,
+    "vllm": _vllm,
+    "vllm_server": _vllm_server,
+}

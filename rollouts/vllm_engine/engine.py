@@ -39,7 +39,7 @@ class VllmEngine:
         Raises:
             ValueError: another span, a stream the law needs and a request lacks, or a sample too large for the engine.
             RuntimeError: vLLM took other tokens than were drawn, or parted the streams of a guided sample.
-            HostLost: a vLLM is gone.
+            EngineLost: a vLLM is gone.
         """
         span = one_image_span(spans, "vllm")
         if not requests:

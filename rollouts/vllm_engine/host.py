@@ -12,10 +12,6 @@ BLOCK = 32
 """Positions a KV block holds: the least a CPU allows, so that samples of one prompt share most of its prefix."""
 
 
-class HostLost(RuntimeError):
-    """The vLLM is gone: a killed process, a closed connection. A new one may do the work again."""
-
-
 @dataclass(frozen=True)
 class Room:
     """What a vLLM can hold at once. `blocks`: KV blocks that requests can have; `length`: positions of a request."""
@@ -44,7 +40,7 @@ class Host(Protocol):
     def run(self, rows: Sequence[Row], samples: Sequence[str]) -> tuple[list[list[int]], list[Drawn]]:
         """The tokens vLLM took for each row, and what was drawn for each sample, in order.
 
-        Raises HostLost where it is gone; it holds no rows afterwards, whatever was raised."""
+        Raises EngineLost where it is gone; it holds no rows afterwards, whatever was raised."""
         ...
 
     def sync(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:

@@ -18,85 +18,16 @@ from torch import Tensor
 from vllm import ModelRegistry
 
 from rlmm import pipeline
-from rlmm.config.policy import Lora, NewPolicy
+from rlmm.config.engines import VllmEngineConfig
 from rlmm.config.recipe import validate_recipe
-from rlmm.config.stages import VllmEngineConfig
 from rlmm.policies.causal import CausalPolicy
-from rlmm.policies.families.llama import build
 from rlmm.train.context import StageContext
 from rlmm.train.engines import build_engine
 from rollouts.contract import Request
-from rollouts.fingerprint import weights_fingerprint
 from rollouts.law import Law
-from rollouts.torch_engine.causal import TorchEngine
-from rollouts.trajectory import Span, Trajectory
+from rollouts.trajectory import Span
 from rollouts.vllm_engine import plugin
-
-LAWS = {
-    "plain": {},
-    "tempered": {"temperature": 0.7},
-    "top-k": {"top_k": 9},
-    "top-p": {"top_p": 0.8, "top_k": 30},
-    "guided": {"guidance_scale": 3.0},
-    "two scales, cut": {"guidance_scale": 2.0, "source_scale": 1.5, "top_k": 20, "temperature": 0.8},
-}
-# The second is longer than one block of the prefix cache, so that stale keys would be found and used.
-PROMPTS = ["a", "two red circles and a very long blue line between them", 'render "HELLO"']
-
-
-def make_policy(*, lora: bool, tied: bool = False, row_ends: bool = False) -> CausalPolicy:
-    config = NewPolicy(
-        hidden_size=64, num_layers=2, num_heads=2, intermediate_size=96, row_ends=row_ends, tie_embeddings=tied
-    )  # fmt: skip
-    policy = build(config, num_codes=40, grid=(3, 4), seed=1)
-    with torch.no_grad():  # a fresh head is nearly uniform; a peaked one makes a wrong law visible
-        policy.model.lm_head.weight.mul_(40)
-    if lora:
-        policy.add_lora(Lora(rank=4, target_modules=("q_proj", "gate_proj", "lm_head")), seed=1)
-    policy.model.eval()
-    return policy
-
-
-def change(policy: CausalPolicy, seed: int) -> None:
-    """What an optimiser step does to the trainable weights, only larger."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for weight in policy.model.parameters():
-            if weight.requires_grad:
-                weight.add_(0.05 * torch.randn(weight.shape, generator=generator))
-
-
-def requests(policy: CausalPolicy, samples: int = 3) -> list[Request]:
-    layout = policy.layout
-    streams = {"uncond": layout.prefix(layout.null_prompt), "source": layout.prefix([9, 10, 11])}
-    return [
-        Request(
-            group_id=prompt,
-            streams={"cond": layout.prefix(policy.encode_prompt(prompt)), **streams},
-            seeds=tuple((1 << 62) + 100 * p + s for s in range(samples)),
-            sample_ids=tuple(f"{prompt}/{s}" for s in range(samples)),
-        )
-        for p, prompt in enumerate(PROMPTS)
-    ]
-
-
-def sample(engine: Any, policy: CausalPolicy, law: dict[str, Any]) -> Trajectory:
-    span = Span("image", Law(policy.layout.image, **law), policy.layout.grid.length)
-    return engine.generate(requests(policy), [span])
-
-
-def gap(policy: CausalPolicy, made: Trajectory) -> float:
-    with torch.no_grad():
-        logp_BS = policy.log_probs(made).logp_BS
-    return float((logp_BS - made.sampler_logp)[made.target_mask].abs().max())
-
-
-def same(a: Tensor | None, b: Tensor | None) -> bool:
-    return a is b if a is None or b is None else torch.equal(a, b)
-
-
-def agrees(engine: Any, policy: CausalPolicy) -> bool:
-    return engine.fingerprint() == weights_fingerprint(policy.named_weights())
+from tests.integration.vllm_requests import agrees, change, gap, make_policy, requests, sample, under_laws
 
 
 def refusal(call: Callable[[], Any]) -> str:
@@ -106,22 +37,6 @@ def refusal(call: Callable[[], Any]) -> str:
     except (RuntimeError, ValueError) as error:
         return f"{type(error).__name__}: {error}"
     return ""
-
-
-def under_laws(engine: Any, policy: CausalPolicy) -> dict[str, Any]:
-    found, reference = {}, TorchEngine(policy, num_layers=2)
-    for name, law in LAWS.items():
-        made, wanted = sample(engine, policy, law), sample(reference, policy, law)
-        found[name] = {
-            "gap": gap(policy, made),
-            "same tokens": torch.equal(made.ids, wanted.ids),
-            "same support": same(made.support, wanted.support),
-            "same masks": torch.equal(made.target_mask, wanted.target_mask),
-            "same streams": all(torch.equal(made.streams[s].ids_BP, wanted.streams[s].ids_BP) for s in made.streams),
-            "same names": (made.seed, made.group_id, made.sample_id)
-            == (wanted.seed, wanted.group_id, wanted.sample_id),
-        }
-    return found
 
 
 def half(weights: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

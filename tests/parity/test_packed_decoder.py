@@ -9,8 +9,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
 
+from rlmm.config.engines import TorchEngineConfig
 from rlmm.config.policy import Lora, NewPolicy
-from rlmm.config.stages import Gates, TorchEngineConfig
+from rlmm.config.stages import Gates
 from rlmm.policies.causal import CausalPolicy
 from rlmm.policies.families.llama import build
 from rlmm.train.engines import build_engine

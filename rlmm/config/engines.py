@@ -1,0 +1,68 @@
+"""What a recipe may say of the engine that makes its rollouts."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from rlmm.config.base import Strict
+
+
+class TorchEngineConfig(Strict):
+    """Sampling in the training process, from the weights that are trained."""
+
+    kind: Literal["torch"] = "torch"
+    max_rows: int = Field(512, ge=1)
+    """Most decode rows (samples x streams) in one batch."""
+
+
+class VllmSizes(Strict):
+    """What one vLLM can hold."""
+
+    max_rows: int = Field(256, ge=1)
+    """Most rows (samples x streams) in one batch."""
+    max_prompt_tokens: int = Field(8192, ge=1)
+    """Most prefix tokens prefilled in one step."""
+    kv_megabytes: int = Field(1024, ge=1)
+    """Memory for keys and values. vLLM touches all of it."""
+
+
+class VllmEngineConfig(VllmSizes):
+    """Stock vLLM inside the training process (one process)."""
+
+    kind: Literal["vllm"] = "vllm"
+
+
+class VllmServerConfig(VllmSizes):
+    """Stock vLLM as servers: started here, each in a process of its own, or running elsewhere."""
+
+    kind: Literal["vllm_server"] = "vllm_server"
+    urls: tuple[Annotated[str, Field(pattern=r"^https?://")], ...] = ()
+    """Servers started with `rlmm rollout-server`, which fixed their sizes then. With several training processes each
+    takes its share of them."""
+    replicas: int = Field(1, ge=1)
+    """Servers that each training process starts where no urls are given."""
+    tensor_parallel: int = Field(1, ge=1)
+    """Devices of one server that is started here."""
+    exchange: str | None = None
+    """A folder that trainer and servers share; full weights go through it. None: a temporary one, which does for
+    servers on this machine."""
+    token_env: str = "RLMM_ROLLOUT_TOKEN"
+    """The environment variable that holds the API key of the servers in `urls`."""
+    start_seconds: float = Field(600, gt=0)
+    """How long a server may take to start."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "VllmServerConfig":
+        if self.urls and (self.replicas, self.tensor_parallel) != (1, 1):
+            raise ValueError(
+                "urls name servers that run already; replicas and tensor_parallel are of servers that are started here"
+            )
+        return self
+
+    @property
+    def started(self) -> int:
+        """Servers on this machine's account."""
+        return 0 if self.urls else self.replicas
+
+
+EngineConfig = Annotated[TorchEngineConfig | VllmEngineConfig | VllmServerConfig, Field(discriminator="kind")]

@@ -1,0 +1,54 @@
+"""`rlmm rollout-server`: a vLLM server for training runs on other devices or nodes."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+from pydantic import ValidationError
+
+from rlmm.config.engines import VllmServerConfig
+from rlmm.policies.families import llama
+from rollouts.vllm_engine.launch import ServerPlan, serve
+
+
+def serve_rollouts(model: Path, host: str, port: int, settings: Sequence[str]) -> None:
+    """Become the server; does not return. Raises ValueError for a model or setting that will not do."""
+    config = server_config(settings)
+    token = os.environ.get(config.token_env)
+    if not token:
+        raise ValueError(
+            f"the environment variable {config.token_env} is not set; it has the key that training runs must show, "
+            "e.g. the output of `openssl rand -hex 16`"
+        )
+    serve(server_plan(model, host, config), port, token)
+
+
+def server_config(settings: Sequence[str]) -> VllmServerConfig:
+    """The engine section that `key=value` settings make."""
+    given = {}
+    for setting in settings:
+        key, found, value = setting.partition("=")
+        if not found:
+            raise ValueError(f"{setting!r} is no setting; write key=value, e.g. kv_megabytes=4096")
+        given[key] = yaml.safe_load(value)
+    try:
+        return VllmServerConfig.model_validate(given)
+    except ValidationError as error:
+        told = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise ValueError(f"the server's settings do not fit: {told}") from error
+
+
+def server_plan(model: Path, host: str, config: VllmServerConfig) -> ServerPlan:
+    """How to serve the policy in a folder, in the dtype it was saved in."""
+    found = llama.load_config(model)
+    return ServerPlan(
+        model,
+        max_length=found.max_position_embeddings,
+        dtype=str(found.dtype or "float32").removeprefix("torch."),
+        max_rows=config.max_rows,
+        max_prompt_tokens=config.max_prompt_tokens,
+        kv_bytes=config.kv_megabytes << 20,
+        tensor_parallel=config.tensor_parallel,
+        host=host,
+    )

@@ -1,0 +1,130 @@
+"""Starts `vllm serve` as this engine needs it, and waits until it answers."""
+
+import ctypes
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+from rollouts.contract import EngineLost
+from rollouts.vllm_engine.guard import KEY_VARIABLE
+from rollouts.vllm_engine.host import BLOCK
+
+LOG_LINES = 20
+"""Last lines of a server's log that an error shows."""
+
+
+@dataclass(frozen=True)
+class ServerPlan:
+    """How to serve a transformers model folder. Sizes as in `host.Room`; `kv_bytes` for keys and values."""
+
+    folder: Path
+    max_length: int
+    dtype: str = "float32"
+    max_rows: int = 256
+    max_prompt_tokens: int = 8192
+    kv_bytes: int = 1 << 30
+    tensor_parallel: int = 1
+    host: str = "127.0.0.1"
+
+    def command(self, port: int) -> list[str]:
+        """The command line. Flags are stock vLLM's; what they name is this package's."""
+        return [
+            sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(self.folder),
+            "--host", self.host, "--port", str(port), "--tokens-only", "--skip-tokenizer-init",
+            "--dtype", self.dtype, "--max-model-len", str(self.max_length), "--max-num-seqs", str(self.max_rows),
+            "--max-num-batched-tokens", str(max(self.max_prompt_tokens, self.max_length)),
+            "--kv-cache-memory-bytes", str(self.kv_bytes), "--block-size", str(BLOCK),
+            "--tensor-parallel-size", str(self.tensor_parallel), "--enforce-eager", "--no-enable-chunked-prefill",
+            "--no-async-scheduling", "--enable-prefix-caching", "--disable-log-stats", "--disable-uvicorn-access-log",
+            "--logits-processors", "rollouts.vllm_engine.processor:LawProcessor",
+            "--scheduler-cls", "rollouts.vllm_engine.scheduler.WaveScheduler",
+            "--worker-extension-cls", "rollouts.vllm_engine.worker.RolloutWorker",
+            "--middleware", "rollouts.vllm_engine.guard.KeyMiddleware",
+        ]  # fmt: skip
+
+
+ENVIRONMENT = {
+    "VLLM_SERVER_DEV_MODE": "1",  # the endpoints that a trainer needs: weights, caches, calls to the workers
+    "VLLM_USE_V2_MODEL_RUNNER": "0",  # the second runner has another interface for logits processors
+}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Server:
+    """A vLLM server of our own, in a process group of its own. `scratch` holds its log and what is handed to it."""
+
+    def __init__(self, plan: ServerPlan) -> None:
+        self.plan, self.token, self.port = plan, secrets.token_hex(16), free_port()
+        self._scratch = tempfile.TemporaryDirectory(prefix="rlmm-vllm-")
+        self.scratch = Path(self._scratch.name)
+        self.log = self.scratch / "log.txt"
+        with self.log.open("wb") as out:
+            self.process = subprocess.Popen(
+                plan.command(self.port), env=surroundings(self.token), stdout=out, stderr=subprocess.STDOUT,
+                start_new_session=True, preexec_fn=_end_with_parent,
+            )  # fmt: skip
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.plan.host}:{self.port}"
+
+    def wait(self, seconds: float) -> None:
+        """Until it answers. Raises EngineLost, with the end of its log, where it dies or takes longer."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            if self.process.poll() is not None:
+                raise EngineLost(f"the vLLM server ended with status {self.process.returncode}:\n{self.tail()}")
+            with suppress(httpx.TransportError):
+                if httpx.get(f"{self.url}/health", timeout=5).status_code == httpx.codes.OK:
+                    return
+            time.sleep(0.2)
+        raise EngineLost(
+            f"the vLLM server did not answer within {seconds:.0f} s; raise engine.start_seconds if its log looks well:"
+            f"\n{self.tail()}"
+        )
+
+    def tail(self) -> str:
+        """The last lines of its log."""
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-LOG_LINES:])
+
+    def stop(self, seconds: float = 10) -> None:
+        """End every process it started and forget its files. May be called again."""
+        for signum in (signal.SIGTERM, signal.SIGKILL):
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signum)
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(seconds)
+        self._scratch.cleanup()
+
+
+def surroundings(token: str) -> dict[str, str]:
+    """The environment of a server: this package on its path, whatever folder it is started in."""
+    paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | ENVIRONMENT | {KEY_VARIABLE: token, "PYTHONPATH": os.pathsep.join(paths)}
+
+
+def serve(plan: ServerPlan, port: int, token: str) -> None:
+    """Become a server; does not return."""
+    command = plan.command(port)
+    os.execve(command[0], command, surroundings(token))
+
+
+def _end_with_parent() -> None:
+    """On Linux the kernel ends the server when the process that started it is gone, however it went."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG

@@ -1,0 +1,143 @@
+"""A vLLM server as a host: rows over its token endpoint, all else through its calls to the worker."""
+
+import asyncio
+import json
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+from safetensors.torch import save_file
+from torch import Tensor
+
+from rollouts.contract import EngineLost
+from rollouts.vllm_engine.drawn import KEY, Drawn
+from rollouts.vllm_engine.host import Room, Row
+from rollouts.vllm_engine.launch import Server, ServerPlan
+
+GENERATE = "/inference/v1/generate"
+SHARD_BYTES = 1 << 30
+
+
+class ServerHost:
+    """A server started with `launch.ServerPlan`'s flags, here or elsewhere.
+
+    Args:
+        url: e.g. http://127.0.0.1:8000
+        token: its API key.
+        exchange: a folder that this process writes and the server reads; full weights go through it.
+        own: the server where it is this process's own, to be stopped with it.
+        timeout: seconds a rollout's slowest row may take.
+    """
+
+    def __init__(
+        self, url: str, *, token: str, exchange: Path, own: Server | None = None, timeout: float = 3600
+    ) -> None:
+        self.url, self.exchange, self.own, self.timeout = url.rstrip("/"), exchange, own, timeout
+        self.headers = {"Authorization": f"Bearer {token}"}
+        self.client = httpx.Client(base_url=self.url, headers=self.headers, timeout=timeout)
+        self.room = Room(**self._call("rollouts_room"))
+
+    def run(self, rows: Sequence[Row], samples: Sequence[str]) -> tuple[list[list[int]], list[Drawn]]:
+        try:
+            taken = asyncio.run(self._send(rows))
+        except EngineLost:
+            raise
+        except BaseException:
+            self._post("/abort_requests", {})  # an interrupt must not leave rows behind
+            raise
+        return taken, [Drawn.from_wire(record) for record in self._call("rollouts_collect", json.dumps(list(samples)))]
+
+    def sync(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        with tempfile.TemporaryDirectory(dir=self.exchange) as folder:
+            write_shards(weights, Path(folder))
+            self._call("rollouts_load", folder)
+        if not self._post("/reset_prefix_cache", {}).json()["success"]:
+            raise RuntimeError("vLLM kept keys and values of the old weights: requests are still running; finish them")
+
+    def fingerprint(self) -> str:
+        return self._call("rollouts_fingerprint")
+
+    def close(self) -> None:
+        self.client.close()
+        if self.own is not None:
+            self.own.stop()
+
+    async def _send(self, rows: Sequence[Row]) -> list[list[int]]:
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+        async with (
+            httpx.AsyncClient(base_url=self.url, headers=self.headers, timeout=self.timeout, limits=limits) as client,
+            asyncio.TaskGroup() as group,
+        ):
+            tasks = [group.create_task(self._row(client, row)) for row in rows]
+        return [task.result() for task in tasks]
+
+    async def _row(self, client: httpx.AsyncClient, row: Row) -> list[int]:
+        body = {
+            "token_ids": list(row.prefix),
+            "sampling_params": {
+                # Greedy: the processor leaves one token to take.
+                "temperature": 0.0, "max_tokens": row.length, "ignore_eos": True, "detokenize": False,
+                "extra_args": {KEY: row.arguments},
+            },
+        }  # fmt: skip
+        try:
+            answer = await client.post(GENERATE, json=body)
+        except httpx.TransportError as error:
+            raise self._lost(error) from error
+        return _checked(answer).json()["choices"][0]["token_ids"]
+
+    def _call(self, method: str, *arguments: str) -> Any:
+        """The answer of the first worker; with tensor parallelism all of them draw alike."""
+        return self._post("/collective_rpc", {"method": method, "args": list(arguments)}).json()["results"][0]
+
+    def _post(self, path: str, body: dict[str, Any]) -> httpx.Response:
+        try:
+            return _checked(self.client.post(path, json=body))
+        except httpx.TransportError as error:
+            raise self._lost(error) from error
+
+    def _lost(self, error: httpx.TransportError) -> EngineLost:
+        end = "" if self.own is None else f"; the end of its log:\n{self.own.tail()}"
+        return EngineLost(f"the vLLM server at {self.url} is gone ({type(error).__name__}: {error}){end}")
+
+
+def start_servers(plan: ServerPlan, count: int, seconds: float) -> list[ServerHost]:
+    """Servers on this machine, all starting at once. None is left behind where one of them fails."""
+    servers: list[Server] = []
+    try:
+        for _ in range(count):
+            servers.append(Server(plan))
+        for server in servers:
+            server.wait(seconds)
+        return [ServerHost(one.url, token=one.token, exchange=one.scratch, own=one) for one in servers]
+    except BaseException:
+        for server in servers:
+            server.stop()
+        raise
+
+
+def write_shards(weights: Iterable[tuple[str, Tensor]], folder: Path) -> None:
+    """Files of about SHARD_BYTES, so that no more than that is held at once of weights that come one at a time."""
+    shard: dict[str, Tensor] = {}
+    number, size = 0, 0
+    for name, tensor in weights:
+        shard[name] = tensor.detach().contiguous().cpu()
+        size += shard[name].nbytes
+        if size >= SHARD_BYTES:
+            save_file(shard, folder / f"{number:05}.safetensors")
+            shard, number, size = {}, number + 1, 0
+    if shard:
+        save_file(shard, folder / f"{number:05}.safetensors")
+
+
+def _checked(answer: httpx.Response) -> httpx.Response:
+    if answer.status_code >= 500:
+        raise EngineLost(f"the vLLM server failed at {answer.url.path} with {answer.status_code}: {answer.text[:500]}")
+    if answer.is_error:
+        raise RuntimeError(
+            f"the vLLM server refused {answer.url.path} with {answer.status_code}: {answer.text[:500]}; start it with "
+            "`rlmm rollout-server`, so that it has the endpoints that a trainer needs"
+        )
+    return answer

@@ -1,0 +1,133 @@
+"""A real vLLM server behind the Engine contract: the same law and tokens, its weights, its key, and its death."""
+
+import importlib.util
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+
+import httpx
+import pytest
+
+from rlmm.config.engines import VllmServerConfig
+from rlmm.policies.causal import CausalPolicy
+from rlmm.train.engines import build_engine
+from rlmm.train.recovery import Recovering
+from rollouts.contract import EngineLost
+from rollouts.vllm_engine.engine import VllmEngine
+from rollouts.vllm_engine.launch import Server
+from rollouts.vllm_engine.server import ServerHost
+from tests.integration.vllm_requests import LAWS, agrees, change, gap, make_policy, sample, under_laws
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
+]
+
+
+@pytest.fixture(scope="module")
+def policy() -> CausalPolicy:
+    return make_policy(lora=True)
+
+
+@pytest.fixture(scope="module")
+def engine(policy: CausalPolicy) -> Iterator[Recovering]:
+    change(policy, 1)
+    made = build_engine(VllmServerConfig(max_rows=7, max_prompt_tokens=300, kv_megabytes=32), policy)
+    assert isinstance(made, Recovering)
+    yield made
+    made.close()
+
+
+def host_of(engine: Recovering) -> ServerHost:
+    assert isinstance(engine.engine, VllmEngine)
+    (host,) = engine.engine.hosts
+    assert isinstance(host, ServerHost)
+    return host
+
+
+def server_of(engine: Recovering) -> Server:
+    own = host_of(engine).own
+    assert own is not None
+    return own
+
+
+def test_trainer_and_torch_engine_agree(engine: Recovering, policy: CausalPolicy) -> None:
+    found = under_laws(engine, policy)
+    assert set(found) == set(LAWS)
+    for law, facts in found.items():
+        assert facts.pop("gap") < 1e-4, law
+        assert all(facts.values()), (law, facts)
+
+
+def test_a_sync_reaches_the_weights_that_run_and_a_skipped_one_shows(engine: Recovering, policy: CausalPolicy) -> None:
+    assert agrees(engine, policy)
+    change(policy, 2)
+    assert not agrees(engine, policy) and gap(policy, sample(engine, policy, {})) > 0.01
+    engine.sync(policy.named_weights(), 7)
+    made = sample(engine, policy, {})
+    assert agrees(engine, policy) and gap(policy, made) < 1e-4 and made.weights_version == 7
+    assert not list(host_of(engine).exchange.glob("*/*.safetensors"))
+
+
+def test_no_path_but_health_answers_without_the_key(engine: Recovering) -> None:
+    url = server_of(engine).url
+    assert httpx.get(f"{url}/health").status_code == httpx.codes.OK
+    for path in ("/collective_rpc", "/reset_prefix_cache", "/inference/v1/generate"):
+        assert httpx.post(url + path, json={}).status_code == httpx.codes.UNAUTHORIZED
+        wrong = httpx.post(url + path, json={}, headers={"Authorization": "Bearer wrong"})
+        assert wrong.status_code == httpx.codes.UNAUTHORIZED
+
+
+def test_an_interrupted_rollout_leaves_no_rows_behind(engine: Recovering, policy: CausalPolicy) -> None:
+    host, sent = host_of(engine), ServerHost._send
+
+    async def interrupted(self: ServerHost, rows: object) -> list[list[int]]:
+        raise KeyboardInterrupt
+
+    ServerHost._send = interrupted  # pyrefly: ignore
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            sample(engine, policy, {})
+    finally:
+        ServerHost._send = sent
+    assert host.own is not None
+    assert gap(policy, sample(engine, policy, {"guidance_scale": 2.0})) < 1e-4
+
+
+def test_a_server_killed_during_a_rollout_is_started_once_more_and_nothing_changes(
+    engine: Recovering, policy: CausalPolicy
+) -> None:
+    wanted, first = sample(engine, policy, {"guidance_scale": 2.0}), server_of(engine)
+    change(policy, 3)
+    change(policy, -3)  # the trainer's weights move on; the server that comes back must have these
+    engine.sync(policy.named_weights(), 8)
+    expected = sample(engine, policy, {"guidance_scale": 2.0})
+    killer = threading.Thread(target=lambda: (time.sleep(0.05), os.killpg(first.process.pid, signal.SIGKILL)))
+    killer.start()
+    made = [sample(engine, policy, {"guidance_scale": 2.0}) for _ in range(8)]
+    killer.join()
+    assert server_of(engine) is not first and not first.scratch.exists()
+    assert all(one.ids.equal(expected.ids) and one.weights_version == 8 for one in made)
+    assert not expected.ids.equal(wanted.ids) and gap(policy, made[-1]) < 1e-4
+    os.killpg(server_of(engine).process.pid, signal.SIGKILL)
+    with pytest.raises(EngineLost, match="lost twice with the same weights"):
+        sample(engine, policy, {})
+
+
+def test_no_server_outlives_the_engine(engine: Recovering) -> None:
+    group = server_of(engine).process.pid
+    engine.close()
+    end = time.monotonic() + 10
+    while alive(group) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not alive(group)
+
+
+def alive(group: int) -> list[str]:
+    """Processes of a group, without those that are dead and wait to be reaped."""
+    every = subprocess.run(["ps", "-eo", "pgid=,stat=,args="], capture_output=True, text=True, check=True)
+    rows = [line.split(maxsplit=2) for line in every.stdout.splitlines()]
+    return [args[0] for pgid, stat, *args in rows if int(pgid) == group and not stat.startswith("Z")]

@@ -1,0 +1,300 @@
+"""Parts of the vLLM engine that need no vLLM: waves, the wire, the key, several hosts, recovery, starting a server."""
+
+import asyncio
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from rlmm.config.engines import VllmServerConfig
+from rlmm.policies.causal import CausalPolicy
+from rlmm.rollout_server import serve_rollouts, server_config
+from rlmm.train.engines import build_engine
+from rlmm.train.recovery import Recovering
+from rollouts.contract import EngineLost, Grid, Layout, Request
+from rollouts.law import Law
+from rollouts.trajectory import Span, Trajectory
+from rollouts.vllm_engine import guard
+from rollouts.vllm_engine.drawn import Drawn
+from rollouts.vllm_engine.engine import VllmEngine
+from rollouts.vllm_engine.host import Room, Row
+from rollouts.vllm_engine.launch import ServerPlan
+from rollouts.vllm_engine.server import start_servers, write_shards
+from rollouts.vllm_engine.waves import Sample, plan_waves
+
+ROOT = Path(__file__).parents[2]
+LAYOUT = Layout(vocab_size=9, text=(0, 4), image=(4, 9), bos=0, pad=1, boi=2, grid=Grid(1, 2))
+ROOMY = Room(rows=100, prompt_tokens=1000, blocks=1000, length=64)
+
+
+def samples(count: int, *lengths: int) -> list[Sample]:
+    return [Sample(str(i), tuple((1,) * n for n in lengths), i) for i in range(count)]
+
+
+def sizes(room: Room, *lengths: int, count: int = 5) -> list[int]:
+    return [len(wave) for wave in plan_waves(samples(count, *lengths), room, 30)]
+
+
+def test_a_wave_is_what_fits_of_rows_prompt_tokens_and_blocks() -> None:
+    assert sizes(ROOMY, 4, 3) == [5]
+    assert sizes(Room(5, 1000, 1000, 64), 4, 3) == [2, 2, 1]  # two rows a sample
+    assert sizes(Room(100, 21, 1000, 64), 4, 3) == [3, 2]  # seven prompt tokens a sample
+    assert sizes(Room(100, 1000, 17, 64), 4, 3) == [2, 2, 1]  # 34 and 33 positions: 2 blocks each, and one to spare
+    assert sizes(Room(100, 1000, 10, 64), 2, 2) == [2, 2, 1]  # 32 positions fill a block: 2 x (1 + 1)
+
+
+@pytest.mark.parametrize(
+    ("room", "says"),
+    [
+        (Room(1, 100, 100, 64), "needs 2 of 1 in the vllm engine's max_rows"),
+        (Room(9, 6, 100, 64), "needs 7 of 6 in the vllm engine's max_prompt_tokens"),
+        (Room(9, 100, 5, 64), "needs 6 of 5 in the vllm engine's kv_bytes"),
+        (Room(9, 100, 100, 33), "34 positions and the engine has 33"),
+    ],
+)
+def test_a_sample_that_never_fits_is_an_error_that_names_the_size(room: Room, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        sizes(room, 4, 3)
+
+
+@pytest.mark.parametrize("support", [None, np.array([[1, 2], [255, 0], [7, 9]], np.uint8)])
+def test_what_was_drawn_comes_whole_over_the_wire(support: np.ndarray | None) -> None:
+    sent = Drawn(np.array([5, -1, 1 << 40]), np.array([-0.1, 0.0, -1e-300]), support, "parted")
+    got = Drawn.from_wire(sent.to_wire())
+    assert got.tokens_S.tolist() == [5, -1, 1 << 40] and got.logp_S.tolist() == [-0.1, 0.0, -1e-300]
+    assert got.fault == "parted" and np.array_equal(cast(Any, got.support), cast(Any, support))
+
+
+class FakeHost:
+    """Draws the sample's seed as its first code and its number as the second; `wrong`: vLLM takes another token."""
+
+    def __init__(self, room: Room = ROOMY, wrong: bool = False) -> None:
+        self.room, self.wrong = room, wrong
+        self.rows: list[Row] = []
+        self.taken: list[str] = []
+
+    def run(self, rows: Sequence[Row], samples: Sequence[str]) -> tuple[list[list[int]], list[Drawn]]:
+        self.rows += rows
+        by_name = {row.arguments["sample"]: int(row.arguments["seed"]) for row in rows}
+        drawn = [Drawn(np.array([4 + by_name[name] % 5, 4]), np.zeros(2), None) for name in samples]
+        found = {name: one.tokens_S.tolist() for name, one in zip(samples, drawn, strict=True)}
+        return [[8, 8] if self.wrong else found[row.arguments["sample"]] for row in rows], drawn
+
+    def sync(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        self.taken += [name for name, _ in weights]
+
+    def fingerprint(self) -> str:
+        return "/".join(self.taken)
+
+    def close(self) -> None:
+        self.taken = ["closed"]
+
+
+def ask(engine: Any, guided: bool = True, seeds: int = 5) -> Trajectory:
+    law = Law(LAYOUT.image, guidance_scale=3.0 if guided else 1.0)
+    streams = {"cond": (0, 3, 3, 2), "uncond": (0, 2)}
+    request = Request("a", streams, tuple(range(seeds)), tuple(f"a/{i}" for i in range(seeds)))
+    return engine.generate([request], [Span("image", law, 2)])
+
+
+def test_hosts_draw_equal_parts_in_order_and_take_the_same_weights() -> None:
+    hosts = [FakeHost(), FakeHost()]
+    engine = VllmEngine(LAYOUT, hosts)
+    made = ask(engine)
+    assert made.ids[:, 0].tolist() == [4, 5, 6, 7, 8]
+    assert [len(host.rows) for host in hosts] == [6, 4]
+    engine.sync(iter([("w", torch.zeros(1)), ("v", torch.zeros(1))]), 3)
+    assert engine.fingerprint() == "w/v" and ask(engine).weights_version == 3
+    hosts[1].taken = ["w"]
+    assert engine.fingerprint() != "w/v"
+
+
+def test_the_rows_of_a_wave_say_how_many_they_are() -> None:
+    host = FakeHost(Room(5, 100, 100, 64))
+    ask(VllmEngine(LAYOUT, [host]))
+    waves = [tuple(row.arguments["wave"]) for row in host.rows]
+    assert [count for _, count in waves] == [4] * 4 + [4] * 4 + [2] * 2
+    assert len(set(waves)) == 3 and [row.arguments["stream"] for row in host.rows[:2]] == ["cond", "uncond"]
+
+
+def test_tokens_that_were_not_drawn_are_an_error_that_names_the_sample() -> None:
+    with pytest.raises(RuntimeError, match=r"did not follow the draws of sample \w+-0, seed 0"):
+        ask(VllmEngine(LAYOUT, [FakeHost(wrong=True)]))
+
+
+def test_two_engines_never_name_a_sample_alike() -> None:
+    hosts = [FakeHost(), FakeHost()]
+    for host in hosts:
+        ask(VllmEngine(LAYOUT, [host]))
+    names = [{row.arguments["sample"] for row in host.rows} for host in hosts]
+    assert not names[0] & names[1]
+
+
+class Mortal:
+    """An engine that is lost at given calls."""
+
+    def __init__(self, deaths: list[str]) -> None:
+        self.deaths, self.calls = deaths, list[str]()
+
+    def _call(self, name: str) -> None:
+        self.calls.append(name)
+        if name in self.deaths:
+            self.deaths.remove(name)
+            raise EngineLost(f"gone in {name}")
+
+    def generate(self, requests: Any, spans: Any) -> Any:
+        self._call("generate")
+        return "made"
+
+    def sync(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        self._call(f"sync {[name for name, _ in weights]} {version}")
+
+    def fingerprint(self) -> str:
+        self._call("fingerprint")
+        return "print"
+
+    def close(self) -> None:
+        self.calls.append("close")
+
+
+class Weights:
+    def named_weights(self) -> Iterable[tuple[str, Tensor]]:
+        yield "fresh", torch.zeros(1)
+
+
+def recovering(deaths: list[str]) -> tuple[Recovering, list[Mortal]]:
+    built: list[Mortal] = []
+
+    def build() -> Any:
+        built.append(Mortal(deaths))
+        return built[-1]
+
+    return Recovering(build, cast(CausalPolicy, Weights())), built
+
+
+@pytest.mark.parametrize("call", ["generate", "fingerprint", "sync ['given'] 4"])
+def test_a_lost_engine_is_built_again_with_the_policys_weights_and_asked_again(call: str) -> None:
+    engine, built = recovering([call])
+    engine.sync(iter([("given", torch.zeros(1))]), 4)
+    assert cast(Any, engine.generate([], [])) == "made" and engine.fingerprint() == "print"
+    assert len(built) == 2 and built[0].calls[-2:] == [call, "close"]
+    assert built[1].calls[0] == "sync ['fresh'] 4"
+
+
+def test_a_second_loss_with_the_same_weights_is_raised_and_one_with_later_weights_is_not() -> None:
+    engine, built = recovering(["generate"])
+    engine.sync(iter([]), 1)
+    engine.generate([], [])
+    built[1].deaths.append("generate")
+    with pytest.raises(EngineLost, match="lost twice with the same weights \\(version 1\\)"):
+        engine.generate([], [])
+    engine.sync(iter([]), 2)
+    built[1].deaths.append("generate")
+    engine.generate([], [])
+    assert len(built) == 3
+
+
+def through_the_guard(path: str, key: bytes | None) -> int | str:
+    async def inner(scope: Any, receive: Any, send: Any) -> None:
+        sent.append("inside")
+
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message.get("status"))
+
+    headers = [] if key is None else [(b"authorization", b"Bearer " + key)]
+    asyncio.run(guard.KeyMiddleware(inner)({"type": "http", "path": path, "headers": headers}, None, send))
+    return sent[0]
+
+
+def test_every_path_but_health_wants_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(guard.KEY_VARIABLE, "secret")
+    assert through_the_guard("/collective_rpc", b"secret") == "inside"
+    assert through_the_guard("/collective_rpc", None) == through_the_guard("/v1/models", b"secre") == 401
+    assert through_the_guard("/health", None) == "inside" and through_the_guard("/health/x", None) == 401
+    monkeypatch.setenv(guard.KEY_VARIABLE, "")
+    with pytest.raises(RuntimeError, match="is not set"):
+        through_the_guard("/health", None)
+
+
+def test_weights_are_written_in_files_of_bounded_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rollouts.vllm_engine.server.SHARD_BYTES", 100)
+    write_shards(((f"w{i}", torch.full((10,), float(i))) for i in range(7)), tmp_path)
+    from safetensors.torch import load_file
+
+    shards = [load_file(file) for file in sorted(tmp_path.glob("*.safetensors"))]
+    assert [sorted(shard) for shard in shards] == [["w0", "w1", "w2"], ["w3", "w4", "w5"], ["w6"]]
+    assert shards[1]["w4"].tolist() == [4.0] * 10
+
+
+def test_settings_of_a_server_are_checked_before_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert server_config(["kv_megabytes=64", "max_rows=8"]).kv_megabytes == 64
+    with pytest.raises(ValueError, match="no setting; write key=value"):
+        server_config(["kv_megabytes"])
+    with pytest.raises(ValueError, match="unknown key 'kv_megabyte'"):
+        server_config(["kv_megabyte=64"])
+    monkeypatch.delenv("RLMM_ROLLOUT_TOKEN", raising=False)
+    with pytest.raises(ValueError, match="RLMM_ROLLOUT_TOKEN is not set"):
+        serve_rollouts(Path("nowhere"), "127.0.0.1", 8000, [])
+
+
+def test_urls_and_servers_of_ones_own_exclude_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="urls name servers that run already"):
+        VllmServerConfig(urls=("http://a:1",), replicas=2)
+    monkeypatch.delenv("RLMM_ROLLOUT_TOKEN", raising=False)
+    with pytest.raises(ValueError, match="environment variable RLMM_ROLLOUT_TOKEN with their API key is not"):
+        build_engine(VllmServerConfig(urls=("http://127.0.0.1:9",)), cast(CausalPolicy, Weights()))
+    monkeypatch.setenv("RLMM_ROLLOUT_TOKEN", "x")
+    with pytest.raises(EngineLost, match=r"http://127.0.0.1:9 is gone \(ConnectError"):
+        build_engine(
+            VllmServerConfig(urls=("http://127.0.0.1:9",)), cast(CausalPolicy, type("P", (), {"layout": LAYOUT})())
+        )
+
+
+def test_a_server_is_stock_vllm_told_what_to_load() -> None:
+    command = ServerPlan(Path("model"), max_length=9000, max_prompt_tokens=100, tensor_parallel=2).command(81)
+    given = dict(zip(command, command[1:], strict=False))
+    assert given["--max-num-batched-tokens"] == "9000" and given["--tensor-parallel-size"] == "2"
+    assert given["--host"] == "127.0.0.1" and given["--port"] == "81" and given["--model"] == "model"
+
+
+CHILD = """
+import os, signal, sys
+from pathlib import Path
+from rollouts.vllm_engine import launch
+
+class Sleeper(launch.ServerPlan):
+    def command(self, port):
+        return ["sleep", "600"]
+
+server = launch.Server(Sleeper(Path("."), max_length=1))
+print(server.process.pid, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the Linux kernel")
+def test_a_server_ends_with_a_trainer_that_was_killed() -> None:
+    killed = subprocess.run([sys.executable, "-c", CHILD], cwd=ROOT, capture_output=True, text=True)
+    server = Path("/proc") / killed.stdout.strip() / "stat"
+    end = time.monotonic() + 10
+    while server.exists() and server.read_text().split()[2] != "Z" and time.monotonic() < end:
+        time.sleep(0.05)
+    assert killed.returncode == -9 and (not server.exists() or server.read_text().split()[2] == "Z")
+
+
+def test_a_server_that_dies_at_its_start_shows_the_end_of_its_log() -> None:
+    class Broken(ServerPlan):
+        def command(self, port: int) -> list[str]:
+            return [sys.executable, "-c", "raise SystemExit('no such device')"]
+
+    with pytest.raises(EngineLost, match=r"ended with status 1:\nno such device"):
+        start_servers(Broken(Path("model"), max_length=1), 1, 60)
