@@ -38,8 +38,9 @@ evidence: install  ## the evidence that RL helped, in docs/evidence: hours
 ablations: install  ## what each setting of GRPO does, in docs/ablations: about an hour
 	for plan in configs/ablations/*.yaml; do $(BIN)/rlmm ablate $$plan || exit 1; done
 
-test: install  ## every test but the long ones
-	$(BIN)/python -m pytest
+# A file's tests stay in one process: some share an engine that takes long to start.
+test: install  ## every test but the long ones, on all cores
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 test-long: install  ## the tests that take minutes: the README's commands whole among them
 	$(BIN)/python -m pytest -m long

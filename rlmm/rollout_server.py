@@ -9,7 +9,9 @@ from pydantic import ValidationError
 
 from rlmm.config.engines import VllmServerConfig
 from rlmm.policies.families import llama
+from rlmm.policies.layout_io import load_layout
 from rollouts.vllm_engine.launch import ServerPlan, serve
+from rollouts.vllm_engine.plugin import two_stream_overrides
 
 
 def serve_rollouts(model: Path, host: str, port: int, settings: Sequence[str]) -> None:
@@ -41,7 +43,7 @@ def server_config(settings: Sequence[str]) -> VllmServerConfig:
 
 def server_plan(model: Path, host: str, config: VllmServerConfig) -> ServerPlan:
     """How to serve the policy in a folder, in the dtype it was saved in."""
-    found = llama.load_config(model)
+    found, layout = llama.load_config(model), load_layout(model)
     return ServerPlan(
         model,
         max_length=found.max_position_embeddings,
@@ -51,4 +53,5 @@ def server_plan(model: Path, host: str, config: VllmServerConfig) -> ServerPlan:
         kv_bytes=config.kv_megabytes << 20,
         tensor_parallel=config.tensor_parallel,
         host=host,
+        overrides=two_stream_overrides(layout) if config.two_streams and layout.null_token is not None else {},
     )

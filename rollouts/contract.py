@@ -50,8 +50,9 @@ class Grid:
 class Layout:
     """Where text and image live in one vocabulary, and how a prompt and an image are spelled.
 
-    `text` and `image` are half-open slices of token ids; code c of the codec is token `image[0] + c`. `null_prompt` is
-    the prompt (without `bos` and `boi`) of the unconditional stream.
+    `text` and `image` are half-open slices of token ids; code c of the codec is token `image[0] + c`. The unconditional
+    stream's prompt is `null_prompt` (without `bos` and `boi`), or, where there is a `null_token`, the prompt with every
+    token of it replaced by that one, as Janus does: then the stream is a function of the tokens alone.
     """
 
     vocab_size: int
@@ -62,6 +63,7 @@ class Layout:
     boi: int
     grid: Grid
     null_prompt: tuple[int, ...] = ()
+    null_token: int | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def prefix(self, prompt_ids: Sequence[int], sources: Sequence[Sequence[int]] = ()) -> tuple[int, ...]:
@@ -69,6 +71,21 @@ class Layout:
         begin-of-image. `sources` are spelled images: token ids, forced ones included."""
         images = [token for source in sources for token in (self.boi, *source)]
         return (self.bos, *images, *prompt_ids, self.boi)
+
+    def null(self, prompt_ids: Sequence[int]) -> tuple[int, ...]:
+        """The prompt of the unconditional stream beside a prompt."""
+        return self.null_prompt if self.null_token is None else (self.null_token,) * len(prompt_ids)
+
+    def unconditional(self, prefix: Sequence[int]) -> tuple[int, ...] | None:
+        """The unconditional prefix beside a conditional one, token by token; None without a `null_token`."""
+        if self.null_token is None:
+            return None
+        (low, high), given = self.text, self.given()
+        return tuple(self.null_token if low <= t < high and t not in given else t for t in prefix)
+
+    def given(self) -> tuple[int, ...]:
+        """Tokens of the text slice that belong to no prompt: both streams have them."""
+        return tuple(sorted({self.bos, self.boi, *self.grid.forced().values()}))
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

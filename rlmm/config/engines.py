@@ -24,6 +24,8 @@ class VllmSizes(Strict):
     """Most prefix tokens prefilled in one step."""
     kv_megabytes: int = Field(1024, ge=1)
     """Memory for keys and values. vLLM touches all of it."""
+    two_streams: bool = True
+    """Draw a guided sample in one request that carries both streams, where the policy's layout has a null token."""
 
 
 class VllmEngineConfig(VllmSizes):

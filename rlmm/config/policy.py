@@ -30,6 +30,9 @@ class NewPolicy(Strict):
     words: tuple[Annotated[str, Field(pattern=r"^[A-Za-z]+$")], ...] = ()
     """Words of the prompts that are one token each; all else is spelled in characters. Where prompts are made of a few
     dozen words, a policy learns in far fewer steps what each of them means."""
+    null: Literal["prompt", "token"] = "prompt"
+    """The unconditional stream's prompt, under guidance: one <null> token, or as many as the prompt has. With `token`
+    vLLM draws a guided sample in one request."""
     row_ends: bool = False
     """Force an end-of-row token after each row of the grid, as Emu3-style layouts do."""
 

@@ -14,19 +14,22 @@ from rlmm.policies.causal import CausalPolicy
 from rlmm.train.processes import world
 from rlmm.train.recovery import Recovering
 from rollouts.contract import Engine
+from rollouts.law import Law
 from rollouts.torch_engine.causal import TorchEngine
 from rollouts.torch_engine.llama import Unsupported, llama_shape
 from rollouts.torch_engine.packed import PackedLlama
+from rollouts.vllm_engine.plugin import STREAMS, two_stream_overrides
 
 log = logging.getLogger(__name__)
 
 
-def build_engine(config: EngineConfig, policy: CausalPolicy) -> Engine:
-    """The engine of a stage. A new kind is one config class in `rlmm.config.engines` and one entry here."""
-    return ENGINES[config.kind](config, policy)
+def build_engine(config: EngineConfig, policy: CausalPolicy, law: Law | None = None) -> Engine:
+    """The engine of a stage, best prepared for `law` (it can sample from others). A new kind is one config class in
+    `rlmm.config.engines` and one entry here."""
+    return ENGINES[config.kind](config, policy, law)
 
 
-def _torch(config: TorchEngineConfig, policy: CausalPolicy) -> Engine:
+def _torch(config: TorchEngineConfig, policy: CausalPolicy, law: Law | None) -> Engine:
     layers, packed = policy.base.config.num_hidden_layers, packed_decoder(policy)
     return TorchEngine(policy, num_layers=layers, max_rows=config.max_rows, packed=packed)
 
@@ -49,20 +52,20 @@ def packed_decoder(policy: CausalPolicy) -> PackedLlama | None:
     return packed
 
 
-def _vllm(config: VllmEngineConfig, policy: CausalPolicy) -> Engine:
+def _vllm(config: VllmEngineConfig, policy: CausalPolicy, law: Law | None) -> Engine:
     from rollouts.vllm_engine.engine import VllmEngine
     from rollouts.vllm_engine.local import LocalHost
 
     with tempfile.TemporaryDirectory() as folder:
         policy.save(Path(folder))
-        return VllmEngine(policy.layout, [LocalHost(Path(folder), **_sizes(config, policy))])
+        return VllmEngine(policy.layout, [LocalHost(Path(folder), **_served(config, policy, law))])
 
 
-def _vllm_server(config: VllmServerConfig, policy: CausalPolicy) -> Engine:
-    return Recovering(lambda: _connected(config, policy), policy)
+def _vllm_server(config: VllmServerConfig, policy: CausalPolicy, law: Law | None) -> Engine:
+    return Recovering(lambda: _connected(config, policy, law), policy)
 
 
-def _connected(config: VllmServerConfig, policy: CausalPolicy) -> Engine:
+def _connected(config: VllmServerConfig, policy: CausalPolicy, law: Law | None) -> Engine:
     from rollouts.vllm_engine.engine import VllmEngine
     from rollouts.vllm_engine.launch import ServerPlan
     from rollouts.vllm_engine.server import ServerHost, start_servers
@@ -73,7 +76,7 @@ def _connected(config: VllmServerConfig, policy: CausalPolicy) -> Engine:
         return VllmEngine(policy.layout, hosts)
     with tempfile.TemporaryDirectory() as folder:
         policy.save(Path(folder))
-        plan = ServerPlan(Path(folder), tensor_parallel=config.tensor_parallel, **_sizes(config, policy))
+        plan = ServerPlan(Path(folder), tensor_parallel=config.tensor_parallel, **_served(config, policy, law))
         return VllmEngine(policy.layout, start_servers(plan, config.replicas, config.start_seconds))
 
 
@@ -98,17 +101,21 @@ def _own_urls(urls: Sequence[str]) -> Sequence[str]:
     return urls[rank::size]
 
 
-def _sizes(config: VllmSizes, policy: CausalPolicy) -> dict[str, Any]:
+def _served(config: VllmSizes, policy: CausalPolicy, law: Law | None) -> dict[str, Any]:
+    """How a vLLM serves the policy."""
+    guided = law is not None and len(law.streams()) == STREAMS
+    together = config.two_streams and guided and policy.layout.null_token is not None
     return {
         "max_length": policy.base.config.max_position_embeddings,
         "dtype": str(policy.base.dtype).removeprefix("torch."),
         "max_rows": config.max_rows,
         "max_prompt_tokens": config.max_prompt_tokens,
         "kv_bytes": config.kv_megabytes << 20,
+        "overrides": two_stream_overrides(policy.layout) if together else {},
     }
 
 
-ENGINES: dict[str, Callable[[Any, CausalPolicy], Engine]] = {
+ENGINES: dict[str, Callable[[Any, CausalPolicy, Law | None], Engine]] = {
     "torch": _torch,
     "vllm": _vllm,
     "vllm_server": _vllm_server,

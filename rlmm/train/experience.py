@@ -66,10 +66,12 @@ def request_for(policy: Policy, codec: Codec, law: Law, example: Example, group:
     sources alone, `uncond` neither."""
     layout = policy.layout
     sources = spell_sources(codec, layout, example.sources)
+    prompt_ids = policy.encode_prompt(example.prompt)
+    null = layout.null(prompt_ids)
     streams = {
-        COND: layout.prefix(policy.encode_prompt(example.prompt), sources),
-        UNCOND: layout.prefix(layout.null_prompt),
-        SOURCE: layout.prefix(layout.null_prompt, sources),
+        COND: layout.prefix(prompt_ids, sources),
+        UNCOND: layout.prefix(null),
+        SOURCE: layout.prefix(null, sources),
     }
     return Request(
         group_id=group,

@@ -57,13 +57,14 @@ class GrpoSource:
         self.seed = context.seed("rollouts")
         data: Dataset = load_split(context, "prompts", policy.spelling)
         self.held_out = build_composite(context.recipe.held_out)
+        law = phases.law_of(policy.layout, self.config.sampling)
         self.roller = Roller(
             self.config,
             data,
             policy,
             codec,
-            build_engine(self.config.engine, policy),
-            phases.law_of(policy.layout, self.config.sampling),
+            build_engine(self.config.engine, policy, law),
+            law,
             build_composite(context.recipe.rewards),
             context.recipe.rewards.invalid_output_penalty,
             self.seed,

@@ -51,7 +51,7 @@ class SftSource:
         luck = generator(self.seed, "prompt dropout", step).random(len(picked))
         dropped = luck < config.prompt_dropout
         prompts = [
-            list(self.policy.layout.null_prompt) if drop else self.prompts[i]
+            list(self.policy.layout.null(self.prompts[i])) if drop else self.prompts[i]
             for i, drop in zip(picked, dropped, strict=True)
         ]
         # Half of the dropped prompts lose their source images too: guidance has a stream with them and one without.

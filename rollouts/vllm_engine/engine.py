@@ -15,7 +15,7 @@ from rollouts.trajectory import Span, Trajectory, pad_left
 from rollouts.vllm_engine.arguments import row_arguments
 from rollouts.vllm_engine.drawn import Drawn
 from rollouts.vllm_engine.host import Host, Row
-from rollouts.vllm_engine.waves import Sample, plan_waves
+from rollouts.vllm_engine.waves import Sample, check_room, plan_waves
 
 
 class VllmEngine:
@@ -100,18 +100,36 @@ class VllmEngine:
         return [one for part in made for one in part]
 
     def _draw_on(self, host: Host, samples: Sequence[Sample], law: Law) -> list[Drawn]:
-        grid, streams = self.layout.grid, law.streams()
-        forced, rows = grid.forced(), []
-        for wave in plan_waves(samples, host.room, grid.length):
-            around = (wave[0].name, len(wave) * len(streams))
-            for sample in wave:
-                for name, prefix in zip(streams, sample.prefixes, strict=True):
-                    arguments = row_arguments(sample.name, name, law, forced, sample.seed, grid.length, around)
-                    rows.append(Row(prefix, arguments, grid.length))
+        carried = self._carried(host, samples, law)
+        rows = self._rows(host, samples, law, carried)
         taken, drawn = host.run(rows, [sample.name for sample in samples])
         for k, one in enumerate(drawn):
-            _check(samples[k], one, taken[k * len(streams) : (k + 1) * len(streams)])
+            _check(samples[k], one, taken[k * len(carried) : (k + 1) * len(carried)])
         return drawn
+
+    def _carried(self, host: Host, samples: Sequence[Sample], law: Law) -> list[tuple[str, ...]]:
+        """The streams that each request of a sample carries: all in one where model and prompts allow it."""
+        names = law.streams()
+        together = host.room.streams == len(names) > 1 and all(
+            sample.prefixes[1] == self.layout.unconditional(sample.prefixes[0]) for sample in samples
+        )
+        return [names] if together else [(name,) for name in names]
+
+    def _rows(self, host: Host, samples: Sequence[Sample], law: Law, carried: Sequence[tuple[str, ...]]) -> list[Row]:
+        """A sample in one request may start and wait as vLLM pleases; requests that must keep step go in waves."""
+        grid, streams, room = self.layout.grid, law.streams(), host.room
+        alone = len(carried) == 1
+        if alone:
+            for sample in samples:
+                check_room(sample.prefixes[0], room, grid.length)
+        forced, rows = grid.forced(), []
+        for wave in [samples] if alone else plan_waves(samples, room, grid.length):
+            around = None if alone else (wave[0].name, len(wave) * len(carried))
+            for sample in wave:
+                for names in carried:
+                    arguments = row_arguments(sample.name, names, law, forced, sample.seed, grid.length, around)
+                    rows.append(Row(sample.prefixes[streams.index(names[0])], arguments, grid.length))
+        return rows
 
 
 def _check(sample: Sample, drawn: Drawn, taken: list[list[int]]) -> None:
@@ -121,5 +139,5 @@ def _check(sample: Sample, drawn: Drawn, taken: list[list[int]]) -> None:
         raise RuntimeError(
             f"vLLM did not follow the draws of sample {sample.name}, seed {sample.seed} "
             f"({drawn.fault or 'its tokens are others'}), so its log-probs would be wrong; lower max_rows or raise "
-            "kv_bytes, and report it if that does not help"
+            "kv_megabytes, and report it if that does not help"
         )

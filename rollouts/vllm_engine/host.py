@@ -14,17 +14,19 @@ BLOCK = 32
 
 @dataclass(frozen=True)
 class Room:
-    """What a vLLM can hold at once. `blocks`: KV blocks that requests can have; `length`: positions of a request."""
+    """What a vLLM can hold at once. `blocks`: KV blocks that requests can have; `length`: positions of a request;
+    `streams`: what one request carries, 2 where the model is one of `two_streams`."""
 
     rows: int
     prompt_tokens: int
     blocks: int
     length: int
+    streams: int = 1
 
 
 @dataclass(frozen=True)
 class Row:
-    """One request: a stream of a sample. `arguments` is what the processor needs of it, as plain data."""
+    """One request: a stream of a sample, or all of them. `arguments`: what the processor needs of it, as plain data."""
 
     prefix: tuple[int, ...]
     arguments: dict[str, Any]

@@ -1,6 +1,7 @@
 """Starts `vllm serve` as this engine needs it, and waits until it answers."""
 
 import ctypes
+import json
 import os
 import secrets
 import signal
@@ -9,9 +10,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -35,6 +38,8 @@ class ServerPlan:
     kv_bytes: int = 1 << 30
     tensor_parallel: int = 1
     host: str = "127.0.0.1"
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    """Laid over the checkpoint's config.json (`plugin.two_stream_overrides`)."""
 
     def command(self, port: int) -> list[str]:
         """The command line. Flags are stock vLLM's; what they name is this package's."""
@@ -49,6 +54,7 @@ class ServerPlan:
             "--logits-processors", "rollouts.vllm_engine.processor:LawProcessor",
             "--scheduler-cls", "rollouts.vllm_engine.scheduler.WaveScheduler",
             "--worker-extension-cls", "rollouts.vllm_engine.worker.RolloutWorker",
+            "--hf-overrides", json.dumps(dict(self.overrides)),
             "--middleware", "rollouts.vllm_engine.guard.KeyMiddleware",
         ]  # fmt: skip
 

@@ -2,7 +2,7 @@
 
 import gc
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +16,39 @@ from rollouts.vllm_engine.host import BLOCK, Room, Row
 class LocalHost:
     """Eager, synchronous, and with the rest of the process as it was before.
 
+    `overrides` lay over the checkpoint's config.json (`plugin.two_stream_overrides`). With `chunked_prefill` long
+    prompts are read in parts; requests that must keep step cannot be.
+
     Raises:
         ImportError: vLLM is not installed.
         RuntimeError: the process is one of several of a distributed run.
     """
 
     def __init__(
-        self, folder: Path, *, max_length: int, dtype: str, max_rows: int, max_prompt_tokens: int, kv_bytes: int
+        self,
+        folder: Path,
+        *,
+        max_length: int,
+        dtype: str,
+        max_rows: int,
+        max_prompt_tokens: int,
+        kv_bytes: int,
+        overrides: Mapping[str, Any] | None = None,
+        chunked_prefill: bool = False,
     ) -> None:
         _refuse_several_processes()
         self._owns_group = not torch.distributed.is_initialized()
-        budget = max(max_prompt_tokens, max_length)
+        # Without chunks vLLM wants to be able to prefill the longest request at once.
+        budget = max_prompt_tokens if chunked_prefill else max(max_prompt_tokens, max_length)
         self.llm = _start(
             model=str(folder), dtype=dtype, max_model_len=max_length, max_num_seqs=max_rows,
             max_num_batched_tokens=budget, kv_cache_memory_bytes=kv_bytes, block_size=BLOCK,
+            hf_overrides=dict(overrides or {}), enable_chunked_prefill=chunked_prefill,
         )  # fmt: skip
         # Block 0 stands for "none".
         blocks = self.llm.llm_engine.vllm_config.cache_config.num_gpu_blocks - 1
-        self.room = Room(max_rows, max_prompt_tokens, blocks, max_length)
+        (streams,) = self.llm.apply_model(lambda model: getattr(model, "streams", 1))
+        self.room = Room(max_rows, max_prompt_tokens, blocks, max_length, streams)
 
     def run(self, rows: Sequence[Row], samples: Sequence[str]) -> tuple[list[list[int]], list[Drawn]]:
         from vllm import SamplingParams
@@ -102,13 +117,15 @@ def _start(**settings: Any) -> Any:
             "the vllm engine needs vLLM, which is not installed; install the extra `cpu` (no GPU) or `vllm`, or set "
             "engine.kind: torch"
         ) from error
+    from rollouts.vllm_engine import plugin
     from rollouts.vllm_engine.processor import LawProcessor
     from rollouts.vllm_engine.scheduler import WaveScheduler
 
+    plugin.register()  # a checkout that was never installed has no entry points
     set_num_threads = torch.set_num_threads
     try:
         return LLM(
-            skip_tokenizer_init=True, enforce_eager=True, enable_chunked_prefill=False, async_scheduling=False,
+            skip_tokenizer_init=True, enforce_eager=True, async_scheduling=False,
             enable_prefix_caching=True, logits_processors=[LawProcessor], scheduler_cls=WaveScheduler,
             disable_log_stats=True, **settings,
         )  # fmt: skip

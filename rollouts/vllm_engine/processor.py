@@ -3,7 +3,7 @@
 vLLM's own sampler scales, masks and draws in ways that differ between its versions and devices. Here the one law of
 `rollouts.law` turns logits into log-probs, one uniform of the row's seed decides the token, and the row is left with
 a single finite logit, so that whatever vLLM does next takes that token. A sample under guidance is one request a
-stream; all of them get the token drawn from their mix.
+stream, or one request of a model that carries both (`two_streams`); all its rows get the token drawn from their mix.
 
 A step never raises: vLLM would keep the requests of a step that failed, and its next call would wait for them for
 ever. What went wrong is kept with the sample and raised when the sample is collected.
@@ -37,17 +37,27 @@ class _Sample:
 
 @dataclass
 class _Row:
-    """A row of vLLM's batch: a stream of a sample. `output` is vLLM's live list of its tokens so far."""
+    """A row of vLLM's batch: the streams of a sample that it carries, side by side in its logits. `output` is vLLM's
+    live list of its tokens so far."""
 
     sample: str
-    stream: str
+    streams: tuple[str, ...]
     output: list[int] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a stream's logits lie: a row, and a block of its columns."""
+
+    row: int
+    block: int
 
 
 class LawProcessor(LogitsProcessor):
     """See the module's text. Rows without `row_arguments` are left alone."""
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
+        self.vocabulary: int = vllm_config.model_config.get_vocab_size()
         self.rows: dict[int, _Row] = {}
         self.samples: dict[str, _Sample] = {}
 
@@ -58,27 +68,28 @@ class LawProcessor(LogitsProcessor):
         process_dict_updates(self.rows, batch_update, self._row)
 
     def apply(self, logits: Tensor) -> Tensor:
-        found: dict[str, dict[str, tuple[int, _Row]]] = defaultdict(dict)
+        """[rows, streams a row x vocabulary] in, [rows, vocabulary] out."""
+        found: dict[str, dict[str, tuple[_Place, int]]] = defaultdict(dict)
         for index, row in self.rows.items():
-            found[row.sample][row.stream] = (index, row)
-        ready: dict[Law, list[tuple[_Sample, int, list[int]]]] = defaultdict(list)
-        for name, rows in found.items():
+            for block, stream in enumerate(row.streams):
+                found[row.sample][stream] = (_Place(index, block), len(row.output))
+        ready: dict[Law, list[tuple[_Sample, int, list[_Place]]]] = defaultdict(list)
+        for name, places in found.items():
             sample, drawn = self.samples[name], self.samples[name].drawn
-            positions = {len(row.output) for _, row in rows.values()}
-            if set(rows) != set(sample.law.streams()) or len(positions) > 1:
-                drawn.fault = drawn.fault or f"its streams parted: {sorted(rows)} at positions {sorted(positions)}"
+            positions = {position for _, position in places.values()}
+            if set(places) != set(sample.law.streams()) or len(positions) > 1:
+                drawn.fault = drawn.fault or f"its streams parted: {sorted(places)} at positions {sorted(positions)}"
                 continue
             position = positions.pop()
+            order = [places[stream][0] for stream in sample.law.streams()]
             if position in sample.forced:
-                indices = [index for index, _ in rows.values()]
-                _leave_one(logits, torch.tensor(indices), torch.tensor([sample.forced[position]]))
+                _leave_one(logits, [place.row for place in order], [sample.forced[position]] * len(order))
                 drawn.tokens_S[position] = sample.forced[position]
             else:
-                order = [rows[name][0] for name in sample.law.streams()]
                 ready[sample.law].append((sample, position, order))
         for law, group in ready.items():
-            _decide(logits, law, group)
-        return logits
+            _decide(logits, self.vocabulary, law, group)
+        return logits[:, : self.vocabulary]
 
     def collect(self, names: list[str]) -> list[Drawn]:
         """Hand over what was drawn for these samples, and forget all: whoever asks has its rows finished."""
@@ -103,32 +114,37 @@ class LawProcessor(LogitsProcessor):
                     np.zeros((length, -(-size // 8)), dtype=np.uint8) if law.truncated else None,
                 ),
             )
-        return _Row(name, wanted["stream"], output)
+        return _Row(name, tuple(wanted["streams"]), output)
 
 
-def _decide(logits: Tensor, law: Law, group: list[tuple[_Sample, int, list[int]]]) -> None:
+def _decide(logits: Tensor, vocabulary: int, law: Law, group: list[tuple[_Sample, int, list[_Place]]]) -> None:
     """Draw the next token of every sample of one law, and leave it alone finite in all rows of the sample."""
-    rows_NK = torch.tensor([rows for _, _, rows in group])
-    low, high = law.vocabulary
-    by_stream = {name: logits[rows_NK[:, k], low:high] for k, name in enumerate(law.streams())}
+    (low, high), by_stream = law.vocabulary, {}
+    blocks = logits.view(len(logits), -1, vocabulary)
+    for k, name in enumerate(law.streams()):
+        rows_N = torch.tensor([order[k].row for _, _, order in group])
+        blocks_N = torch.tensor([order[k].block for _, _, order in group])
+        by_stream[name] = blocks[rows_N, blocks_N, low:high]
     logp_NV, support_NV = law_log_probs(law, by_stream)
     uniform_N = torch.stack([sample.uniforms_S[position] for sample, position, _ in group]).to(logits.device)
     code_N = draw(logp_NV, uniform_N)
     chosen = logp_NV.gather(-1, code_N.unsqueeze(-1)).squeeze(-1).tolist()
     packed = None if support_NV is None else pack_support(support_NV).numpy()
-    token_N = code_N.cpu() + low
+    tokens = (code_N + low).tolist()
     for n, (sample, position, _) in enumerate(group):
         drawn = sample.drawn
-        drawn.tokens_S[position], drawn.logp_S[position] = int(token_N[n]), chosen[n]
+        drawn.tokens_S[position], drawn.logp_S[position] = tokens[n], chosen[n]
         if drawn.support is not None and packed is not None:
             drawn.support[position] = packed[n]
-    _leave_one(logits, rows_NK.flatten(), token_N.repeat_interleave(rows_NK.shape[1]))
+    rows = [place.row for _, _, order in group for place in order]
+    _leave_one(logits, rows, [token for token, (_, _, order) in zip(tokens, group, strict=True) for _ in order])
 
 
-def _leave_one(logits: Tensor, rows_N: Tensor, tokens_N: Tensor) -> None:
+def _leave_one(logits: Tensor, rows: list[int], tokens: list[int]) -> None:
     """In place: token n is all that row n can still be."""
+    rows_N = torch.tensor(rows)
     logits[rows_N] = -torch.inf
-    logits[rows_N, tokens_N.expand(len(rows_N))] = 0.0
+    logits[rows_N, torch.tensor(tokens)] = 0.0
 
 
 def on_processor(worker: Any, call: Callable[[LawProcessor], Any]) -> Any:

@@ -60,7 +60,7 @@ def _wave(request: Request) -> tuple[str, int] | None:
     """The wave's name and number of rows."""
     parameters = request.sampling_params
     arguments = ((parameters.extra_args if parameters else None) or {}).get(KEY)
-    return None if arguments is None else tuple(arguments["wave"])
+    return tuple(arguments["wave"]) if arguments and arguments["wave"] else None
 
 
 def _size(request: Request) -> int:

@@ -35,17 +35,29 @@ def plan_waves(samples: Sequence[Sample], room: Room, image_length: int) -> Iter
     yield wave
 
 
-def _need(sample: Sample, room: Room, image_length: int) -> tuple[int, int, int]:
-    """Rows, prefix tokens and KV blocks (one to spare a stream)."""
-    ends = [len(prefix) + image_length for prefix in sample.prefixes]
-    if max(ends) > room.length:
+def check_room(prefix: Sequence[int], room: Room, image_length: int) -> int:
+    """The KV blocks of a request (one to spare). Raises ValueError where the engine cannot hold it even alone."""
+    end = len(prefix) + image_length
+    if end > room.length:
         raise ValueError(
-            f"a prompt and its image take {max(ends)} positions and the engine has {room.length}; "
-            "shorten the prompt or make the grid smaller"
+            f"a prompt and its image take {end} positions and the engine has {room.length}; shorten the prompt or make "
+            "the grid smaller"
         )
-    need = (len(ends), sum(map(len, sample.prefixes)), sum(-(-end // BLOCK) + 1 for end in ends))
-    limits = {"max_rows": room.rows, "max_prompt_tokens": room.prompt_tokens, "kv_bytes": room.blocks}
-    for (name, limit), count in zip(limits.items(), need, strict=True):
-        if count > limit:
-            raise ValueError(f"one sample needs {count} of {limit} in the vllm engine's {name}; raise {name}")
-    return need
+    blocks = -(-end // BLOCK) + 1
+    _check("kv_megabytes", blocks, room.blocks, "KV blocks")
+    return blocks
+
+
+def _need(sample: Sample, room: Room, image_length: int) -> tuple[int, int, int]:
+    """Rows, prefix tokens and KV blocks."""
+    blocks = sum(check_room(prefix, room, image_length) for prefix in sample.prefixes)
+    rows, tokens = len(sample.prefixes), sum(map(len, sample.prefixes))
+    _check("max_rows", rows, room.rows, "rows")
+    _check("max_prompt_tokens", tokens, room.prompt_tokens, "prefix tokens")
+    _check("kv_megabytes", blocks, room.blocks, "KV blocks")
+    return rows, tokens, blocks
+
+
+def _check(setting: str, count: int, limit: int, what: str) -> None:
+    if count > limit:
+        raise ValueError(f"one sample needs {count} {what} and the vllm engine has {limit}; raise engine.{setting}")

@@ -29,6 +29,7 @@ class RolloutWorker:
             "prompt_tokens": scheduler.max_num_batched_tokens,
             "blocks": self.vllm_config.cache_config.num_gpu_blocks - 1,  # block 0 stands for "none"
             "length": self.vllm_config.model_config.max_model_len,
+            "streams": getattr(self.model_runner.get_model(), "streams", 1),
         }
 
     def rollouts_collect(self, names: str) -> list[dict[str, Any]]:

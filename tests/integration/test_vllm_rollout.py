@@ -5,11 +5,13 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from rollouts.contract import Grid, Layout
 from rollouts.vllm_engine import plugin
 from rollouts.vllm_engine.local import LocalHost
 
@@ -40,6 +42,17 @@ def test_trainer_and_torch_engine_agree(found: dict[str, Any], law: str) -> None
     facts = found["laws"][law]
     assert facts.pop("gap") < 1e-4
     assert all(facts.values()), facts
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_two_streams_in_one_request_are_the_same_samples(found: dict[str, Any]) -> None:
+    """Under every law: two scales and other nulls fall back to a request a stream."""
+    facts = found["two streams"]
+    assert facts["streams"] == 2 and facts["agrees"] == [True, False, True]
+    for law, one in facts["laws"].items():
+        assert one.pop("gap") < 1e-4, law
+        assert all(one.values()), (law, one)
 
 
 @needs_vllm
@@ -107,9 +120,12 @@ def test_the_plugin_registers_architectures(found: dict[str, Any]) -> None:
     assert found["registered"]
 
 
-def test_the_plugin_is_harmless_where_vllm_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "vllm", None)
-    plugin.register()
+def test_without_a_null_token_there_are_no_two_streams_and_the_error_says_what_to_do() -> None:
+    layout = Layout(vocab_size=9, text=(0, 4), image=(4, 9), bos=0, pad=1, boi=2, grid=Grid(1, 2, row_end=1))
+    with pytest.raises(ValueError, match="engine.two_streams: false"):
+        plugin.two_stream_overrides(layout)
+    found = plugin.two_stream_overrides(replace(layout, null_token=3))
+    assert found["rollouts_null"] == {"text": [0, 4], "given": [0, 1, 2], "token": 3}
 
 
 def test_without_vllm_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:

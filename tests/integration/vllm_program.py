@@ -27,6 +27,7 @@ from rollouts.contract import Request
 from rollouts.law import Law
 from rollouts.trajectory import Span
 from rollouts.vllm_engine import plugin
+from rollouts.vllm_engine.engine import VllmEngine
 from tests.integration.vllm_requests import agrees, change, gap, make_policy, requests, sample, under_laws
 
 
@@ -82,7 +83,10 @@ def faults(engine: Any, policy: CausalPolicy) -> dict[str, Any]:
         "nothing": refusal(lambda: engine.generate([], [span])),
     }
     (host,) = engine.hosts
-    room, host.room = host.room, replace(host.room, rows=100)  # one wave, and more rows than vLLM runs side by side
+    room, host.room = (
+        host.room,
+        replace(host.room, rows=100, prompt_tokens=10_000),
+    )
     found["parted"] = refusal(lambda: sample(engine, policy, {"guidance_scale": 2.0}))
     host.room = room
     found["gap after"] = gap(policy, sample(engine, policy, {"guidance_scale": 2.0}))
@@ -104,6 +108,25 @@ def tied_and_gridded() -> dict[str, Any]:
         "row ends forced": set(ends.flatten().tolist()) == {grid.row_end},
         "decided": made.target_mask.sum(1).unique().tolist(),
         "silent elsewhere": bool((made.sampler_logp[~made.target_mask] == 0).all()),
+    }
+    engine.close()
+    return found
+
+
+def two_streams() -> dict[str, Any]:
+    """Guided samples in one request of a model that carries both streams."""
+    policy = make_policy(lora=True, row_ends=True, null_token=True)
+    law = Law(policy.layout.image, guidance_scale=3.0)
+    engine = build_engine(VllmEngineConfig(max_rows=4, kv_megabytes=32), policy, law)
+    assert isinstance(engine, VllmEngine)
+    start = agrees(engine, policy)
+    change(policy, 4)
+    skipped = agrees(engine, policy)
+    engine.sync(policy.named_weights(), 1)
+    found = {
+        "streams": engine.hosts[0].room.streams,
+        "agrees": [start, skipped, agrees(engine, policy)],
+        "laws": under_laws(engine, policy),
     }
     engine.close()
     return found
@@ -143,6 +166,7 @@ def main() -> None:
     engine.close()
     found["group left"] = torch.distributed.is_initialized()
     found["tied"] = tied_and_gridded()
+    found["two streams"] = two_streams()
     with tempfile.TemporaryDirectory() as folder:
         kinds = [{"kind": "vllm", "max_rows": 16, "kv_megabytes": 32}, {"kind": "torch"}]
         found["stage"] = stages(Path(folder), kinds)

@@ -26,9 +26,10 @@ LAWS = {
 PROMPTS = ["a", "two red circles and a very long blue line between them", 'render "HELLO"']
 
 
-def make_policy(*, lora: bool, tied: bool = False, row_ends: bool = False) -> CausalPolicy:
+def make_policy(*, lora: bool, tied: bool = False, row_ends: bool = False, null_token: bool = False) -> CausalPolicy:
     config = NewPolicy(
-        hidden_size=64, num_layers=2, num_heads=2, intermediate_size=96, row_ends=row_ends, tie_embeddings=tied
+        hidden_size=64, num_layers=2, num_heads=2, intermediate_size=96, row_ends=row_ends, tie_embeddings=tied,
+        null="token" if null_token else "prompt",
     )  # fmt: skip
     policy = build(config, num_codes=40, grid=(3, 4), seed=1)
     with torch.no_grad():  # a fresh head is nearly uniform; a peaked one makes a wrong law visible
@@ -50,11 +51,15 @@ def change(policy: CausalPolicy, seed: int) -> None:
 
 def requests(policy: CausalPolicy, samples: int = 3) -> list[Request]:
     layout = policy.layout
-    streams = {"uncond": layout.prefix(layout.null_prompt), "source": layout.prefix([9, 10, 11])}
+
+    def streams(prompt: str) -> dict[str, tuple[int, ...]]:
+        ids = policy.encode_prompt(prompt)
+        return {"uncond": layout.prefix(layout.null(ids)), "source": layout.prefix([9, 10, 11])}
+
     return [
         Request(
             group_id=prompt,
-            streams={"cond": layout.prefix(policy.encode_prompt(prompt)), **streams},
+            streams={"cond": layout.prefix(policy.encode_prompt(prompt)), **streams(prompt)},
             seeds=tuple((1 << 62) + 100 * p + s for s in range(samples)),
             sample_ids=tuple(f"{prompt}/{s}" for s in range(samples)),
         )

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -53,9 +54,10 @@ def test_a_wave_is_what_fits_of_rows_prompt_tokens_and_blocks() -> None:
 @pytest.mark.parametrize(
     ("room", "says"),
     [
-        (Room(1, 100, 100, 64), "needs 2 of 1 in the vllm engine's max_rows"),
-        (Room(9, 6, 100, 64), "needs 7 of 6 in the vllm engine's max_prompt_tokens"),
-        (Room(9, 100, 5, 64), "needs 6 of 5 in the vllm engine's kv_bytes"),
+        (Room(1, 100, 100, 64), "needs 2 rows and the vllm engine has 1; raise engine.max_rows"),
+        (Room(9, 6, 100, 64), "needs 7 prefix tokens and the vllm engine has 6; raise engine.max_prompt_tokens"),
+        (Room(9, 100, 5, 64), "needs 6 KV blocks and the vllm engine has 5; raise engine.kv_megabytes"),
+        (Room(9, 100, 2, 64), "needs 3 KV blocks and the vllm engine has 2"),
         (Room(9, 100, 100, 33), "34 positions and the engine has 33"),
     ],
 )
@@ -121,7 +123,7 @@ def test_the_rows_of_a_wave_say_how_many_they_are() -> None:
     ask(VllmEngine(LAYOUT, [host]))
     waves = [tuple(row.arguments["wave"]) for row in host.rows]
     assert [count for _, count in waves] == [4] * 4 + [4] * 4 + [2] * 2
-    assert len(set(waves)) == 3 and [row.arguments["stream"] for row in host.rows[:2]] == ["cond", "uncond"]
+    assert len(set(waves)) == 3 and [row.arguments["streams"] for row in host.rows[:2]] == [["cond"], ["uncond"]]
 
 
 def test_tokens_that_were_not_drawn_are_an_error_that_names_the_sample() -> None:
@@ -268,6 +270,7 @@ def test_a_server_is_stock_vllm_told_what_to_load() -> None:
 
 CHILD = """
 import os, signal, sys
+from dataclasses import replace
 from pathlib import Path
 from rollouts.vllm_engine import launch
 
@@ -298,3 +301,17 @@ def test_a_server_that_dies_at_its_start_shows_the_end_of_its_log() -> None:
 
     with pytest.raises(EngineLost, match=r"ended with status 1:\nno such device"):
         start_servers(Broken(Path("model"), max_length=1), 1, 60)
+
+
+def test_streams_travel_together_only_where_the_unconditional_one_is_a_function_of_the_tokens() -> None:
+    layout = replace(LAYOUT, null_token=1)
+    host = FakeHost(replace(ROOMY, streams=2))
+    engine = VllmEngine(layout, [host])
+    ask(engine)  # its unconditional prefix is shorter
+    assert [row.arguments["streams"] for row in host.rows[:2]] == [["cond"], ["uncond"]]
+    host.rows.clear()
+    law = Law(LAYOUT.image, guidance_scale=3.0)
+    request = Request("a", {"cond": (0, 3, 3, 2), "uncond": (0, 1, 1, 2)}, (1, 2), ("x", "y"))
+    engine.generate([request], [Span("image", law, 2)])
+    assert [row.arguments["streams"] for row in host.rows] == [["cond", "uncond"]] * 2
+    assert all(row.arguments["wave"] is None and row.prefix == (0, 3, 3, 2) for row in host.rows)

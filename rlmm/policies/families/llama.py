@@ -38,6 +38,7 @@ def build(config: NewPolicy, *, num_codes: int, grid: tuple[int, int], seed: int
         boi=token[BOI],
         grid=Grid(*grid, row_end=token[EOL] if config.row_ends else None),
         null_prompt=(token[NULL],),
+        null_token=token[NULL] if config.null == "token" else None,
     )
     llama = LlamaConfig(
         vocab_size=layout.vocab_size,
