@@ -42,12 +42,12 @@ def server_config(settings: Sequence[str]) -> VllmServerConfig:
 
 
 def server_plan(model: Path, host: str, config: VllmServerConfig) -> ServerPlan:
-    """How to serve the policy in a folder, in the dtype it was saved in."""
+    """How to serve the policy in a folder: in the dtype it was saved in, unless the settings name another."""
     found, layout = llama.load_config(model), load_layout(model)
     return ServerPlan(
         model,
         max_length=found.max_position_embeddings,
-        dtype=str(found.dtype or "float32").removeprefix("torch."),
+        dtype=config.dtype or str(found.dtype or "float32").removeprefix("torch."),
         max_rows=config.max_rows,
         max_prompt_tokens=config.max_prompt_tokens,
         kv_bytes=config.kv_megabytes << 20,

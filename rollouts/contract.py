@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from rollouts.trajectory import Span, Trajectory
@@ -142,7 +143,10 @@ class EngineLost(RuntimeError):
 
 @runtime_checkable
 class Engine(Protocol):
-    """Makes trajectories. Rows come back in request order, one a seed."""
+    """Makes trajectories. Rows come back in request order, one a seed. `dtype`: what it holds the weights in."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
 
     def generate(self, requests: Sequence[Request], spans: Sequence[Span]) -> Trajectory: ...
 
@@ -151,7 +155,7 @@ class Engine(Protocol):
         ...
 
     def fingerprint(self) -> str:
-        """A digest of the weights the engine now samples from; equal to `weights_fingerprint` of the trainer's."""
+        """A digest of the weights it now samples from; equal to `weights_fingerprint` of the trainer's, at `dtype`."""
         ...
 
     def close(self) -> None: ...

@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 
 
-def weights_fingerprint(weights: Iterable[tuple[str, Tensor]]) -> str:
+def weights_fingerprint(weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype = torch.float32) -> str:
     """Digest of (name, shape, sum, sum of magnitudes, alternating sum) of each tensor, in float64, by sorted name.
 
-    It reads each weight once and holds one at a time. It is made to catch a stale or half-taken sync, not an adversary.
+    Tensors are rounded to `dtype` first: the one an engine holds them in. It reads each weight once and holds one at a
+    time. It is made to catch a stale or half-taken sync, not an adversary.
     """
-    lines = sorted(_line(name, weight) for name, weight in weights)
+    lines = sorted(_line(name, weight.to(dtype)) for name, weight in weights)
     return hashlib.blake2b("\n".join(lines).encode(), digest_size=16).hexdigest()
 
 

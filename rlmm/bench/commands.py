@@ -19,11 +19,12 @@ def rollout(
     tokens: Annotated[int, typer.Option(min=1, help="Image tokens a sample")] = 256,
     repeats: Annotated[int, typer.Option(min=1, help="Interleaved repeats, of which medians are shown")] = 3,
     threads: Threads = 1,
+    engines: Annotated[str, typer.Option(help="Of torch, vllm and vllm-pairs (a request a stream)")] = "torch",
 ) -> None:
-    """Image tokens a second of the torch engine, against transformers' generate and the machine's own limit."""
+    """Image tokens a second of the rollout engines, against transformers' generate and the machine's own limit."""
     from rlmm.bench.rollout import RolloutPlan, bench_rollout
 
-    plan = RolloutPlan(tuple(sizes.split(",")), samples, tokens, repeats, threads)
+    plan = RolloutPlan(tuple(sizes.split(",")), samples, tokens, repeats, threads, engines=tuple(engines.split(",")))
     bench_rollout(plan, json_file)
 
 

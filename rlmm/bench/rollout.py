@@ -1,11 +1,12 @@
-"""`rlmm bench rollout`: image tokens a second of the torch engine, of transformers' `generate`, and of the machine.
+"""`rlmm bench rollout`: image tokens a second of the engines, of transformers' `generate`, and of the machine.
 
-Both sample the same random Llama at the same dtype and threads, in interleaved repeats. The limit is the time of a
+All sample the same random Llama at the same dtype and threads, in interleaved repeats. The limit is the time of a
 step's matrix products alone, made on this machine with random inputs of the same shapes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import product as combinations
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from rlmm.bench.machine import ProductStep, Timing, setting, timed, torch_threads, write_json
-from rlmm.bench.rollout_problem import Case, Problem, known_sizes
+from rlmm.bench.rollout_problem import ENGINES, Case, Problem, known_sizes
 from rlmm.config.base import nearest
 from rlmm.config.stages import Gates
 from rlmm.train.gates import Mismatch, ceilings
@@ -22,7 +23,7 @@ from rlmm.train.gates import Mismatch, ceilings
 
 @dataclass(frozen=True)
 class RolloutPlan:
-    """What to measure: every size in both dtypes, with and without guidance."""
+    """What to measure: every size in both dtypes, with and without guidance, by each of the engines."""
 
     sizes: tuple[str, ...] = ("5m", "50m")
     samples: int = 64
@@ -30,8 +31,12 @@ class RolloutPlan:
     repeats: int = 3
     threads: int = 1
     guidance_scale: float = 3.0
+    engines: tuple[str, ...] = ("torch",)
 
     def __post_init__(self) -> None:
+        for engine in self.engines:
+            if engine not in ENGINES:
+                raise ValueError(f"bench rollout has no engine {engine!r}.{nearest(engine, list(ENGINES))}")
         for size in self.sizes:
             if size not in known_sizes():
                 raise ValueError(f"bench rollout has no size {size!r}.{nearest(size, known_sizes())}")
@@ -44,64 +49,72 @@ class RolloutPlan:
 
 
 @dataclass(frozen=True)
-class RolloutRow:
-    """One case's figures. Rates are image tokens a second; `ratio` is of medians, `share` of the limit."""
+class EngineFigures:
+    """One engine on one case. Rates are image tokens a second; `ratio` is to `generate`, of medians, `share` of the
+    limit, `mismatch` the trainer's log-probs against the engine's."""
 
-    case: Case
-    parameters: int
-    kernels: bool
-    engine: Timing
-    generate: Timing
-    products: Timing
-    engine_rate: float
-    generate_rate: float
-    limit_rate: float
+    timing: Timing
+    rate: float
     ratio: float
     ratio_cpu: float
     share: float
     share_cpu: float
-    gflops: float
     mismatch_mean: float
     mismatch_max: float
     within_gate: bool
 
 
-def measure(case: Case, repeats: int, advance: Callable[[], None]) -> RolloutRow:
+@dataclass(frozen=True)
+class RolloutRow:
+    """One case's figures."""
+
+    case: Case
+    parameters: int
+    kernels: bool
+    engines: dict[str, EngineFigures]
+    generate: Timing
+    products: Timing
+    generate_rate: float
+    limit_rate: float
+    gflops: float
+
+
+def measure(case: Case, engines: Sequence[str], repeats: int, advance: Callable[[], None]) -> RolloutRow:
     """Interleaved repeats of one case; `advance` is called after each."""
-    problem = Problem(case)
+    problem = Problem(case, engines)
     products = ProductStep(problem.product_shapes(), problem.device)
-    found = problem.mismatch()  # also the warm-up
+    found = {name: problem.mismatch(name) for name in engines}  # also the warm-up
     problem.warm_up_generate()
-    engine, generate, limit = Timing(), Timing(), Timing()
+    sampled, generate, limit = dict.fromkeys(engines, Timing()), Timing(), Timing()
     for _ in range(repeats):
-        engine = engine.also(timed(problem.sample))
+        for name in engines:
+            sampled[name] = sampled[name].also(timed(partial(problem.sample, name)))
         limit = limit.also(products.measure())
         generate = generate.also(timed(problem.generate))
         advance()
-    return _row(case, problem, products.flops, found, (engine, generate, limit))
-
-
-def _row(
-    case: Case, problem: Problem, flops: int, found: Mismatch, timings: tuple[Timing, Timing, Timing]
-) -> RolloutRow:
-    engine, generate, limit = timings
-    tokens = case.samples * case.tokens
-    gates = ceilings(Gates(), case.precision)
+    problem.close()
     return RolloutRow(
         case=case,
         parameters=problem.parameters,
         kernels=problem.kernels,
-        engine=engine,
+        engines={name: _figures(case, sampled[name], generate, limit, found[name]) for name in engines},
         generate=generate,
         products=limit,
-        engine_rate=tokens / engine.wall,
-        generate_rate=tokens / generate.wall,
+        generate_rate=case.samples * case.tokens / generate.wall,
         limit_rate=case.samples / limit.wall,
+        gflops=products.flops / limit.wall / 1e9,
+    )
+
+
+def _figures(case: Case, engine: Timing, generate: Timing, limit: Timing, found: Mismatch) -> EngineFigures:
+    gates = ceilings(Gates(), case.precision)
+    return EngineFigures(
+        timing=engine,
+        rate=case.samples * case.tokens / engine.wall,
         ratio=generate.wall / engine.wall,
         ratio_cpu=generate.cpu / engine.cpu,
         share=limit.wall * case.tokens / engine.wall,
         share_cpu=limit.cpu * case.tokens / engine.cpu,
-        gflops=flops / limit.wall / 1e9,
         mismatch_mean=found.mean,
         mismatch_max=found.largest,
         within_gate=found.mean <= gates["mismatch/mean"] and found.largest <= gates["mismatch/max"],
@@ -117,7 +130,7 @@ def bench_rollout(plan: RolloutPlan, json_file: Path | None) -> list[RolloutRow]
         task = progress.add_task("rollout", total=len(plan.cases()) * plan.repeats)
         for case in plan.cases():
             progress.update(task, description=str(case))
-            rows.append(measure(case, plan.repeats, lambda: progress.advance(task)))
+            rows.append(measure(case, plan.engines, plan.repeats, lambda: progress.advance(task)))
             if json_file is not None:
                 record = {"setting": around, "plan": asdict(plan), "rows": [asdict(row) for row in rows]}
                 write_json(json_file, record)
@@ -128,14 +141,15 @@ def bench_rollout(plan: RolloutPlan, json_file: Path | None) -> list[RolloutRow]
 
 def tables(rows: list[RolloutRow]) -> list[Table]:
     """Speed and exactness for a person. In brackets: ratios of processor time, steadier on a shared machine."""
-    speed = _table("Image tokens a second (medians)", "torch engine,generate,ratio,limit,share of limit")
-    exact = _table("|trainer - sampler| log-prob, nats", "mean,max,gate,limit at GFLOP/s")
+    speed = _table("Image tokens a second (medians)", "engine,tokens/s,generate,ratio,limit,share of limit")
+    exact = _table("|trainer - sampler| log-prob, nats", "engine,mean,max,gate,limit at GFLOP/s")
     for row in rows:
-        name, ratio, share = str(row.case), f"{row.ratio:.2f} ({row.ratio_cpu:.2f})", f"{row.share:.2f}"
-        rates = [f"{rate:.0f}" for rate in (row.engine_rate, row.generate_rate, row.limit_rate)]
-        speed.add_row(name, *rates[:2], ratio, rates[2], f"{share} ({row.share_cpu:.2f})")
-        gate = "within" if row.within_gate else "past"
-        exact.add_row(name, f"{row.mismatch_mean:.1e}", f"{row.mismatch_max:.1e}", gate, f"{row.gflops:.0f}")
+        for name, one in row.engines.items():
+            ratio, share = f"{one.ratio:.2f} ({one.ratio_cpu:.2f})", f"{one.share:.2f} ({one.share_cpu:.2f})"
+            rates = [f"{rate:.0f}" for rate in (one.rate, row.generate_rate, row.limit_rate)]
+            speed.add_row(str(row.case), name, *rates[:2], ratio, rates[2], share)
+            gate, means = "within" if one.within_gate else "past", (one.mismatch_mean, one.mismatch_max)
+            exact.add_row(str(row.case), name, *(f"{value:.1e}" for value in means), gate, f"{row.gflops:.0f}")
     return [speed, exact]
 
 

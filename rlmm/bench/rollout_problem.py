@@ -1,6 +1,7 @@
 """What `rlmm bench rollout` samples: a random Llama, 20-token prompts, and both ways to sample from it."""
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, cast
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rlmm.bench.machine import Shape
-from rlmm.config.engines import TorchEngineConfig
+from rlmm.config.engines import EngineConfig, TorchEngineConfig, VllmEngineConfig
 from rlmm.config.policy import NewPolicy
 from rlmm.policies.causal import CausalPolicy
 from rlmm.policies.families.llama import build
@@ -17,8 +18,8 @@ from rlmm.train.engines import build_engine
 from rlmm.train.gates import Mismatch, measure_mismatch
 from rollouts.contract import Request
 from rollouts.law import Law
-from rollouts.torch_engine.causal import TorchEngine
 from rollouts.trajectory import Span, Trajectory
+from rollouts.vllm_engine.host import BLOCK
 
 PROMPT = 20
 """Prefix tokens of every conditional row."""
@@ -63,10 +64,14 @@ class Case:
         return f"{self.size} {self.precision}{' guided' if self.guided else ''}"
 
 
+ENGINES = ("torch", "vllm", "vllm-pairs")
+"""What can be measured; `vllm-pairs` draws a guided sample in two requests."""
+
+
 class Problem:
     """A case with its model, ready to be sampled from."""
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: Case, engines: Sequence[str] = ("torch",)) -> None:
         self.case, self.size = case, SIZES[case.size]
         if case.samples % self.size.group:
             raise ValueError(
@@ -78,8 +83,8 @@ class Problem:
         self.policy = _policy(shape, self.size.codes, case.tokens)
         self.policy.to(self.device)
         self.policy.precision = case.precision
-        self.engine = cast(TorchEngine, build_engine(TorchEngineConfig(max_rows=2 * case.samples), self.policy))
         self.law = Law(self.policy.layout.image, guidance_scale=case.guidance_scale)
+        self.engines = {name: build_engine(self._engine_config(name), self.policy, self.law) for name in engines}
 
     @property
     def parameters(self) -> int:
@@ -87,7 +92,26 @@ class Problem:
 
     @property
     def kernels(self) -> bool:
-        return self.engine.packed is not None and self.engine.packed.kernels is not None
+        """Whether the torch engine has its compiled ones."""
+        packed = getattr(self.engines.get("torch"), "packed", None)
+        return packed is not None and packed.kernels is not None
+
+    def close(self) -> None:
+        for engine in self.engines.values():
+            engine.close()
+
+    def _engine_config(self, name: str) -> EngineConfig:
+        case, config = self.case, cast(Any, self.policy.base.config)
+        rows = 2 * case.samples
+        if name == "torch":
+            return TorchEngineConfig(max_rows=rows)
+        blocks = rows * (-(-(PROMPT + case.tokens) // BLOCK) + 2)
+        bytes_each = 2 if case.precision == "bfloat16" else 4
+        size = blocks * BLOCK * config.num_hidden_layers * 2 * config.hidden_size * bytes_each
+        together = name == "vllm"
+        return VllmEngineConfig(
+            max_rows=rows, max_prompt_tokens=rows * PROMPT, kv_megabytes=(size >> 20) + 1, two_streams=together
+        )
 
     def product_shapes(self) -> list[Shape]:
         """The matrix products of one decode step: the body in the case's dtype, the sliced head in float32."""
@@ -99,10 +123,10 @@ class Problem:
         head = Shape(rows, hidden, high - low, torch.float32, 1)
         return [*(Shape(rows, ins, outs, dtype, layers) for ins, outs in body), head]
 
-    def sample(self) -> Trajectory:
-        """The torch engine's way."""
+    def sample(self, engine: str = "torch") -> Trajectory:
+        """An engine's way."""
         layout, span, group = self.policy.layout, Span("image", self.law, self.case.tokens), self.size.group
-        uncond = layout.prefix(layout.null_prompt)
+        uncond = layout.prefix(layout.null(range(PROMPT - len(layout.prefix(())))))
         requests = [
             Request(
                 str(row),
@@ -112,14 +136,15 @@ class Problem:
             )
             for row, ids in list(enumerate(self._prefix_BP.tolist()))[::group]
         ]
-        return self.engine.generate(requests, [span])
+        return self.engines[engine].generate(requests, [span])
 
     def generate(self, tokens: int | None = None) -> Tensor:
         """transformers' way, as a user would: the model in the dtype, its own cache, its own guidance."""
         length, layout = tokens or self.case.tokens, self.policy.layout
         guidance: dict[str, Any] = {}
         if self.case.guided:
-            null = torch.tensor(layout.prefix(layout.null_prompt)).expand(self.case.samples, -1)
+            null_ids = layout.null(range(PROMPT - len(layout.prefix(()))))
+            null = torch.tensor(layout.prefix(null_ids)).expand(self.case.samples, -1)
             null = null.to(self.device)
             guidance = {"guidance_scale": self.case.guidance_scale, "negative_prompt_ids": null}
         with torch.no_grad():
@@ -137,9 +162,9 @@ class Problem:
         self.generate(min(4, self.case.tokens))
 
     @torch.no_grad()
-    def mismatch(self) -> Mismatch:
+    def mismatch(self, engine: str = "torch") -> Mismatch:
         """|trainer - sampler| log-prob over every token of one batch."""
-        made = self.sample()
+        made = self.sample(engine)
         parts = [made.rows(range(at, min(at + 16, len(made)))) for at in range(0, len(made), 16)]
         logp_BS = torch.cat([self.policy.log_probs(part.to(self.device)).logp_BS.cpu() for part in parts])
         return measure_mismatch(logp_BS, made.sampler_logp, made.target_mask)
@@ -159,7 +184,7 @@ class Problem:
 
 def _policy(shape: NewPolicy, codes: int, tokens: int) -> CausalPolicy:
     """A random policy, its head enlarged: a fresh one is nearly uniform, and rounding would hide in that."""
-    policy = build(shape, num_codes=codes, grid=(1, tokens), seed=0)
+    policy = build(shape.model_copy(update={"null": "token"}), num_codes=codes, grid=(1, tokens), seed=0)
     head = cast(nn.Linear, policy.base.get_output_embeddings())
     with torch.no_grad():
         head.weight.mul_(5.0)

@@ -24,6 +24,9 @@ class VllmSizes(Strict):
     """Most prefix tokens prefilled in one step."""
     kv_megabytes: int = Field(1024, ge=1)
     """Memory for keys and values. vLLM touches all of it."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """What vLLM computes in and holds the weights in; None: the stage's precision. The gate on the mismatch of trainer
+    and sampler says whether it does."""
     two_streams: bool = True
     """Draw a guided sample in one request that carries both streams, where the policy's layout has a null token."""
 

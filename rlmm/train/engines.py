@@ -107,7 +107,7 @@ def _served(config: VllmSizes, policy: CausalPolicy, law: Law | None) -> dict[st
     together = config.two_streams and guided and policy.layout.null_token is not None
     return {
         "max_length": policy.base.config.max_position_embeddings,
-        "dtype": str(policy.base.dtype).removeprefix("torch."),
+        "dtype": config.dtype or policy.precision,
         "max_rows": config.max_rows,
         "max_prompt_tokens": config.max_prompt_tokens,
         "kv_bytes": config.kv_megabytes << 20,

@@ -141,7 +141,8 @@ class GrpoSource:
     def _sync(self, rollout: int) -> None:
         """Hand the engine the weights, and believe it only by its fingerprint."""
         self.engine.sync(self.policy.named_weights(), rollout)
-        mine, theirs = weights_fingerprint(self.policy.named_weights()), self.engine.fingerprint()
+        mine = weights_fingerprint(self.policy.named_weights(), self.engine.dtype)
+        theirs = self.engine.fingerprint()
         if mine != theirs:
             raise RuntimeError(
                 f"after the weight sync of rollout {rollout} the engine's weights ({theirs}) are not the trainer's "

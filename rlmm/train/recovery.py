@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Iterable, Sequence
 
+import torch
 from torch import Tensor
 
 from rlmm.policies.causal import CausalPolicy
@@ -22,6 +23,10 @@ class Recovering:
         self.engine = build()
         self.version = 0
         self._rebuilt_at: int | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.engine.dtype
 
     def generate(self, requests: Sequence[Request], spans: Sequence[Span]) -> Trajectory:
         try:

@@ -30,6 +30,8 @@ class TorchEngine:
             None samples through the policy's own forward, and a sync then has nothing to copy.
     """
 
+    dtype = torch.float32
+
     def __init__(
         self,
         decoder: CausalDecoder,

@@ -32,6 +32,10 @@ class VllmEngine:
         self.layout, self.hosts, self.weights_version = layout, list(hosts), 0
         self._name, self._next = uuid.uuid4().hex[:12], 0  # a server may still know samples of an engine before
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return getattr(torch, self.hosts[0].room.dtype)
+
     @torch.no_grad()
     def generate(self, requests: Sequence[Request], spans: Sequence[Span]) -> Trajectory:
         """One image span a row.

@@ -15,13 +15,14 @@ BLOCK = 32
 @dataclass(frozen=True)
 class Room:
     """What a vLLM can hold at once. `blocks`: KV blocks that requests can have; `length`: positions of a request;
-    `streams`: what one request carries, 2 where the model is one of `two_streams`."""
+    `streams`: what one request carries, 2 where the model is one of `two_streams`; `dtype` of the weights."""
 
     rows: int
     prompt_tokens: int
     blocks: int
     length: int
     streams: int = 1
+    dtype: str = "float32"
 
 
 @dataclass(frozen=True)

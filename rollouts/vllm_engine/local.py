@@ -48,7 +48,7 @@ class LocalHost:
         # Block 0 stands for "none".
         blocks = self.llm.llm_engine.vllm_config.cache_config.num_gpu_blocks - 1
         (streams,) = self.llm.apply_model(lambda model: getattr(model, "streams", 1))
-        self.room = Room(max_rows, max_prompt_tokens, blocks, max_length, streams)
+        self.room = Room(max_rows, max_prompt_tokens, blocks, max_length, streams, dtype)
 
     def run(self, rows: Sequence[Row], samples: Sequence[str]) -> tuple[list[list[int]], list[Drawn]]:
         from vllm import SamplingParams

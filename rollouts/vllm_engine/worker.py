@@ -21,7 +21,7 @@ class RolloutWorker:
     model_runner: Any
     vllm_config: Any
 
-    def rollouts_room(self) -> dict[str, int]:
+    def rollouts_room(self) -> dict[str, Any]:
         """The sizes this server was started with; `host.Room`."""
         scheduler = self.vllm_config.scheduler_config
         return {
@@ -30,6 +30,7 @@ class RolloutWorker:
             "blocks": self.vllm_config.cache_config.num_gpu_blocks - 1,  # block 0 stands for "none"
             "length": self.vllm_config.model_config.max_model_len,
             "streams": getattr(self.model_runner.get_model(), "streams", 1),
+            "dtype": str(self.vllm_config.model_config.dtype).removeprefix("torch."),
         }
 
     def rollouts_collect(self, names: str) -> list[dict[str, Any]]:

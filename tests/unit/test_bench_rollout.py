@@ -29,8 +29,9 @@ def test_the_command_writes_every_figure_and_its_setting(tmp_path: Path) -> None
     assert {"cpu", "commit", "OMP_NUM_THREADS"} <= set(record["setting"])
     assert len(record["rows"]) == 4
     for row in record["rows"]:
-        assert len(row["engine"]["wall_s"]) == len(row["generate"]["wall_s"]) == 2
-        assert row["within_gate"]
+        (engine,) = row["engines"].values()
+        assert len(engine["timing"]["wall_s"]) == len(row["generate"]["wall_s"]) == 2
+        assert engine["within_gate"]
 
 
 def test_rates_and_ratios_follow_from_the_timings(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,14 +39,15 @@ def test_rates_and_ratios_follow_from_the_timings(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(bench, "timed", lambda work: Timing((next(clock),), (1.0,)))
     monkeypatch.setattr(ProductStep, "measure", lambda self: Timing((0.25,), (0.25,)))
     case = Case("tiny", "float32", 1.0, samples=4, tokens=4)
-    row = measure(case, 3, lambda: None)
-    assert row.engine.wall_s == (2.0, 4.0, 1.0)
-    assert row.engine_rate == 4 * 4 / 2.0
+    row = measure(case, ("torch",), 3, lambda: None)
+    one = row.engines["torch"]
+    assert one.timing.wall_s == (2.0, 4.0, 1.0)
+    assert one.rate == 4 * 4 / 2.0
     assert row.generate_rate == 4 * 4 / 9.0
-    assert row.ratio == 9.0 / 2.0
+    assert one.ratio == 9.0 / 2.0
     assert row.limit_rate == 4 / 0.25
-    assert row.share == pytest.approx(row.engine_rate / row.limit_rate)
-    assert row.mismatch_max < 1e-4
+    assert one.share == pytest.approx(one.rate / row.limit_rate)
+    assert one.mismatch_max < 1e-4
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])
@@ -84,6 +86,8 @@ def test_packed_and_plain_products_are_the_same_numbers() -> None:
 def test_an_unknown_size_names_the_nearest_and_empty_plans_are_refused() -> None:
     with pytest.raises(ValueError, match=r"'5M'.*5m"):
         RolloutPlan(("5M",))
+    with pytest.raises(ValueError, match=r"no engine 'vlm'.*vllm"):
+        RolloutPlan(("5m",), engines=("vlm",))
     with pytest.raises(ValueError, match="multiple of 2"):
         Problem(Case("tiny", "float32", 1.0, samples=3, tokens=4))
     with pytest.raises(ValueError, match="at least 1"):
