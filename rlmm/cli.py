@@ -62,10 +62,11 @@ def check(config: Config, overrides: Overrides = None) -> None:
         say(line)
     table = Table(title="Memory plan (estimate)")
     parts = ("weights", "gradients", "optimizer", "reference", "activations", "logits", "kv_cache", "engine", "total")
-    for column in ("stage", *parts):
-        table.add_column(column, justify="left" if column == "stage" else "right")
-    for plan in memory_plans(recipe):
-        table.add_row(plan.stage, *[readable(getattr(plan, part)) for part in parts])
+    plans = memory_plans(recipe)
+    for column in ("held", *(plan.stage for plan in plans)):
+        table.add_column(column, justify="left" if column == "held" else "right")
+    for part in parts:
+        table.add_row(part, *[readable(getattr(plan, part)) for plan in plans])
     console.print(table)
 
 
