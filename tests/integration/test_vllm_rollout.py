@@ -116,6 +116,12 @@ def test_a_grpo_stage_goes_the_same_way_under_both_engines(found: dict[str, Any]
 
 @needs_vllm
 @pytest.mark.slow
+def test_the_saved_adapter_loads_in_stock_vllm_and_gives_the_trainers_log_probs(found: dict[str, Any]) -> None:
+    assert found["stock adapter"]["with"] < 1e-4 and found["stock adapter"]["without"] > 0.1
+
+
+@needs_vllm
+@pytest.mark.slow
 def test_the_plugin_registers_architectures(found: dict[str, Any]) -> None:
     assert found["registered"]
 

@@ -15,10 +15,12 @@ from typing import Any
 import torch
 import yaml
 from torch import Tensor
-from vllm import ModelRegistry
+from vllm import LLM, ModelRegistry, SamplingParams
+from vllm.lora.request import LoRARequest
 
 from rlmm import pipeline
 from rlmm.config.engines import VllmEngineConfig
+from rlmm.config.policy import Lora
 from rlmm.config.recipe import validate_recipe
 from rlmm.policies.causal import CausalPolicy
 from rlmm.train.context import StageContext
@@ -28,7 +30,7 @@ from rollouts.law import Law
 from rollouts.trajectory import Span
 from rollouts.vllm_engine import plugin
 from rollouts.vllm_engine.engine import VllmEngine
-from tests.integration.vllm_requests import agrees, change, gap, make_policy, requests, sample, under_laws
+from tests.integration.vllm_requests import PROMPTS, agrees, change, gap, make_policy, requests, sample, under_laws
 
 
 def refusal(call: Callable[[], Any]) -> str:
@@ -132,6 +134,36 @@ def two_streams() -> dict[str, Any]:
     return found
 
 
+def stock_adapter(folder: Path) -> dict[str, float]:
+    """The largest difference of log-probs, over a prompt and an image, between the trainer's model with its adapter and
+    stock vLLM with the saved base and the saved adapter; and without the adapter."""
+    policy = make_policy(lora=False)
+    policy.save(folder / "base")
+    policy.add_lora(Lora(rank=8, target_modules=("q_proj", "v_proj", "o_proj", "gate_proj", "down_proj")), seed=1)
+    change(policy, 5)
+    policy.save_adapter(folder / "adapter", str(folder / "base"))
+    layout = policy.layout
+    ids = [*layout.prefix(policy.encode_prompt(PROMPTS[1])), *range(layout.image[0], layout.image[0] + 12)]
+    with torch.no_grad():
+        logits_TV = policy.model(torch.tensor([ids])).logits[0]
+    wanted_T = logits_TV.log_softmax(-1)[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+    engine = LLM(
+        model=str(folder / "base"), skip_tokenizer_init=True, enforce_eager=True, dtype="float32", max_model_len=256,
+        kv_cache_memory_bytes=32 << 20, enable_lora=True, max_lora_rank=8, max_loras=1,
+    )  # fmt: skip
+
+    def gap(adapter: LoRARequest | None) -> float:
+        asked = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
+        (answer,) = engine.generate([{"prompt_token_ids": ids}], asked, lora_request=adapter, use_tqdm=False)
+        entries: list[Any] = list(answer.prompt_logprobs or [])[1:]
+        given = [entry[token].logprob for entry, token in zip(entries, ids[1:], strict=True)]
+        return float((torch.tensor(given) - wanted_T).abs().max())
+
+    found = {"with": gap(LoRARequest("trained", 1, str(folder / "adapter"))), "without": gap(None)}
+    engine.llm_engine.engine_core.shutdown()
+    return found
+
+
 def stages(folder: Path, engines: list[dict[str, Any]]) -> list[list[dict[str, float]]]:
     """The GRPO metrics (timings aside) of the tiny recipe under each engine, from one SFT policy."""
     raw = yaml.safe_load((Path(__file__).parents[1] / "recipes" / "tiny.yaml").read_text())
@@ -169,6 +201,7 @@ def main() -> None:
     found["two streams"] = two_streams()
     with tempfile.TemporaryDirectory() as folder:
         kinds = [{"kind": "vllm", "max_rows": 16, "kv_megabytes": 32}, {"kind": "torch"}]
+        found["stock adapter"] = stock_adapter(Path(folder) / "stock")
         found["stage"] = stages(Path(folder), kinds)
     print(json.dumps(found))
 
