@@ -16,7 +16,7 @@ CODE := rlmm rewards rollouts tests examples
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
 
-quickstart: install  ## train, compare and export on this machine; about nine minutes on two cores
+quickstart: install  ## train, compare and export on this machine; about seven minutes on one core
 	$(BIN)/rlmm run configs/quickstart.yaml
 
 check: lint types test  ## what a change must pass
