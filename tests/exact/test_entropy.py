@@ -1,14 +1,15 @@
 """The entropy bonus against the entropy of the enumerated law, and its gradient against autograd through it."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from rlmm.config.stages import GrpoStage
 from rlmm.train.grpo import grpo_loss
-from rlmm.train.grpo_source import GrpoBatch
-from rlmm.train.metrics import Meter
+from rlmm.train.grpo_source import GrpoBatch, GrpoSource
+from rlmm.train.metrics import Meter, MetricsFile
 from tests.exact.enumerable import (
     IMAGES_NS,
     LAWS,
@@ -50,3 +51,44 @@ def test_the_bonus_has_the_exact_gradient_under_every_law(name: str) -> None:
     assert_same(gradient(policy, found), gradient(policy, exact))
     assert meter.flush()["entropy"] == pytest.approx(float(entropy_BS.detach().mean()), rel=1e-9)
     assert entropy_BS.std() > 1e-3
+
+
+def test_the_logged_entropy_is_that_of_the_rows_that_count() -> None:
+    policy = make_policy()
+    made = draw_rows(policy, law_named("plain", policy), 3)
+    config = GrpoStage.model_validate({"steps": 1, "learning_rate": 1.0})
+
+    def logged(kept: list[bool]) -> float:
+        zeros_BS = torch.zeros(len(made), LENGTH, dtype=torch.float64)
+        batch = GrpoBatch(made, zeros_BS[:, 0], torch.tensor(kept), zeros_BS, gate=True)
+        meter = Meter()
+        grpo_loss(policy, config, policy.model, batch, meter)
+        return meter.flush()["entropy"]
+
+    alone = [logged([row == one for row in range(len(made))]) for one in range(len(made))]
+    assert logged([row < 2 for row in range(len(made))]) == pytest.approx((alone[0] + alone[1]) / 2)
+    assert max(alone) - min(alone) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("entropies", "acts"),
+    [
+        ([], True),  # nothing is known before the first step
+        ([1.1], False),
+        ([1.0], True),
+        ([0.9], True),
+        ([0.9, 1.1], False),
+        ([1.1, 0.9], True),
+        ([1.1, None], False),  # a step in which no row counted
+    ],
+)
+def test_the_bonus_acts_after_a_step_at_or_below_the_floor(
+    entropies: list[float | None], acts: bool, tmp_path: Path
+) -> None:
+    bonus = {"entropy": {"coefficient": COEFFICIENT, "floor": 1.0}}
+    source = object.__new__(GrpoSource)
+    source.config = GrpoStage.model_validate({"steps": 9, "learning_rate": 1.0, "objective": bonus})
+    source.metrics = MetricsFile(tmp_path / "metrics.jsonl")
+    for step, entropy in enumerate(entropies, 1):
+        source.metrics.append(step, {} if entropy is None else {"entropy": entropy})
+    assert source._entropy_bonus() == (COEFFICIENT if acts else 0.0)

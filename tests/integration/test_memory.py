@@ -24,6 +24,25 @@ def test_each_setting_moves_its_own_figure() -> None:
     assert plan("stages.grpo.precision=bfloat16").engine == plain.engine * 3 // 2
     whole = plan("stages.grpo.lora=null")
     assert whole.reference == whole.weights == whole.gradients and plain.reference == 0 < plain.gradients
+    assert whole.optimizer == 2 * whole.gradients and plain.weights == whole.weights + plain.gradients
+    halved = plan("stages.grpo.precision=bfloat16", "stages.grpo.engine={kind: vllm, kv_megabytes: 64}")
+    assert halved.engine == plain.engine  # rounded in one's own process, or loaded in another's
+
+
+def test_what_is_held_by_hand() -> None:
+    grpo = plan()
+    # Rows of 12 codes and 32 tokens of prompt, each with and without its prompt: 2 a micro-batch, 8 a rollout.
+    assert grpo.logits == 3 * (2 * 2) * 44 * 64 * 4
+    assert grpo.kv_cache == (8 * 2) * 44 * (2 * 2 * 32) * 4  # keys and values of 2 layers of width 32
+    sft = memory_plans(read_recipe(TINY, []))[0]
+    assert sft.stage == "sft" and sft.engine == sft.kv_cache == sft.reference == 0 < sft.gradients == sft.weights
+
+
+def test_the_total_takes_the_larger_of_sampling_and_updating() -> None:
+    held = {"weights": 1, "gradients": 20, "optimizer": 300, "reference": 4_000, "engine": 50_000}
+    updating = {"activations": 100_000, "logits": 600_000}
+    assert MemoryPlan("grpo", **held, **updating, kv_cache=699_999).total == 754_321
+    assert MemoryPlan("grpo", **held, **updating, kv_cache=800_000).total == 854_321
 
 
 def test_a_checkpoint_has_the_plan_of_the_policy_it_holds(tiny_run: TinyRun) -> None:

@@ -1,17 +1,25 @@
 """Evidence plans: what is a fair comparison, what is chosen, and the intervals over seeds."""
 
+import json
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from scipy import stats
 
 from rlmm.config.recipe import OWN_POLICY, RecipeError, validate_recipe
 from rlmm.config.stages import EvalStage
-from rlmm.evidence.plan import AblationPlan, EvidencePlan, read_plan
+from rlmm.evidence import ablation, pages
+from rlmm.evidence.plan import AblationPlan, Arm, EvidencePlan, read_plan
 from rlmm.evidence.recipes import ablation_run, arm_trials, seed_run, start_trials
-from rlmm.evidence.results import Chosen, choose, difference, differences, extra_seconds, scores
+from rlmm.evidence.results import Chosen, choose, difference, differences, extra_seconds, result_record, scores
+from rlmm.run_folder import RunFolder
 
 TINY = Path(__file__).parents[1] / "recipes" / "tiny_evidence.yaml"
 ABLATIONS = sorted((Path(__file__).parents[2] / "configs" / "ablations").glob("*.yaml"))
@@ -28,6 +36,7 @@ def plan(**changes: Any) -> EvidencePlan:
         ({"tuning_seed": 2}, "tuning_seed 2 is one of the seeds"),
         ({"seeds": [1, 1]}, "repeat one"),
         ({"validation": {"skip": 3, "prompts": 4}}, "1 prompts are in validation and in test"),
+        ({"test": {"skip": 6, "prompts": 4}}, "2 prompts are in validation and in test"),
         ({"start": {"stage": {"kind": "sft"}, "trials": [{"steps": 1}]}}, "unequal numbers of trials"),
         ({"arms": {"sft": {"stage": {}, "trials": [{}, {}]}}}, "'sft' is the start's own name"),
         ({"metrics": "exact"}, "unknown key 'metrics'"),
@@ -44,6 +53,20 @@ def test_a_plan_file_that_cannot_be_read_says_why(tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text(TINY.read_text().replace("seeds: [1, 2]", "seeds: [1]"))
     with pytest.raises(ValueError, match=r"seeds: .*at least 2"):
         read_plan(tmp_path / "bad.yaml", EvidencePlan)
+    (tmp_path / "bad.yaml").write_text("seeds: [1, 2")
+    with pytest.raises(ValueError, match=r"bad\.yaml is no YAML"):
+        read_plan(tmp_path / "bad.yaml", EvidencePlan)
+
+
+def test_every_fault_of_a_plan_file_is_told_at_once(tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_text(TINY.read_text().replace("seed: 0", "seed: x").replace("skip: 4", "skip: -1"))
+    with pytest.raises(ValueError, match=r"  validation\.skip: .*\n  tuning_seed: "):
+        read_plan(tmp_path / "bad.yaml", EvidencePlan)
+
+
+def test_a_trials_settings_replace_the_stages() -> None:
+    arm = Arm.model_validate({"stage": {"steps": 9, "lora": None}, "trials": [{}, {"steps": 3}]})
+    assert arm.settings(0) == {"steps": 9, "lora": None} and arm.settings(1) == {"steps": 3, "lora": None}
 
 
 def test_every_trial_of_the_start_begins_with_the_recipes_policy_and_every_arm_with_the_start() -> None:
@@ -96,6 +119,13 @@ def test_the_interval_over_seeds_is_the_paired_t_interval() -> None:
     assert pairs == [("z", "x"), ("z", "y"), ("y", "x")]
 
 
+def test_two_seeds_have_an_interval_and_one_has_none() -> None:
+    two = difference("arm", "base", {"base": [0.5, 0.5], "arm": [0.6, 0.8]})
+    assert (two.mean, two.high - two.mean) == (pytest.approx(0.2), pytest.approx(12.7062 * 0.1, rel=1e-5))
+    one = difference("arm", "base", {"base": [0.5], "arm": [0.6]})
+    assert one.mean == pytest.approx(0.1) and math.isnan(one.low) and math.isnan(one.high)
+
+
 def test_the_plans_judge_and_metric_are_read_and_a_missing_one_is_named() -> None:
     rows = [
         {"arm": "sft", "temperature": 1.0, "judge": judge, "metric": metric, "mean": mean}
@@ -113,6 +143,99 @@ def test_the_plans_judge_and_metric_are_read_and_a_missing_one_is_named() -> Non
 def test_compute_is_counted_from_the_start_on() -> None:
     spent = {"compute": [{"arm": "sft", "seconds": 10.0}, {"arm": "grpo", "seconds": 35.5}]}
     assert extra_seconds(spent, "sft") == {"sft": 10.0, "grpo": 25.5}
+
+
+ENVIRONMENT = {"python": "3", "platform": "p", "processor": "c", "packages": {}, "commit": "abc123", "host": "h"}
+SEEDS = (
+    {"sft": (0.1, 0.4), "sft_more": (0.3, 0.2), "sft_fresh": (0.2, 0.3), "grpo": (0.6, 0.5)},
+    {"sft": (0.2, 0.6), "sft_more": (0.4, 0.9), "sft_fresh": (0.1, 0.5), "grpo": (0.9, 0.7)},
+)
+"""A seed's test values of every arm, at temperatures 1 and 0.5."""
+SECONDS = (
+    {"sft": 10.0, "sft_more": 15.0, "sft_fresh": 16.0, "grpo": 30.0},
+    {"sft": 12.0, "sft_more": 18.0, "sft_fresh": 19.0, "grpo": 42.0},
+)
+
+
+def judged(values: Mapping[str, tuple[float, float]], seconds: Mapping[str, float]) -> dict[str, Any]:
+    """The record of an evaluation at temperatures 1 and 0.5."""
+    by = {"judge": "left_darkness", "metric": "value"}
+    rows = [
+        {"arm": arm, "temperature": temperature, "mean": mean} | by
+        for arm, (warm, cold) in values.items()
+        for temperature, mean in ((1.0, warm), (0.5, cold))
+    ]
+    return {"rows": rows, "compute": [{"arm": arm, "seconds": spent} for arm, spent in seconds.items()]}
+
+
+def two_seeds() -> dict[str, Any]:
+    """The evidence of the tiny plan, from made-up evaluations."""
+    chosen = {
+        "sft": Chosen(1, 0.5, 0.55),
+        "sft_more": Chosen(0, 1.0, 0.45),
+        "sft_fresh": Chosen(0, 0.5, 0.35),
+        "grpo": Chosen(1, 1.0, 0.71),
+    }
+    runs = [judged(values, spent) for values, spent in zip(SEEDS, SECONDS, strict=True)]
+    return result_record(plan(), chosen, {("grpo-1", 1.0): 0.71}, runs, ENVIRONMENT)
+
+
+def test_an_arms_figures_are_those_of_the_temperature_and_trial_that_were_chosen() -> None:
+    record = two_seeds()
+    assert {arm: one["values"] for arm, one in record["arms"].items()} == {
+        "sft": [0.4, 0.6],
+        "sft_more": [0.3, 0.4],
+        "sft_fresh": [0.3, 0.5],
+        "grpo": [0.6, 0.9],
+    }
+    grpo = record["arms"]["grpo"]
+    assert grpo["mean"] == pytest.approx(0.75)
+    assert grpo["by_temperature"] == {"1": [0.6, 0.9], "0.5": [0.5, 0.7]}
+    assert (grpo["chosen"]["trial"], grpo["chosen"]["settings"]["learning_rate"]) == (1, 1e-2)
+    assert record["compute"]["seconds"]["grpo"] == [20.0, 30.0] and record["compute"]["seconds"]["sft"] == [10.0, 12.0]
+    assert record["tuning"] == [{"trial": "grpo-1", "temperature": 1.0, "score": 0.71}]
+    assert record["commit"] == "abc123" and "host" not in record["environment"]
+
+
+def test_the_page_has_the_records_figures() -> None:
+    page = pages.markdown(two_seeds()).splitlines()
+    assert page[0] == "# tiny: left_darkness value on 4 test prompts"
+    assert "| arm | seed 1 | seed 2 | mean | seconds beyond the start |" in page
+    assert "| sft | 0.400 | 0.600 | 0.500 | 11 |" in page and "| grpo | 0.600 | 0.900 | 0.750 | 25 |" in page
+    # Gaps 0.2 and 0.3, so 0.25 and a standard error of 0.05; t of one degree of freedom is 12.706.
+    assert "| grpo - sft | +0.250 | [-0.385, +0.885] |" in page
+    assert "| sft_more - sft | -0.150 | [-0.785, +0.485] |" in page
+    assert "- sft: steps 2, temperature 0.5 (validation 0.550)" in page
+    assert "- grpo: learning_rate 0.01, temperature 1 (validation 0.710)" in page
+    prompts = plan(test={"skip": 8, "prompts": 3}).model_dump(mode="json")
+    assert "on 3 test prompts" in pages.markdown(two_seeds() | {"settings": prompts})
+
+
+def across_and_up(line: Line2D) -> tuple[list[float], list[float]]:
+    """The points of a drawn line, as x and y."""
+    return np.asarray(line.get_xdata()).tolist(), np.asarray(line.get_ydata()).tolist()
+
+
+def drawn_by(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """Figures that are saved from now on, unsaved."""
+    figures: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    return figures
+
+
+def test_the_plot_has_every_seed_each_mean_and_the_means_by_temperature(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures = drawn_by(monkeypatch)
+    pages.write_pages(two_seeds(), tmp_path)
+    values, temperatures = figures[0].axes
+    assert [label.get_text() for label in values.get_xticklabels()] == ["sft", "sft_more", "sft_fresh", "grpo"]
+    seeds, mean = values.lines[-2:]
+    assert across_and_up(seeds) == ([3, 3], [0.6, 0.9])
+    assert across_and_up(mean)[1] == pytest.approx([0.75, 0.75])
+    last = temperatures.lines[-1]
+    assert (last.get_label(), across_and_up(last)[0]) == ("grpo", [0.5, 1.0])
+    assert across_and_up(last)[1] == pytest.approx([0.6, 0.75])
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
@@ -163,3 +286,58 @@ def test_the_shipped_ablations_make_valid_recipes(path: Path) -> None:
     every = {shipped.stage(factor, label) for factor, settings in shipped.factors.items() for label in settings}
     assert every == set(shipped.variants) <= set(recipe.stages)
     assert all("grpo" in {shipped.stage(f, label) for label in s} for f, s in shipped.factors.items())
+
+
+ABLATED = {"sft": (0.30, 0.35), "grpo": (0.50, 0.45), "objective-dapo": (0.40, 0.60), "KL-0_1": (0.20, 0.10)}
+TOOK = {"sft": 100.0, "grpo": 130.0, "objective-dapo": 145.0, "KL-0_1": 160.0}
+REWARDS = {"grpo": 0.1, "objective-dapo": 0.05, "KL-0_1": 0.01}
+"""What the reward of a stage rises by in every rollout, from 0 on."""
+
+
+@pytest.fixture
+def ablated(tmp_path: Path) -> dict[str, Any]:
+    """The record of an ablation of 12 rollouts a setting, every other step an update without a rollout."""
+    run = RunFolder(tmp_path, (*ABLATED, "evaluation"))
+    for name in run.stages:
+        run.stage(name).mkdir(parents=True)
+    for name, rise in REWARDS.items():
+        rows = [{"step": i, "reward/mean": None if i % 2 else rise * i / 2, "reward/std": 9.0} for i in range(24)]
+        (run.stage(name) / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (run.stage("evaluation") / "eval.json").write_text(json.dumps(judged(ABLATED, TOOK)))
+    return ablation.ablation_record(AblationPlan.model_validate(ABLATION), run, ENVIRONMENT)
+
+
+def test_a_settings_figures_are_those_of_its_own_stage(ablated: dict[str, Any]) -> None:
+    start, base, dapo = ablated["start"], ablated["factors"]["KL"]["0"], ablated["factors"]["objective"]["dapo"]
+    assert (start["by_temperature"], start["best"]) == ({"1": 0.3, "0.5": 0.35}, 0.35)
+    assert (start["seconds"], start["reward"]) == (100.0, [])
+    assert (base["by_temperature"], base["best"], base["seconds"]) == ({"1": 0.5, "0.5": 0.45}, 0.5, 30.0)
+    assert (dapo["by_temperature"], dapo["best"], dapo["seconds"]) == ({"1": 0.4, "0.5": 0.6}, 0.6, 45.0)
+    assert dapo["reward"] == pytest.approx([0.05 * i for i in range(12)])
+    assert ablated["factors"]["KL"]["0.1"]["best"] == 0.2 and ablated["commit"] == "abc123"
+
+
+def test_the_ablations_table_has_the_base_in_bold_and_the_mean_of_the_last_rewards(ablated: dict[str, Any]) -> None:
+    page = ablation.markdown(ablated)
+    assert "4 validation prompts" in page and "the start (SFT) has 0.350." in page
+    # The last ten of 0, 1, ... 11 have the mean 6.5.
+    assert "| objective | **grpo** | 0.500 | 0.650 | 30 |\n| objective | dapo | 0.600 | 0.325 | 45 |" in page
+    assert "| KL | **0** | 0.500 | 0.650 | 30 |\n| KL | 0.1 | 0.200 | 0.065 | 60 |" in page
+
+
+def test_every_factor_has_a_plot_of_smoothed_rewards(
+    ablated: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures = drawn_by(monkeypatch)
+    ablation.draw(ablated, tmp_path / "tiny.png")
+    assert [axis.get_title() for axis in figures[0].axes if axis.get_visible()] == ["objective", "KL"]
+    base, dapo = figures[0].axes[0].lines
+    assert [base.get_label(), dapo.get_label()] == ["grpo: 0.500", "dapo: 0.600"]
+    assert across_and_up(base)[0] == list(range(1, 13))
+    # Means of 0 to 0, 0 to 1, ... 0 to 9, then of the last ten.
+    assert across_and_up(base)[1] == pytest.approx([0.05 * i for i in range(10)] + [0.55, 0.65])
+
+
+def test_a_smoothed_value_is_the_mean_of_it_and_those_before_it() -> None:
+    assert ablation.smooth([1.0, 2.0, 6.0, 4.0], 2) == [1.0, 1.5, 4.0, 5.0]
+    assert ablation.smooth([1.0, 2.0, 6.0], 9) == [1.0, 1.5, 3.0]

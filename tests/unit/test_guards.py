@@ -12,6 +12,7 @@ from rewards.base import Sample
 from rewards.gold import HasGold, gold_check_pairs
 from rewards.gold_images import scene_image, word_image
 from rewards.guards import (
+    Print,
     alike_across,
     colour_entropy,
     edge_density,
@@ -60,6 +61,7 @@ def test_edge_density_of_stripes_by_hand() -> None:
     stripes[:, 5:] = 255  # one vertical edge: 7 of the 7 x 9 places that have a neighbour to the right and below
     assert edge_density(stripes) == pytest.approx(1 / 9)
     assert edge_density(stripes.transpose(1, 0, 2)) == pytest.approx(1 / 9)
+    assert edge_density(255 - stripes) == edge_density(255 - stripes.transpose(1, 0, 2)) == pytest.approx(1 / 9)
     assert edge_density(np.where(stripes > 0, 100, 80).astype(np.uint8)) == 0.0  # a step of 0.08
     assert edge_density(np.zeros((1, 5, 3), np.uint8)) == 0.0
 
@@ -73,6 +75,8 @@ def test_colour_entropy_of_known_shares() -> None:
     assert colour_entropy(pixels) == pytest.approx(0.5 * 1 + 2 * 0.25 * 2)
     every = np.stack(np.meshgrid(*[np.arange(0, 256, 32)] * 3), -1).reshape(16, 32, 3).astype(np.uint8)
     assert colour_entropy(every) == pytest.approx(9.0)
+    shades = np.array([[[0, 0, 0], [31, 31, 31]]], np.uint8)
+    assert colour_entropy(shades) == 0.0 and colour_entropy(shades + np.uint8(1)) == pytest.approx(1.0)
 
 
 def test_near_duplicates_forgive_noise_and_see_drawings_apart() -> None:
@@ -81,6 +85,15 @@ def test_near_duplicates_forgive_noise_and_see_drawings_apart() -> None:
     assert found[0, 1] and found[1, 0] and found.diagonal().all()
     assert not found[0, 2:].any() and not found[1, 2:].any()
     assert alike(word, noisy(word, 16))[0, 1] and not alike(word, noisy(word, 60))[0, 1]
+
+
+@pytest.mark.parametrize(("step", "same"), [(77, True), (100, False)])
+def test_near_duplicates_differ_by_little_of_the_variance_of_both(step: float, same: bool) -> None:
+    """Variances 195075 and about 180000, so that 7691 or so of squared difference are forgiven: 77^2 and not 100^2."""
+    halves_K = np.repeat([0.0, 0.0, 255.0, 255.0], 3)
+    changed_K = halves_K + np.eye(12)[0] * step
+    found = near_duplicates([Print("a", halves_K), Print("b", changed_K)])
+    assert found.tolist() == [[True, same], [same, True]]
 
 
 def test_blank_pictures_are_alike_despite_noise() -> None:

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -10,17 +11,22 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet
 import pytest
+from markupsafe import Markup
+from matplotlib.figure import Figure as Drawing
+from matplotlib.lines import Line2D
+from matplotlib.text import Annotation
 from PIL import Image, ImageFilter
 
 from rlmm.report import write_report
-from rlmm.report.checks import Check, correlation, judges_check
+from rlmm.report.checks import Check, Reading, correlation, judged, judges_check, measured
 from rlmm.report.data import read_run
-from rlmm.report.guards import arm_guards, figures, one_a_step, reference_of, rollout_guards, spread
+from rlmm.report.guards import arm_guards, figures, first_rollouts, one_a_step, reference_of, rollout_guards, spread
 from rlmm.report.health import Health, health, updates_per_rollout
 from rlmm.report.panels import Figure
-from rlmm.report.plots import Plot
-from rlmm.report.records import Curve, Evaluation, Notes
-from rlmm.report.rules import RULES, Rule, factor, worst
+from rlmm.report.plots import FrontierPoint, Plot, frontier_plot, tenths
+from rlmm.report.records import Contrast, Curve, Diversity, EvalRow, Evaluation, Notes
+from rlmm.report.rules import RULES, CheckName, Rule, factor, worst
+from rlmm.report.sharpening import check as sharpening_check
 from rlmm.report.sharpening import pairs
 from tests.synthetic_run import WORDS, build_run, png, write_parquet
 
@@ -239,6 +245,129 @@ def test_a_baseline_that_still_rises_at_its_coldest_wants_a_look(good: Path) -> 
     assert (found["sft"].cold_end or 0) > 1 > (found["sft-more"].cold_end or 1)
 
 
+JUDGE: Line = {"judge": "tesseract", "metric": "exact"}
+
+
+def gain(at: str, arm_at: float, baseline_at: float, difference: float, half: float) -> Contrast:
+    interval = {"difference": difference, "low": difference - half, "high": difference + half}
+    cell = {"arm": "grpo", "baseline": "sft", "at": at, "arm_temperature": arm_at, "baseline_temperature": baseline_at}
+    return Contrast.model_validate(JUDGE | interval | cell)
+
+
+def colder() -> Evaluation:
+    """A gain of 0.4 at T = 1 and 0.1 at best, where the baseline rose by 0.03 to its coldest temperature."""
+    means = {"sft": {1.0: 0.2, 0.5: 0.47, 0.25: 0.5}, "grpo": {1.0: 0.6, 0.5: 0.6, 0.25: 0.2}}
+    cells = [{"arm": arm, "temperature": t, "mean": m} for arm, row in means.items() for t, m in row.items()]
+    rows = [EvalRow.model_validate(JUDGE | cell | {"low": 0.1, "high": 0.9}) for cell in cells]
+    rows += [row.model_copy(update={"judge": "ocr", "mean": 0.99}) for row in rows]
+    contrasts = (
+        gain("1.0", 1.0, 1.0, 0.4, 0.1),
+        gain("0.5", 0.5, 0.5, 0.13, 0.1),
+        gain("0.25", 0.25, 0.25, 0.7, 0.8),  # the largest, and not shown
+        gain("other", 1.0, 0.5, 0.9, 0.1),  # of unequal temperatures
+        gain("best", 0.5, 0.25, 0.1, 0.05),
+    )
+    return Evaluation(tuple(rows), contrasts, ())
+
+
+def test_what_is_left_of_a_gain_is_a_share_of_the_largest_that_is_shown() -> None:
+    (pair,) = pairs(colder(), ROLES, ["grpo"])
+    assert (pair.kept, pair.cold_end) == (pytest.approx(0.1 / 0.4), pytest.approx(0.03 / 0.1))
+    assert (pair.verdict, pair.status) == ("learned", "look")
+    found = sharpening_check(colder(), ROLES, ["grpo"], "x")
+    assert found is not None and found.table is not None
+    assert found.table.head == ("arms", "both at T = 1", "both at T = 0.5", "both at T = 0.25", *found.table.head[4:])
+    assert found.table.rows == (
+        (
+            "grpo − sft",
+            "+0.400\n[+0.300, +0.500]",
+            "+0.130\n[+0.030, +0.230]",
+            "+0.700\n[−0.100, +1.500]",
+            "+0.100\n[+0.050, +0.150]\nT = 0.5 against 0.25",
+            "learned",
+        ),
+    )
+    assert found.table.marked == {(0, 5): "look"}
+
+
+def test_a_gain_at_best_that_is_not_shown_leaves_nothing() -> None:
+    sharper = [c if c.at != "best" else gain("best", 0.5, 0.25, 0.1, 0.2) for c in colder().contrasts]
+    (pair,) = pairs(Evaluation(colder().rows, tuple(sharper), ()), ROLES, ["grpo"])
+    assert (pair.kept, pair.verdict, pair.status) == (0.0, "sharpened", "bad")
+
+
+def test_a_baseline_that_is_best_above_its_coldest_has_no_rise_left() -> None:
+    best = gain("best", 0.5, 0.5, 0.1, 0.05)
+    (pair,) = pairs(Evaluation(colder().rows, (*colder().contrasts[:4], best), ()), ROLES, ["grpo"])
+    assert pair.cold_end is None
+
+
+def test_no_gain_at_all_has_no_share() -> None:
+    best = gain("best", 0.5, 0.25, 0.0, 0.05)
+    (pair,) = pairs(Evaluation(colder().rows, (*colder().contrasts[:4], best), ()), ROLES, ["grpo"])
+    assert (pair.kept, pair.cold_end, pair.verdict) == (0.0, None, "sharpened")
+
+
+def test_the_frontier_is_the_judges_scores_by_diversity_or_else_by_temperature() -> None:
+    plain = sharpening_check(colder(), ROLES, ["grpo"], "x")
+    assert plain is not None and "sft: 0.20 at 1.00 (T=1), 0.47 at 0.50 (T=0.5)" in plain.figure.plot.alt
+    spread = tuple(Diversity(arm="sft", temperature=t, value=t * 0.6) for t in (1.0, 0.5))
+    found = sharpening_check(Evaluation(colder().rows, colder().contrasts, spread), ROLES, ["grpo"], "x")
+    assert found is not None and found.figure.plot.alt == (
+        "exact by tesseract by diversity of the samples of one prompt. sft: 0.20 at 0.60 (T=1), 0.47 at 0.30 (T=0.5)."
+    )
+
+
+def across_and_up(line: Line2D) -> tuple[list[float], list[float]]:
+    """The points of a drawn line, as x and y."""
+    return np.asarray(line.get_xdata()).tolist(), np.asarray(line.get_ydata()).tolist()
+
+
+def drawn_plots(monkeypatch: pytest.MonkeyPatch) -> list[Drawing]:
+    """Figures of the plots that are made from now on."""
+    drawings: list[Drawing] = []
+    monkeypatch.setattr("rlmm.report.plots.inline_svg", lambda figure, *_: drawings.append(figure) or Markup(""))
+    return drawings
+
+
+def test_a_score_on_the_frontier_has_the_interval_of_its_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawings = drawn_plots(monkeypatch)
+    sharpening_check(colder(), ROLES, ["grpo"], "x")
+    (axes,) = drawings[0].axes
+    intervals = [across_and_up(line)[1] for line in axes.lines if len(across_and_up(line)[0]) == 2]
+    assert intervals == [[0.1, 0.9]] * 6
+
+
+def test_a_frontier_is_drawn_in_the_order_of_x_with_each_points_own_interval(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawings = drawn_plots(monkeypatch)
+    points = [
+        FrontierPoint(0.5, 0.4, "b", 0.3, 0.6),
+        FrontierPoint(0.9, 0.2, "c"),
+        FrontierPoint(0.1, 0.7, "a", 0.6, 0.9),
+    ]
+    plot = frontier_plot("x", {"one": [], "two": points}, x_label="across", y_label="up")
+    (axes,) = drawings[0].axes
+    path, *intervals = [line for line in axes.lines if len(across_and_up(line)[0]) and line.get_marker() == "None"]
+    assert across_and_up(path) == ([0.1, 0.5, 0.9], [0.7, 0.4, 0.2])
+    assert [across_and_up(line) for line in intervals] == [
+        ([0.1, 0.1], [0.6, 0.9]),
+        ([0.5, 0.5], [0.3, 0.6]),
+    ]
+    assert {text.get_text(): text.xy for text in axes.texts if isinstance(text, Annotation)} == {
+        "a": (0.1, 0.7),
+        "b": (0.5, 0.4),
+        "c": (0.9, 0.2),
+    }
+    assert (axes.get_xlabel(), axes.get_title(loc="left")) == ("across", "up")
+    assert plot.legend == (("one", 0), ("two", 1))
+
+
+def test_the_ends_of_a_curve_are_its_first_and_last_tenth() -> None:
+    assert tenths(Curve(tuple(range(20)), tuple(map(float, range(1, 21))))) == (1.5, 19.5)
+    assert tenths(Curve((1, 2, 3), (5.0, math.nan, 7.0))) == (5.0, 7.0)
+    assert tenths(Curve((1,), (math.nan,))) is None
+
+
 def test_learners_are_compared_with_the_other_arms_only(good: Path) -> None:
     evaluation = read_run(good).stages[-1].evaluation
     assert evaluation is not None
@@ -263,7 +392,7 @@ def test_an_arm_that_draws_blanks_when_cold_is_bad_though_its_rollouts_are_not(t
     assert "held-out samples at T = 0.4: 1" in checks_of(found)["blank"].says
     table = found.parts[0].table
     assert table is not None and [row[0] for row in table.rows][-2:] == ["grpo, T = 0.4", "training pictures"]
-    assert table.marked[8, 1] == "bad" and not any(row < 8 for row, _ in table.marked)
+    assert table.marked == {(8, column): "bad" for column in (1, 2, 3, 4)}
 
 
 def test_without_training_pictures_the_first_rollouts_are_the_reference(tmp_path: Path) -> None:
@@ -274,6 +403,13 @@ def test_without_training_pictures_the_first_rollouts_are_the_reference(tmp_path
     assert ("first rollouts", 0) in check.figure.plot.legend
     edit_pictures(noise, "03-grpo/rollouts/step-000039.parquet")(folder)
     assert checks_of(of_run(folder))["edges"].status == "bad"
+
+
+def test_first_rollouts_have_the_first_value_of_every_guard_but_repeats() -> None:
+    keys = ("guard/blank", "guard/edges", "guard/repeats")
+    reference = first_rollouts({key: Curve((1, 41, 79), (0.2, 0.5, 0.9)) for key in keys})
+    assert reference is not None and reference.figures == {"guard/blank": 0.2, "guard/edges": 0.2}
+    assert first_rollouts({"reward/mean": Curve((1,), (0.2,))}) is None
 
 
 def test_a_run_without_pictures_or_held_out_judge_says_what_is_not_measured(tmp_path: Path) -> None:
@@ -288,6 +424,92 @@ def test_a_run_without_pictures_or_held_out_judge_says_what_is_not_measured(tmp_
     assert "Not measured: trained against held-out judge, blank" in write_report(folder).read_text()
 
 
+def reading(name: CheckName, curves: Mapping[str, list[float]], limits: Mapping[str, float] | None = None) -> float:
+    """The value of a check of curves over the steps 1, 2, ..."""
+    made = {key: Curve(tuple(range(1, len(values) + 1)), tuple(values)) for key, values in curves.items()}
+    found = measured(name, made, limits or {})
+    assert found is not None
+    return found.value
+
+
+def test_the_figure_nearest_its_tolerance_or_past_it_is_the_mismatch() -> None:
+    limits = {"mismatch/mean": 1e-5, "mismatch/max": 1e-2}
+    both = {"mismatch/mean": [1e-6, 3e-6, 2e-6], "mismatch/max": [1e-3, 9e-3, 1e-3]}
+    assert reading("mismatch", both, limits) == pytest.approx(0.9)
+    assert reading("mismatch", both, {"mismatch/mean": 1e-5}) == pytest.approx(0.3)
+    broken = {"mismatch/mean": [1e-6, math.nan], "mismatch/max": [1e-3, 2e-2]}
+    assert math.isnan(reading("mismatch", broken, limits))  # which a rule calls bad
+
+
+def test_what_had_no_score_is_the_larger_of_the_whole_stage_and_its_end() -> None:
+    early, late = [0.2] * 10 + [0.0] * 10, [0.0] * 18 + [0.2] * 2
+    assert reading("excluded", {"sample/unavailable_share": early}) == pytest.approx(0.1)
+    both = {"sample/unavailable_share": late, "sample/invalid_share": [0.05] * 20}
+    assert reading("excluded", both) == pytest.approx(0.2)
+
+
+def test_gradients_are_held_against_their_median() -> None:
+    assert reading("grad", {"grad_norm": [1.0] * 4 + [30.0]}) == 30.0
+    assert reading("grad", {"grad_norm": [1.0, math.nan, 1.0]}) == math.inf
+    assert reading("grad", {"grad_norm": [0.0, 0.0, 5.0]}) == math.inf  # nothing is learned
+
+
+def test_of_two_figures_of_one_thing_the_worse_is_judged() -> None:
+    assert reading("duplicates", {"sample/duplicate_share": [0.1], "guard/repeats": [0.9]}) == 0.9
+    assert reading("duplicates", {"sample/duplicate_share": [0.9], "guard/repeats": [0.1]}) == 0.9
+    assert reading("kl", {"kl": [0.1], "approx_kl": [0.4]}) == 0.4
+    assert reading("entropy", {"entropy": [2.0] * 4 + [9.0] * 32 + [0.5] * 4}) == 0.25
+
+
+FIGURE = Figure("t", "c", Plot(Markup(""), (), ""))
+
+
+def test_a_gate_that_was_passed_is_bad_whatever_the_figure() -> None:
+    assert judged("flat", Reading(0.1, ""), FIGURE).status == "ok"
+    assert judged("flat", Reading(0.1, ""), replace(FIGURE, alarm="above the gate")).status == "bad"
+
+
+def test_the_judges_status_is_that_of_the_worst_from_nine_steps_on() -> None:
+    steps = tuple(range(30))
+    rise, fall = (Curve(steps, tuple(slope * s for s in steps)) for slope in (0.1, -0.1))
+    found = judges_check(rise, {"a": rise, "b": fall}, FIGURE)
+    assert found is not None and found.status == "bad" and "b: r = −1.00 over 30 steps, and it fell" in found.says
+    nine = judges_check(rise, {"a": Curve(steps[:9], rise.values[:9])}, FIGURE)
+    assert nine is not None and nine.status == "ok"
+
+
+def test_what_an_arm_that_learned_nothing_draws_is_not_held_against_the_one_that_did(tmp_path: Path) -> None:
+    folder = build_run(tmp_path / "run")
+
+    def collapse(content: dict[str, Any]) -> None:
+        content["diversity"] = [r | {"value": 0.01} if r["arm"] == "sft-more" else r for r in content["diversity"]]
+
+    edit_evaluation(collapse)(folder)
+    path = folder / "stages/04-eval/samples.parquet"
+    rows = pyarrow.parquet.read_table(path).to_pylist()
+    write_parquet(path, [r | {"image": png("")} if r["arm"] == "sft-more" else r for r in rows])
+    found = checks_of(of_run(folder))
+    assert found["arm_diversity"].status == found["blank"].status == "ok"
+
+
+def test_held_out_samples_make_a_guard_worse_and_never_better(tmp_path: Path) -> None:
+    folder = build_run(tmp_path / "run")
+    BAD["blank"][1](folder)
+    path = folder / "stages/04-eval/samples.parquet"
+    rows = pyarrow.parquet.read_table(path).to_pylist()
+    first = next(i for i, row in enumerate(rows) if (row["arm"], row["temperature"]) == ("grpo", 0.4))
+    rows[first]["image"] = png("")
+    write_parquet(path, rows)
+    check = checks_of(of_run(folder))["blank"]
+    assert check.status == "bad" and "held-out samples at T = 0.4: 0.0417" in check.says  # 1 of 24: a look
+
+
+def test_an_evaluation_without_diversity_says_so(tmp_path: Path) -> None:
+    folder = build_run(tmp_path / "run")
+    edit_evaluation(lambda content: content["diversity"].clear())(folder)
+    assert of_run(folder).parts[0].missing == ("diversity of the arms",)
+
+
 def test_correlation_is_over_the_steps_that_both_have() -> None:
     one = Curve((1, 2, 3, 4, 5), (1.0, 2.0, math.nan, 4.0, 5.0))
     other = Curve((2, 3, 4, 5, 6), (-2.0, 0.0, -4.0, -5.0, 9.0))
@@ -296,7 +518,7 @@ def test_correlation_is_over_the_steps_that_both_have() -> None:
 
 
 def test_judges_that_do_not_move_together_want_a_look_only_if_the_reward_rose() -> None:
-    steps, figure = tuple(range(30)), Figure("t", "c", Plot(png(""), (), ""))  # pyrefly: ignore
+    steps, figure = tuple(range(30)), FIGURE
     rise = Curve(steps, tuple(0.1 * s for s in steps))
     wave = Curve(steps, tuple((-1.0) ** s for s in steps))
     found = judges_check(rise, {"a": wave, "b": rise}, figure)
