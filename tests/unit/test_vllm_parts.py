@@ -20,6 +20,7 @@ from rlmm.rollout_server import serve_rollouts, server_config
 from rlmm.train.engines import build_engine
 from rlmm.train.recovery import Recovering
 from rollouts.contract import EngineLost, Grid, Layout, Request
+from rollouts.fingerprint import weights_fingerprint
 from rollouts.law import Law
 from rollouts.trajectory import Span, Trajectory
 from rollouts.vllm_engine import guard
@@ -315,3 +316,15 @@ def test_streams_travel_together_only_where_the_unconditional_one_is_a_function_
     engine.generate([request], [Span("image", law, 2)])
     assert [row.arguments["streams"] for row in host.rows] == [["cond", "uncond"]] * 2
     assert all(row.arguments["wave"] is None and row.prefix == (0, 3, 3, 2) for row in host.rows)
+
+
+def test_the_null_prompt_is_one_of_its_own_or_the_prompt_token_by_token() -> None:
+    assert replace(LAYOUT, null_prompt=(3,)).null([1, 1, 1]) == (3,)
+    assert replace(LAYOUT, null_prompt=(3,), null_token=1).null([3, 3, 3]) == (1, 1, 1)
+
+
+def test_an_engines_weights_are_compared_in_the_dtype_it_holds_them_in() -> None:
+    weight = torch.tensor([1.0, 1.001])
+    held = [("w", weight.bfloat16())]
+    assert weights_fingerprint(held) == weights_fingerprint([("w", weight)], torch.bfloat16)
+    assert weights_fingerprint(held) != weights_fingerprint([("w", weight)])
