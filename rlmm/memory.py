@@ -62,13 +62,14 @@ def memory_plans(recipe: Recipe) -> list[MemoryPlan]:
                 num_layers=config.num_hidden_layers,
                 num_heads=config.num_attention_heads,
                 intermediate_size=config.intermediate_size,
+                tie_embeddings=config.tie_word_embeddings,
             )
     stages = {name: stage for name, stage in recipe.stages.items() if isinstance(stage, SftStage | GrpoStage)}
     return [_plan(name, stage, size, total, layout) for name, stage in stages.items()]
 
 
 def _plan(name: str, stage: SftStage | GrpoStage, shape: NewPolicy, total: int, layout: Layout) -> MemoryPlan:
-    trained = total if stage.lora is None else _lora_size(shape, stage.lora.rank, len(stage.lora.target_modules))
+    trained = _trained(stage, shape, total, layout)
     streams = len(stage.sampling.law(layout.image).streams()) if isinstance(stage, GrpoStage) else 1
     length = layout.grid.length + PROMPT_TOKENS
     rows = stage.micro_batch_size * streams
@@ -85,6 +86,15 @@ def _plan(name: str, stage: SftStage | GrpoStage, shape: NewPolicy, total: int, 
         kv_cache=_sampling(stage, shape, streams, length) if isinstance(stage, GrpoStage) else 0,
         engine=_engine_copy(stage, total) if isinstance(stage, GrpoStage) else 0,
     )
+
+
+def _trained(stage: SftStage | GrpoStage, shape: NewPolicy, total: int, layout: Layout) -> int:
+    """Weights with a gradient: an adapter's, or all but the rows of the head that are never decided."""
+    if stage.lora is not None:
+        return _lora_size(shape, stage.lora.rank, len(stage.lora.target_modules))
+    if isinstance(stage, SftStage) or not stage.trains_image_rows or shape.tie_embeddings:
+        return total
+    return total - (layout.vocab_size - (layout.image[1] - layout.image[0])) * shape.hidden_size
 
 
 def _engine_copy(stage: GrpoStage, total: int) -> int:

@@ -21,6 +21,7 @@ from rlmm.objectives.weights import count_totals, token_weights
 from rlmm.train.grpo import grpo_loss
 from rlmm.train.grpo_source import GrpoBatch
 from rlmm.train.metrics import Meter, MetricsFile
+from rlmm.train.processes import device
 from rlmm.train.trainer import StageTrainer, training_arguments
 
 
@@ -52,6 +53,8 @@ def run_rlmm(side: Side, problem: StepProblem, steps: int, callback: TrainerCall
     policy = build_policy(problem)
     if side.lora:
         policy.add_lora(Lora(), seed=0)
+    policy.to(device())
+    policy.train_image_rows()
     batch = make_batch(problem, make_samples(problem), config)
     arguments = training_arguments(
         config, folder, micro_batch_size=problem.rows, accumulation=1, report_to=[], name="bench"

@@ -152,6 +152,11 @@ class GrpoStage(Optimization):
     lora: Lora | None = None
 
     @property
+    def trains_image_rows(self) -> bool:
+        """Of the head only the rows of image codes are trained: no others have a gradient, and nothing decays them."""
+        return self.lora is None and self.weight_decay == 0 and self.deepspeed is None
+
+    @property
     def rollouts(self) -> int:
         """Samples a rollout step makes, over all processes."""
         return self.prompts_per_step * self.samples_per_prompt

@@ -19,6 +19,7 @@ from rlmm.config.policy import Lora
 from rlmm.objectives.legality import LogProbKind
 from rlmm.policies.base import LogProbs, SequenceBatch
 from rlmm.policies.head import decision_log_probs, sliced_head
+from rlmm.policies.head_rows import ROWS, train_rows
 from rlmm.policies.layout_io import save_layout
 from rlmm.policies.spelling import Spelling
 from rollouts.contract import Layout
@@ -118,7 +119,7 @@ class CausalPolicy:
         place drifts in bfloat16."""
         modules = dict(self.base.named_modules())
         for name, parameter in self.base.named_parameters():
-            if ".lora_" in name:
+            if ".lora_" in name or name.endswith(f".{ROWS}"):
                 continue
             weight = parameter.detach()
             if ".base_layer." in name:
@@ -143,6 +144,14 @@ class CausalPolicy:
             yield
         finally:
             self._swapped = None
+
+    def train_image_rows(self) -> None:
+        """Of the head train only the rows of image codes, for a stage that decides nothing else: less memory, and the
+        same weights where weight decay is 0. Nothing to do under LoRA or where head and embedding are one matrix."""
+        head = self._head()
+        tied = head.get_parameter("weight") is self.base.get_input_embeddings().weight
+        if isinstance(head, nn.Linear) and not isinstance(self.model, PeftModel) and not tied:
+            train_rows(head, self.layout.image)
 
     def freeze_reference(self) -> None:
         """Keep a frozen copy of the present weights as the reference. Nothing to do under LoRA."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from rlmm.policies.head_rows import rows_weight
 from rollouts.law import Law, law_log_probs, mix_streams, unpack_support
 
 LOGIT_BYTES = 64 << 20
@@ -57,7 +58,7 @@ def _factors(head: nn.Module, hidden: Tensor, rows: slice) -> tuple[list[Tensor]
             f"the output head is a {type(head).__name__}, and only nn.Linear and LoRA on it can be sliced; "
             "give the policy family a `head` of its own"
         )
-    inputs, weights = [hidden], [base.weight[rows]]
+    inputs, weights = [hidden], [rows_weight(base, rows)]
     if isinstance(head, LoraLinear) and not head.disable_adapters:
         for name in head.active_adapters:
             if name in head.lora_A:

@@ -15,6 +15,7 @@ from rlmm.train.gates import check_mismatch, measure_mismatch
 from rlmm.train.grpo_source import GrpoBatch, GrpoSource, corrected
 from rlmm.train.judges import check_gold
 from rlmm.train.metrics import Meter
+from rlmm.train.processes import device
 from rlmm.train.results import save_result
 from rlmm.train.running import train
 
@@ -120,6 +121,9 @@ def run_grpo(context: StageContext) -> None:
     policy = starting_policy(context, codec)
     if config.objective.kl.coefficient > 0:
         policy.freeze_reference()
+    if config.trains_image_rows:
+        policy.to(device())
+        policy.train_image_rows()
     given = config.objective.token_weighting
     weighting = None if given is None else load_token_weighting(given)
     check_gold(context)

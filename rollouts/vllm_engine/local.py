@@ -129,6 +129,10 @@ def _start(**settings: Any) -> Any:
             enable_prefix_caching=True, logits_processors=[LawProcessor], scheduler_cls=WaveScheduler,
             disable_log_stats=True, **settings,
         )  # fmt: skip
+    except ValueError as error:
+        if "KV cache" not in str(error):
+            raise
+        raise ValueError(f"vLLM cannot hold one whole sample: {error} In a recipe: engine.kv_megabytes.") from error
     finally:
         torch.set_num_threads = set_num_threads  # vLLM puts a no-op there
 

@@ -7,6 +7,7 @@ import pytest
 from rlmm.config.policy import CheckpointPolicy
 from rlmm.config.recipe import read_recipe
 from rlmm.memory import MemoryPlan, memory_plans
+from rlmm.policies.tokenizer import character_tokenizer
 from tests.integration.conftest import TINY, TinyRun
 
 
@@ -22,7 +23,10 @@ def test_each_setting_moves_its_own_figure() -> None:
     vllm = plan("stages.grpo.engine={kind: vllm, kv_megabytes: 64}")
     assert vllm.kv_cache == 64 << 20 and vllm.engine == plain.engine == plan("stages.grpo.lora=null").weights
     assert plan("stages.grpo.precision=bfloat16").engine == plain.engine * 3 // 2
-    whole = plan("stages.grpo.lora=null")
+    whole = plan("stages.grpo.lora=null", "stages.grpo.weight_decay=0.1")
+    rows = plan("stages.grpo.lora=null")  # without decay the head's rows of text are not trained
+    assert whole.gradients - rows.gradients == len(character_tokenizer(())) * 32 * 4
+    assert rows.optimizer == 2 * rows.gradients and rows.weights == whole.weights
     assert whole.reference == whole.weights == whole.gradients and plain.reference == 0 < plain.gradients
     assert whole.optimizer == 2 * whole.gradients and plain.weights == whole.weights + plain.gradients
     halved = plan("stages.grpo.precision=bfloat16", "stages.grpo.engine={kind: vllm, kv_megabytes: 64}")

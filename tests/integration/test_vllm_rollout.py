@@ -100,6 +100,13 @@ def test_what_cannot_be_sampled_is_an_error(found: dict[str, Any], case: str, sa
 
 @needs_vllm
 @pytest.mark.slow
+def test_a_cache_too_small_for_one_sample_is_an_error_that_names_the_setting(found: dict[str, Any]) -> None:
+    assert found["small cache"].startswith("ValueError: vLLM cannot hold one whole sample")
+    assert "engine.kv_megabytes" in found["small cache"]
+
+
+@needs_vllm
+@pytest.mark.slow
 def test_the_engine_goes_on_after_an_error_and_leaves_no_group(found: dict[str, Any]) -> None:
     assert found["faults"]["gap after"] < 1e-4
     assert not found["group left"]

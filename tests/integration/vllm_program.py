@@ -197,6 +197,8 @@ def main() -> None:
     found["faults"] = faults(engine, policy)
     engine.close()
     found["group left"] = torch.distributed.is_initialized()
+    wide = make_policy(lora=False, hidden=512)
+    found["small cache"] = refusal(lambda: build_engine(VllmEngineConfig(kv_megabytes=1), wide))
     found["tied"] = tied_and_gridded()
     found["two streams"] = two_streams()
     with tempfile.TemporaryDirectory() as folder:

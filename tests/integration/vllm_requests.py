@@ -26,9 +26,11 @@ LAWS = {
 PROMPTS = ["a", "two red circles and a very long blue line between them", 'render "HELLO"']
 
 
-def make_policy(*, lora: bool, tied: bool = False, row_ends: bool = False, null_token: bool = False) -> CausalPolicy:
+def make_policy(
+    *, lora: bool, tied: bool = False, row_ends: bool = False, null_token: bool = False, hidden: int = 64
+) -> CausalPolicy:
     config = NewPolicy(
-        hidden_size=64, num_layers=2, num_heads=2, intermediate_size=96, row_ends=row_ends, tie_embeddings=tied,
+        hidden_size=hidden, num_layers=2, num_heads=2, intermediate_size=96, row_ends=row_ends, tie_embeddings=tied,
         null="token" if null_token else "prompt",
     )  # fmt: skip
     policy = build(config, num_codes=40, grid=(3, 4), seed=1)
