@@ -20,6 +20,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from rlmm.bench.machine import write_json
 from rlmm.bench.step_problem import Side, StepProblem
 from rlmm.config.base import nearest
 from rlmm.memory import readable
@@ -82,7 +83,7 @@ def bench_step(plan: StepPlan, json_file: Path | None) -> list[Measured]:
     for problem in plan.problems:
         console.print(table(problem, [one for one in measured if one.problem == problem.name]))
     if json_file is not None:
-        json_file.write_text(json.dumps(report(plan, measured), indent=2))
+        write_json(json_file, report(plan, measured))
     return measured
 
 

@@ -84,8 +84,8 @@ def test_the_peak_is_what_was_held_and_let_go() -> None:
 @pytest.mark.slow
 def test_a_smoke_sized_bench_measures_both_sides(tmp_path: Path) -> None:
     plan = StepPlan((TINY,), (RLMM, TRL), repeats=1, steps=2)
-    bench_step(plan, tmp_path / "step.json")
-    written = json.loads((tmp_path / "step.json").read_text())
+    bench_step(plan, tmp_path / "figures" / "step.json")
+    written = json.loads((tmp_path / "figures" / "step.json").read_text())
     assert [row["name"] for row in written["measured"]] == ["rlmm full", "trl full"]
     assert all(row["seconds"] > 0 and row["cpu_seconds"] > 0 and row["peak"] > 0 for row in written["measured"])
     assert written["ratios"][0]["peak"] == written["measured"][0]["peak"] / written["measured"][1]["peak"]
