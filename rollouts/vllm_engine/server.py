@@ -4,6 +4,7 @@ import asyncio
 import json
 import tempfile
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +43,11 @@ class ServerHost:
     def run(self, rows: Sequence[Row], samples: Sequence[str]) -> tuple[list[list[int]], list[Drawn]]:
         try:
             taken = asyncio.run(self._send(rows))
-        except EngineLost:
-            raise
-        except BaseException:
-            self._post("/abort_requests", {})  # an interrupt must not leave rows behind
-            raise
+        except BaseException as error:
+            with suppress(EngineLost):
+                self._post("/abort_requests", {})  # no rows are left behind, whatever happened
+            first = _first(error)
+            raise first from (None if first is error else error)
         return taken, [Drawn.from_wire(record) for record in self._call("rollouts_collect", json.dumps(list(samples)))]
 
     def sync(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
@@ -101,6 +102,13 @@ class ServerHost:
     def _lost(self, error: httpx.TransportError) -> EngineLost:
         end = "" if self.own is None else f"; the end of its log:\n{self.own.tail()}"
         return EngineLost(f"the vLLM server at {self.url} is gone ({type(error).__name__}: {error}){end}")
+
+
+def _first(error: BaseException) -> BaseException:
+    """What went wrong first, of the group in which asyncio hands it over."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
 
 
 def start_servers(plan: ServerPlan, count: int, seconds: float) -> list[ServerHost]:

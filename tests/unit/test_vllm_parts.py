@@ -1,13 +1,16 @@
 """Parts of the vLLM engine that need no vLLM: waves, the wire, the key, several hosts, recovery, starting a server."""
 
 import asyncio
+import json
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import pytest
@@ -28,7 +31,7 @@ from rollouts.vllm_engine.drawn import Drawn
 from rollouts.vllm_engine.engine import VllmEngine
 from rollouts.vllm_engine.host import Room, Row
 from rollouts.vllm_engine.launch import ServerPlan
-from rollouts.vllm_engine.server import start_servers, write_shards
+from rollouts.vllm_engine.server import ServerHost, start_servers, write_shards
 from rollouts.vllm_engine.waves import Sample, plan_waves
 
 ROOT = Path(__file__).parents[2]
@@ -328,3 +331,40 @@ def test_an_engines_weights_are_compared_in_the_dtype_it_holds_them_in() -> None
     held = [("w", weight.bfloat16())]
     assert weights_fingerprint(held) == weights_fingerprint([("w", weight)], torch.bfloat16)
     assert weights_fingerprint(held) != weights_fingerprint([("w", weight)])
+
+
+class Answering(BaseHTTPRequestHandler):
+    """A server that answers token requests with a status of the test's choosing, and knows what it was asked."""
+
+    status = 200
+    asked: ClassVar[list[str]] = []
+
+    def do_POST(self) -> None:
+        Answering.asked.append(self.path)
+        self.rfile.read(int(self.headers["Content-Length"]))
+        room = {"rows": 4, "prompt_tokens": 64, "blocks": 9, "length": 64, "streams": 1, "dtype": "float32"}
+        self.send_response(Answering.status if self.path.endswith("generate") else 200)
+        self.end_headers()
+        self.wfile.write(json.dumps({"results": [room]}).encode())
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("status", "error", "says"),
+    [
+        (503, EngineLost, "failed at /inference/v1/generate with 503"),
+        (404, RuntimeError, "refused /inference/v1/generate with 404.*rlmm rollout-server"),
+    ],
+)
+def test_a_refused_row_is_one_error_and_the_others_are_given_up(status: int, error: type[Exception], says: str) -> None:
+    Answering.status, Answering.asked = status, []
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answering) as served:
+        threading.Thread(target=served.serve_forever, daemon=True).start()
+        host = ServerHost(f"http://127.0.0.1:{served.server_port}", token="x", exchange=Path("."))
+        with pytest.raises(error, match=says) as caught:
+            host.run([Row((1, 2), {}, 3)] * 3, ["a", "b", "c"])
+        host.close()
+        served.shutdown()
+    assert type(caught.value) is error and Answering.asked[-1] == "/abort_requests"
