@@ -6,7 +6,7 @@ Every metric of an evaluation is taken to be better when higher.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from rlmm.report.plots import tenths
 from rlmm.report.records import Contrast, Curve, Evaluation, Run, Stage
@@ -39,7 +39,7 @@ def headline(run: Run, evaluation: Evaluation | None, rl_stages: Sequence[Stage]
     """One contrast makes the sentence: a held-out judge goes before others, then each arm at its best temperature
     before both at the same (an arm that was only sharpened loses there), then the order they were written in.
     """
-    roles = judge_roles(run.stages)
+    roles = judge_roles(run.stages, run.config)
     contrasts = _ordered(evaluation.contrasts, roles) if evaluation else []
     if not evaluation or not contrasts:
         return Headline(_before_evaluation(rl_stages), "open", ())
@@ -57,9 +57,10 @@ def _ordered(contrasts: Sequence[Contrast], roles: Mapping[str, JudgeRole]) -> l
     return sorted(contrasts, key=lambda contrast: (roles.get(contrast.judge) == "trained on", contrast.at != "best"))
 
 
-def judge_roles(stages: Sequence[Stage]) -> dict[str, JudgeRole]:
-    """Which judges were trained on and which were held out, as the stages logged them."""
-    roles: dict[str, JudgeRole] = {}
+def judge_roles(stages: Sequence[Stage], config: Mapping[str, Any] | None = None) -> dict[str, JudgeRole]:
+    """Which judges were trained on and which were held out, as the stages logged them. A held-out term that is a reward
+    under another label, which the config tells, was trained on."""
+    roles: dict[str, JudgeRole] = dict.fromkeys(_relabelled(config or {}), "trained on")
     for key in (key for stage in stages for key in stage.curves):
         name = key.removesuffix("/mean")
         if name.startswith("reward/") and name != "reward" and key.endswith("/mean"):
@@ -68,6 +69,20 @@ def judge_roles(stages: Sequence[Stage]) -> dict[str, JudgeRole]:
         if key.startswith("held_out/") and key.endswith("/mean"):
             roles.setdefault(key.removeprefix("held_out/").removesuffix("/mean"), "held out")
     return roles
+
+
+def _relabelled(config: Mapping[str, Any]) -> list[str]:
+    """Labels of the held-out terms whose judge is also a reward's."""
+
+    def terms(section: str) -> list[Mapping[str, Any]]:
+        found = config.get(section)
+        return found.get("terms") or [] if isinstance(found, Mapping) else []
+
+    def judge(term: Mapping[str, Any]) -> str:
+        return term.get("name") or term.get("function") or ""
+
+    trained = {judge(term) for term in terms("rewards")}
+    return [term["label"] for term in terms("held_out") if term.get("label") and judge(term) in trained]
 
 
 def tone(contrast: Contrast) -> Tone:

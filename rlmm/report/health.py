@@ -77,7 +77,7 @@ def updates_per_rollout(config: Mapping[str, Any] | None, stage: str) -> int:
 
 
 def _evaluation_part(run: Run, evaluation: Evaluation, learners: Sequence[str], table: Table | None) -> Part:
-    roles = findings.judge_roles(run.stages)
+    roles = findings.judge_roles(run.stages, run.config)
     found = [
         sharpening.check(evaluation, roles, learners, "health-eval"),
         _arm_diversity(evaluation, learners),

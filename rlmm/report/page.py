@@ -87,7 +87,7 @@ def _content(run: Run) -> dict[str, Any]:
     evaluated = next((stage for stage in reversed(run.stages) if stage.evaluation), None)
     evaluation = evaluated.evaluation if evaluated else None
     sampled = next((stage.samples for stage in reversed(run.stages) if stage.samples), None)
-    roles = findings.judge_roles(run.stages)
+    roles = findings.judge_roles(run.stages, run.config)
     return {
         "run": run,
         "recipe": str((run.config or {}).get("name") or run.folder.resolve().name),

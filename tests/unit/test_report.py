@@ -228,6 +228,11 @@ def test_headline_prefers_the_held_out_judge(finished: Path) -> None:
     evaluation = run.stages[-1].evaluation
     assert evaluation is not None and evaluation.contrasts[0].judge == "ocr"
     assert judge_roles(run.stages) == {"ocr": "trained on", "tesseract": "held out"}
+    rewards = {"terms": [{"name": "ocr", "label": None}]}
+    other = {"rewards": rewards, "held_out": {"terms": [{"name": "ocr", "label": "tesseract"}]}}
+    assert judge_roles(run.stages, other)["tesseract"] == "trained on"
+    own = {"rewards": rewards, "held_out": {"terms": [{"name": "tesseract", "label": "tesseract"}]}}
+    assert judge_roles(run.stages, own)["tesseract"] == "held out"
     assert "by tesseract" in headline(run, evaluation, run.stages[2:3]).sentence
     assert (
         "ocr, the very judge"
