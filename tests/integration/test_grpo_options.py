@@ -5,10 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from rlmm.config.policy import CheckpointPolicy
 from rlmm.config.recipe import Recipe, RecipeError
 from rlmm.pipeline import run_recipe
+from rlmm.policies.layout_io import load_layout
 from rlmm.run_folder import RunFolder
+from rlmm.train.grpo_source import GrpoBatch, GrpoSource
 from rlmm.train.metrics import MetricsFile
 from rollouts.store import read_trajectory
 
@@ -89,3 +93,40 @@ def test_a_token_weighting_in_the_recipe_is_used(variant: Callable[..., Recipe],
     ]
     assert row["grad_norm"] > 0 and 0.2 <= row["token_weight"] < 0.3
     assert torch.isfinite(torch.tensor(row["loss"]))
+
+
+def test_all_weights_resume_bit_identically(
+    variant: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the head only the rows of image codes are trained, as a parameter that is in no file."""
+
+    class Killed(Exception):
+        pass
+
+    def whole(name: str) -> Recipe:
+        return variant("stages.grpo.lora=null", f"run_dir={tmp_path / name}")
+
+    made = GrpoSource.micro_batches
+
+    def dies(self: GrpoSource, step: int) -> list[GrpoBatch]:
+        if step == 4:  # the checkpoint is of step 3
+            raise Killed
+        return made(self, step)
+
+    straight = run_recipe(whole("straight"), lambda line: None)
+    monkeypatch.setattr(GrpoSource, "micro_batches", dies)
+    with pytest.raises(Killed):
+        run_recipe(whole("killed"), lambda line: None)
+    monkeypatch.setattr(GrpoSource, "micro_batches", made)
+    said: list[str] = []
+    killed = run_recipe(whole("killed"), said.append)
+    assert any("resuming from step 3 of 6" in line for line in said)
+    weights = [load_file(run.stage("grpo") / "model" / "model.safetensors") for run in (straight, killed)]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    policy = whole("straight").policy
+    assert isinstance(policy, CheckpointPolicy)
+    start = load_file(Path(policy.path) / "model.safetensors")["lm_head.weight"]
+    moved = (weights[0]["lm_head.weight"] != start).any(1)
+    low, high = load_layout(straight.stage("grpo") / "model").image
+    assert moved[low:high].all() and not moved[:low].any()
