@@ -1,9 +1,6 @@
 """vLLM behind the Engine contract: the trainer's law, the torch engine's tokens, and no stale weights."""
 
 import importlib.util
-import json
-import os
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -14,25 +11,15 @@ import pytest
 from rollouts.contract import Grid, Layout
 from rollouts.vllm_engine import plugin
 from rollouts.vllm_engine.local import LocalHost
+from tests.integration.programs import answer_of
 
-ROOT = Path(__file__).parents[2]
 SIZES = {"max_length": 16, "dtype": "float32", "max_rows": 4, "max_prompt_tokens": 16, "kv_bytes": 1 << 20}
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, Any]:
-    program = ROOT / "tests" / "integration" / "vllm_program.py"
-    answer = subprocess.run(
-        [sys.executable, str(program)],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert answer.returncode == 0, answer.stderr[-6000:]
-    return json.loads(answer.stdout.splitlines()[-1])
+    return answer_of("vllm_program.py", timeout=600)
 
 
 @needs_vllm
