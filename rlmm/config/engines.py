@@ -35,6 +35,8 @@ class VllmEngineConfig(VllmSizes):
     """Stock vLLM inside the training process (one process)."""
 
     kind: Literal["vllm"] = "vllm"
+    sleep: bool = False
+    """Give the device's memory back between rollouts (vLLM's sleep mode; GPUs only)."""
 
 
 class VllmServerConfig(VllmSizes):
@@ -48,9 +50,13 @@ class VllmServerConfig(VllmSizes):
     """Servers that each training process starts where no urls are given."""
     tensor_parallel: int = Field(1, ge=1)
     """Devices of one server that is started here."""
+    transfer: Literal["folder", "gloo", "nccl"] = "folder"
+    """How full weights reach the servers: files in `exchange`, or a process group of trainer and servers (nccl: between
+    GPUs)."""
     exchange: str | None = None
-    """A folder that trainer and servers share; full weights go through it. None: a temporary one, which does for
-    servers on this machine."""
+    """A folder that trainer and servers share. None: a temporary one, which does for servers on this machine."""
+    trainer_host: str = "127.0.0.1"
+    """This machine's address as the servers reach it, where a process group is made with them."""
     token_env: str = "RLMM_ROLLOUT_TOKEN"
     """The environment variable that holds the API key of the servers in `urls`."""
     start_seconds: float = Field(600, gt=0)
@@ -62,6 +68,8 @@ class VllmServerConfig(VllmSizes):
             raise ValueError(
                 "urls name servers that run already; replicas and tensor_parallel are of servers that are started here"
             )
+        if self.exchange is not None and self.transfer != "folder":
+            raise ValueError(f"exchange is a folder, and transfer: {self.transfer} uses none; leave one of them out")
         return self
 
     @property

@@ -58,7 +58,8 @@ def _vllm(config: VllmEngineConfig, policy: CausalPolicy, law: Law | None) -> En
 
     with tempfile.TemporaryDirectory() as folder:
         policy.save(Path(folder))
-        return VllmEngine(policy.layout, [LocalHost(Path(folder), **_served(config, policy, law))])
+        host = LocalHost(Path(folder), sleep=config.sleep, **_served(config, policy, law))
+        return VllmEngine(policy.layout, [host], host.load)
 
 
 def _vllm_server(config: VllmServerConfig, policy: CausalPolicy, law: Law | None) -> Engine:
@@ -71,13 +72,24 @@ def _connected(config: VllmServerConfig, policy: CausalPolicy, law: Law | None) 
     from rollouts.vllm_engine.server import ServerHost, start_servers
 
     if config.urls:
-        token, exchange = _token(config), Path(config.exchange or tempfile.gettempdir())
-        hosts = [ServerHost(url, token=token, exchange=exchange) for url in _own_urls(config.urls)]
-        return VllmEngine(policy.layout, hosts)
+        token = _token(config)
+        hosts = [ServerHost(url, token=token) for url in _own_urls(config.urls)]
+        return VllmEngine(policy.layout, hosts, _transfer(config, hosts, policy.base.device))
     with tempfile.TemporaryDirectory() as folder:
         policy.save(Path(folder))
         plan = ServerPlan(Path(folder), tensor_parallel=config.tensor_parallel, **_served(config, policy, law))
-        return VllmEngine(policy.layout, start_servers(plan, config.replicas, config.start_seconds))
+        hosts = start_servers(plan, config.replicas, config.start_seconds)
+        return VllmEngine(policy.layout, hosts, _transfer(config, hosts, policy.base.device))
+
+
+def _transfer(config: VllmServerConfig, hosts: Sequence[Any], device: torch.device) -> Callable[[Any], None]:
+    from rollouts.vllm_engine.broadcast import GroupTransfer
+    from rollouts.vllm_engine.transfer import FolderTransfer
+
+    if config.transfer == "folder":
+        return FolderTransfer(hosts, Path(config.exchange or tempfile.gettempdir()))
+    here = device if config.transfer == "nccl" else torch.device("cpu")
+    return GroupTransfer(hosts, config.trainer_host, config.transfer, here)
 
 
 def _token(config: VllmServerConfig) -> str:

@@ -14,7 +14,7 @@ from rollouts.law import Law
 from rollouts.trajectory import Span, Trajectory, pad_left
 from rollouts.vllm_engine.arguments import row_arguments
 from rollouts.vllm_engine.drawn import Drawn
-from rollouts.vllm_engine.host import Host, Row
+from rollouts.vllm_engine.host import Host, Load, Row
 from rollouts.vllm_engine.waves import Sample, check_room, plan_waves
 
 
@@ -26,10 +26,10 @@ class VllmEngine:
     sample whose streams parted nevertheless is an error.
     """
 
-    def __init__(self, layout: Layout, hosts: Sequence[Host]) -> None:
+    def __init__(self, layout: Layout, hosts: Sequence[Host], load: Load) -> None:
         if not hosts:
             raise ValueError("a vllm engine without a vLLM; give it at least one host")
-        self.layout, self.hosts, self.weights_version = layout, list(hosts), 0
+        self.layout, self.hosts, self.load, self.weights_version = layout, list(hosts), load, 0
         self._name, self._next = uuid.uuid4().hex[:12], 0  # a server may still know samples of an engine before
 
     @property
@@ -69,10 +69,9 @@ class VllmEngine:
 
     def sync(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Load the weights and forget every key and value the old ones made."""
-        if len(self.hosts) > 1:
-            weights = list(weights)
+        self.load(weights)
         for host in self.hosts:
-            host.sync(weights, version)
+            host.forget()
         self.weights_version = version
 
     def fingerprint(self) -> str:

@@ -1,6 +1,6 @@
 """Where a vLLM runs: in this process, or as a server. The engine plans, draws and checks the same way on either."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -8,6 +8,8 @@ from torch import Tensor
 
 from rollouts.vllm_engine.drawn import Drawn
 
+Load = Callable[[Iterable[tuple[str, Tensor]]], None]
+"""Brings full weights, which come one at a time, to the hosts of an engine."""
 BLOCK = 32
 """Positions a KV block holds: the least a CPU allows, so that samples of one prompt share most of its prefix."""
 
@@ -46,8 +48,8 @@ class Host(Protocol):
         Raises EngineLost where it is gone; it holds no rows afterwards, whatever was raised."""
         ...
 
-    def sync(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Load the weights and forget every key and value the old ones made."""
+    def forget(self) -> None:
+        """Drop every key and value: they are of older weights."""
         ...
 
     def fingerprint(self) -> str: ...

@@ -17,10 +17,12 @@ class LocalHost:
     """Eager, synchronous, and with the rest of the process as it was before.
 
     `overrides` lay over the checkpoint's config.json (`plugin.two_stream_overrides`). With `chunked_prefill` long
-    prompts are read in parts; requests that must keep step cannot be.
+    prompts are read in parts; requests that must keep step cannot be. With `sleep` (GPUs only) a rollout ends by giving
+    the device's memory back: weights go to this machine's memory, keys and values are dropped.
 
     Raises:
         ImportError: vLLM is not installed.
+        ValueError: the cache cannot hold one sample, or `sleep` where there is none.
         RuntimeError: the process is one of several of a distributed run.
     """
 
@@ -35,6 +37,7 @@ class LocalHost:
         kv_bytes: int,
         overrides: Mapping[str, Any] | None = None,
         chunked_prefill: bool = False,
+        sleep: bool = False,
     ) -> None:
         _refuse_several_processes()
         self._owns_group = not torch.distributed.is_initialized()
@@ -44,17 +47,20 @@ class LocalHost:
             model=str(folder), dtype=dtype, max_model_len=max_length, max_num_seqs=max_rows,
             max_num_batched_tokens=budget, kv_cache_memory_bytes=kv_bytes, block_size=BLOCK,
             hf_overrides=dict(overrides or {}), enable_chunked_prefill=chunked_prefill,
+            enable_sleep_mode=sleep,
         )  # fmt: skip
         # Block 0 stands for "none".
         blocks = self.llm.llm_engine.vllm_config.cache_config.num_gpu_blocks - 1
         (streams,) = self.llm.apply_model(lambda model: getattr(model, "streams", 1))
         self.room = Room(max_rows, max_prompt_tokens, blocks, max_length, streams, dtype)
+        self.sleep, self._asleep = sleep, False
 
     def run(self, rows: Sequence[Row], samples: Sequence[str]) -> tuple[list[list[int]], list[Drawn]]:
         from vllm import SamplingParams
 
         from rollouts.vllm_engine.processor import on_processor
 
+        self._wake()
         prompts = [{"prompt_token_ids": list(row.prefix)} for row in rows]
         parameters = [
             # Greedy: the processor leaves one token to take.
@@ -70,19 +76,27 @@ class LocalHost:
             self._abort_unfinished()
         names = list(samples)
         (drawn,) = self.llm.collective_rpc(on_processor, args=(lambda processor: processor.collect(names),))
+        if self.sleep:
+            self.llm.sleep(level=1)
+            self._asleep = True
         return [list(output.outputs[0].token_ids) for output in outputs], drawn
 
-    def sync(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+    def load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """`host.Load`: the tensors are handed over as they are."""
         from rollouts.vllm_engine.weights import refresh_tied_head
 
+        self._wake()
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
         self.llm.apply_model(refresh_tied_head)
+
+    def forget(self) -> None:
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("vLLM kept keys and values of the old weights: requests are still running; finish them")
 
     def fingerprint(self) -> str:
         from rollouts.vllm_engine.weights import running_fingerprint
 
+        self._wake()
         (digest,) = self.llm.apply_model(running_fingerprint)
         return digest
 
@@ -96,6 +110,11 @@ class LocalHost:
         if self._owns_group:
             destroy_model_parallel()
             destroy_distributed_environment()
+
+    def _wake(self) -> None:
+        if self._asleep:
+            self.llm.wake_up()
+            self._asleep = False
 
     def _abort_unfinished(self) -> None:
         """After a failed or interrupted call; vLLM would otherwise go on waiting for these rows in the next one."""

@@ -2,15 +2,11 @@
 
 import asyncio
 import json
-import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import httpx
-from safetensors.torch import save_file
-from torch import Tensor
 
 from rollouts.contract import EngineLost
 from rollouts.vllm_engine.drawn import KEY, Drawn
@@ -18,7 +14,6 @@ from rollouts.vllm_engine.host import Room, Row
 from rollouts.vllm_engine.launch import Server, ServerPlan
 
 GENERATE = "/inference/v1/generate"
-SHARD_BYTES = 1 << 30
 
 
 class ServerHost:
@@ -27,18 +22,15 @@ class ServerHost:
     Args:
         url: e.g. http://127.0.0.1:8000
         token: its API key.
-        exchange: a folder that this process writes and the server reads; full weights go through it.
         own: the server where it is this process's own, to be stopped with it.
         timeout: seconds a rollout's slowest row may take.
     """
 
-    def __init__(
-        self, url: str, *, token: str, exchange: Path, own: Server | None = None, timeout: float = 3600
-    ) -> None:
-        self.url, self.exchange, self.own, self.timeout = url.rstrip("/"), exchange, own, timeout
+    def __init__(self, url: str, *, token: str, own: Server | None = None, timeout: float = 3600) -> None:
+        self.url, self.own, self.timeout = url.rstrip("/"), own, timeout
         self.headers = {"Authorization": f"Bearer {token}"}
         self.client = httpx.Client(base_url=self.url, headers=self.headers, timeout=timeout)
-        self.room = Room(**self._call("rollouts_room"))
+        self.room = Room(**self.call("rollouts_room"))
 
     def run(self, rows: Sequence[Row], samples: Sequence[str]) -> tuple[list[list[int]], list[Drawn]]:
         try:
@@ -48,17 +40,14 @@ class ServerHost:
                 self._post("/abort_requests", {})  # no rows are left behind, whatever happened
             first = _first(error)
             raise first from (None if first is error else error)
-        return taken, [Drawn.from_wire(record) for record in self._call("rollouts_collect", json.dumps(list(samples)))]
+        return taken, [Drawn.from_wire(record) for record in self.call("rollouts_collect", json.dumps(list(samples)))]
 
-    def sync(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        with tempfile.TemporaryDirectory(dir=self.exchange) as folder:
-            write_shards(weights, Path(folder))
-            self._call("rollouts_load", folder)
+    def forget(self) -> None:
         if not self._post("/reset_prefix_cache", {}).json()["success"]:
             raise RuntimeError("vLLM kept keys and values of the old weights: requests are still running; finish them")
 
     def fingerprint(self) -> str:
-        return self._call("rollouts_fingerprint")
+        return self.call("rollouts_fingerprint")
 
     def close(self) -> None:
         self.client.close()
@@ -89,8 +78,8 @@ class ServerHost:
             raise self._lost(error) from error
         return _checked(answer).json()["choices"][0]["token_ids"]
 
-    def _call(self, method: str, *arguments: str) -> Any:
-        """The answer of the first worker; with tensor parallelism all of them draw alike."""
+    def call(self, method: str, *arguments: str) -> Any:
+        """What the first worker answers to `RolloutWorker`'s method; with tensor parallelism all of them draw alike."""
         return self._post("/collective_rpc", {"method": method, "args": list(arguments)}).json()["results"][0]
 
     def _post(self, path: str, body: dict[str, Any]) -> httpx.Response:
@@ -119,25 +108,11 @@ def start_servers(plan: ServerPlan, count: int, seconds: float) -> list[ServerHo
             servers.append(Server(plan))
         for server in servers:
             server.wait(seconds)
-        return [ServerHost(one.url, token=one.token, exchange=one.scratch, own=one) for one in servers]
+        return [ServerHost(one.url, token=one.token, own=one) for one in servers]
     except BaseException:
         for server in servers:
             server.stop()
         raise
-
-
-def write_shards(weights: Iterable[tuple[str, Tensor]], folder: Path) -> None:
-    """Files of about SHARD_BYTES, so that no more than that is held at once of weights that come one at a time."""
-    shard: dict[str, Tensor] = {}
-    number, size = 0, 0
-    for name, tensor in weights:
-        shard[name] = tensor.detach().contiguous().cpu()
-        size += shard[name].nbytes
-        if size >= SHARD_BYTES:
-            save_file(shard, folder / f"{number:05}.safetensors")
-            shard, number, size = {}, number + 1, 0
-    if shard:
-        save_file(shard, folder / f"{number:05}.safetensors")
 
 
 def _checked(answer: httpx.Response) -> httpx.Response:

@@ -2,7 +2,8 @@
 
 vLLM repacks weights into forms that cannot be read (on a CPU the packed copy is the one that runs, whatever the
 parameter beside it says), and joins several of a checkpoint's matrices into one. So a linear layer is asked for its
-answers to the unit vectors: these are its weights, exactly, and a copy that missed a sync shows.
+answers to the unit vectors: these are its weights, exactly, and a copy that missed a sync shows. Under tensor
+parallelism each device answers for its part and the parts are gathered, one weight at a time: all must ask together.
 """
 
 from collections.abc import Iterator
@@ -10,7 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from vllm.model_executor.layers.linear import LinearBase
+from vllm.distributed import tensor_model_parallel_all_gather as gather
+from vllm.model_executor.layers.linear import LinearBase, RowParallelLinear
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
 from rollouts.fingerprint import weights_fingerprint
@@ -29,15 +31,17 @@ def refresh_tied_head(model: Any) -> None:
 
 
 def running_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
-    """One weight at a time. Raises NotImplementedError on a layer that cannot be read so."""
+    """One weight at a time, whole. Raises NotImplementedError on a layer that cannot be read so."""
     tied = bool(model.config.tie_word_embeddings)
     for name, module in model.named_modules():
         if isinstance(module, ParallelLMHead):
             if not tied:
-                yield f"{name}.weight", _answers(module)[: module.org_vocab_size]
+                yield f"{name}.weight", _vocabulary(module, _answers(module))
         elif isinstance(module, VocabParallelEmbedding):
-            weight_VH = _answers(model.lm_head) if tied else module.get_parameter("weight")
-            yield f"{name}.weight", weight_VH[: module.org_vocab_size]
+            yield (
+                f"{name}.weight",
+                _vocabulary(module, _answers(model.lm_head) if tied else module.get_parameter("weight")),
+            )
         elif isinstance(module, LinearBase):
             yield from _split(name, module, model.packed_modules_mapping)
         else:
@@ -45,25 +49,43 @@ def running_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
                 yield f"{name}.{own}", parameter
 
 
+def _vocabulary(layer: Any, weight_VH: Tensor) -> Tensor:
+    """Rows of all devices, without those that fill up the last one."""
+    return gather(weight_VH.contiguous(), dim=0)[: layer.org_vocab_size]
+
+
 def _split(name: str, layer: Any, joined: dict[str, list[str]]) -> Iterator[tuple[str, Tensor]]:
     """A layer's weight and bias; of joined ones, each part under its own name."""
+    if getattr(layer, "num_kv_head_replicas", 1) > 1:
+        raise NotImplementedError(
+            f"{name} repeats key heads over devices, which cannot be compared with the trainer's; use no more devices "
+            f"than the model has key heads ({layer.total_num_kv_heads})"
+        )
     parent, _, own = name.rpartition(".")
     parts = joined.get(own, [own])
-    sizes = list(layer.output_sizes) if len(parts) > 1 else [layer.output_size]
+    whole = list(layer.output_sizes) if len(parts) > 1 else [layer.output_size]
+    rows_apart = isinstance(layer, RowParallelLinear)  # each device has some inputs of every output
+    sizes = whole if rows_apart else [size // getattr(layer, "tp_size", 1) for size in whole]
     tensors = {"weight": _answers(layer)} | ({} if layer.bias is None else {"bias": layer.bias})
     for kind, tensor in tensors.items():
         for part, piece in zip(parts, tensor.split(sizes), strict=True):
-            yield f"{parent}.{part}.{kind}", piece
+            yield f"{parent}.{part}.{kind}", _whole(piece, kind, rows_apart)
+
+
+def _whole(piece: Tensor, kind: str, rows_apart: bool) -> Tensor:
+    if rows_apart:
+        return gather(piece.contiguous(), dim=1) if kind == "weight" else piece
+    return gather(piece.contiguous(), dim=0)
 
 
 def _answers(layer: Any) -> Tensor:
-    """The weight [out, in] of a linear layer or head, through the kernel that runs in the forward pass."""
-    width = getattr(layer, "input_size", None) or layer.embedding_dim
+    """This device's weight [out, in] of a linear layer or head, through the kernel that runs in the forward pass."""
+    width = getattr(layer, "input_size_per_partition", None) or getattr(layer, "input_size", None)
     dtype = layer.weight.dtype
-    if not dtype.is_floating_point or getattr(layer, "tp_size", 1) > 1:
+    if not dtype.is_floating_point:
         raise NotImplementedError(
-            f"the weights of a {type(layer).__name__} of type {dtype} over {getattr(layer, 'tp_size', 1)} devices "
-            "cannot be compared with the trainer's; run the engine unquantised and on one device"
+            f"the weights of a {type(layer).__name__} of type {dtype} cannot be compared with the trainer's; run the "
+            "engine unquantised"
         )
-    eye = torch.eye(width, dtype=dtype, device=layer.weight.device)
+    eye = torch.eye(width or layer.embedding_dim, dtype=dtype, device=layer.weight.device)
     return layer.quant_method.apply(layer, eye, bias=None).T

@@ -8,10 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+import torch
 from torch import Tensor
 
+from rollouts.vllm_engine.broadcast import Group, join
 from rollouts.vllm_engine.processor import on_processor
+from rollouts.vllm_engine.transfer import read_shards
 from rollouts.vllm_engine.weights import refresh_tied_head, running_fingerprint
 
 
@@ -20,6 +22,9 @@ class RolloutWorker:
 
     model_runner: Any
     vllm_config: Any
+    device: torch.device
+    rank: int
+    rollouts_group: Group
 
     def rollouts_room(self) -> dict[str, Any]:
         """The sizes this server was started with; `host.Room`."""
@@ -40,15 +45,24 @@ class RolloutWorker:
 
     def rollouts_load(self, folder: str) -> None:
         """Take the weights in a folder of safetensors files that this server can read."""
-        self.reload_weights(weights_iterator=_weights(Path(folder)))  # pyrefly: ignore  (vLLM's worker has it)
-        refresh_tied_head(self.model_runner.get_model())
+        self._take(read_shards(Path(folder)))
+
+    def rollouts_devices(self) -> int:
+        """How many workers this server has."""
+        return self.vllm_config.parallel_config.world_size
+
+    def rollouts_join(self, address: str, port: str, first: str, size: str, backend: str) -> None:
+        """Enter the trainer's process group; this server's workers have the ranks from `first` on."""
+        device = torch.device("cpu") if backend == "gloo" else self.device
+        self.rollouts_group = join(address, int(port), int(first) + self.rank, int(size), backend, device)
+
+    def rollouts_receive(self) -> None:
+        """Take the weights that the trainer broadcasts."""
+        self._take(self.rollouts_group.receive())
 
     def rollouts_fingerprint(self) -> str:
         return running_fingerprint(self.model_runner.get_model())
 
-
-def _weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as weights:
-            for name in weights.keys():  # noqa: SIM118 (no mapping)
-                yield name, weights.get_tensor(name)
+    def _take(self, weights: Iterator[tuple[str, Tensor]]) -> None:
+        self.reload_weights(weights_iterator=weights)  # pyrefly: ignore  (vLLM's worker has it)
+        refresh_tied_head(self.model_runner.get_model())

@@ -101,6 +101,21 @@ def test_the_engine_goes_on_after_an_error_and_leaves_no_group(found: dict[str, 
 
 @needs_vllm
 @pytest.mark.slow
+def test_samples_are_as_frequent_as_the_guided_law_says(found: dict[str, Any]) -> None:
+    assert found["frequencies"]["the law"] > 0.001 and found["frequencies"]["another"] < 1e-9
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_between_rollouts_it_sleeps_and_whatever_is_asked_next_wakes_it(found: dict[str, Any]) -> None:
+    facts = found["sleep"]
+    assert facts["asleep"] and facts["awake"] and facts["agrees"]
+    assert max(facts["gaps"]) < 1e-4 and facts["gap after sync"] < 1e-4
+    assert "leep" in facts["refused"]
+
+
+@needs_vllm
+@pytest.mark.slow
 def test_a_grpo_stage_goes_the_same_way_under_both_engines(found: dict[str, Any]) -> None:
     ours, theirs = found["stage"]
     assert len(ours) == len(theirs) == 4

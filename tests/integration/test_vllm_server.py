@@ -19,6 +19,7 @@ from rollouts.contract import EngineLost
 from rollouts.vllm_engine.engine import VllmEngine
 from rollouts.vllm_engine.launch import Server
 from rollouts.vllm_engine.server import ServerHost
+from rollouts.vllm_engine.transfer import FolderTransfer
 from tests.integration.vllm_requests import LAWS, agrees, change, gap, make_policy, sample, under_laws
 
 pytestmark = [
@@ -69,7 +70,8 @@ def test_a_sync_reaches_the_weights_that_run_and_a_skipped_one_shows(engine: Rec
     engine.sync(policy.named_weights(), 7)
     made = sample(engine, policy, {})
     assert agrees(engine, policy) and gap(policy, made) < 1e-4 and made.weights_version == 7
-    assert not list(host_of(engine).exchange.glob("*/*.safetensors"))
+    assert isinstance(engine.engine, VllmEngine) and isinstance(engine.engine.load, FolderTransfer)
+    assert not list(engine.engine.load.folder.glob("*/*.safetensors"))
 
 
 def test_no_path_but_health_answers_without_the_key(engine: Recovering) -> None:

@@ -14,15 +14,17 @@ from typing import Any
 
 import torch
 import yaml
+from scipy.stats import chisquare
 from torch import Tensor
 from vllm import LLM, ModelRegistry, SamplingParams
 from vllm.lora.request import LoRARequest
 
 from rlmm import pipeline
 from rlmm.config.engines import VllmEngineConfig
-from rlmm.config.policy import Lora
+from rlmm.config.policy import Lora, NewPolicy
 from rlmm.config.recipe import validate_recipe
 from rlmm.policies.causal import CausalPolicy
+from rlmm.policies.families.llama import build
 from rlmm.train.context import StageContext
 from rlmm.train.engines import build_engine
 from rollouts.contract import Request
@@ -134,6 +136,55 @@ def two_streams() -> dict[str, Any]:
     return found
 
 
+def frequencies() -> dict[str, float]:
+    """How likely counts of the 64 sequences as far from the exact law as vLLM's are; and, so that the test is known to
+    see a wrong law, how likely under the law without guidance."""
+    policy = build(
+        NewPolicy(hidden_size=64, num_layers=1, num_heads=2, intermediate_size=96), num_codes=4, grid=(1, 3), seed=2
+    )
+    with torch.no_grad():
+        policy.model.lm_head.weight.mul_(8)
+    policy.model.eval()
+    engine = build_engine(VllmEngineConfig(max_rows=64, kv_megabytes=32), policy)
+    prefix = policy.layout.prefix(policy.encode_prompt("ab"))
+    streams = {"cond": prefix, "uncond": policy.layout.prefix(policy.layout.null([]))}
+    seeds = tuple(range(3000))
+    request = Request("ab", streams, seeds, tuple(map(str, seeds)))
+    law = Law(policy.layout.image, guidance_scale=2.5, temperature=1.5)
+    made = engine.generate([request], [Span("image", law, 3)])
+    engine.close()
+    low = policy.layout.image[0]
+    place_S = torch.tensor([16, 4, 1])
+    count_N = torch.bincount(((made.ids - low) * place_S).sum(1), minlength=64)
+    every_NS = low + torch.cartesian_prod(*[torch.arange(4)] * 3)
+
+    def likelihood(law: Law) -> float:
+        rows = made.rows(torch.arange(64))
+        asked = replace(rows, ids=every_NS, spans=(Span("image", law, 3),))
+        with torch.no_grad():
+            p_N = policy.log_probs(asked).logp_BS.double().sum(1).exp()
+        return float(chisquare(count_N.numpy(), (p_N / p_N.sum() * len(seeds)).numpy()).pvalue)
+
+    return {"the law": likelihood(law), "another": likelihood(replace(law, guidance_scale=1.0))}
+
+
+def sleeping(engine: Any, policy: CausalPolicy) -> dict[str, Any]:
+    """The order of sleep and wake; this platform pauses vLLM and empties its cache, and keeps the memory."""
+    config = VllmEngineConfig(max_rows=7, kv_megabytes=32, sleep=True)
+    found: dict[str, Any] = {"refused": refusal(lambda: build_engine(config, policy))}
+    (host,) = engine.hosts
+    host.sleep = True
+    found["gaps"] = [gap(policy, sample(engine, policy, {"guidance_scale": 2.0})) for _ in range(2)]
+    found["asleep"] = host.llm.llm_engine.is_sleeping()
+    found["agrees"] = agrees(engine, policy)
+    found["awake"] = not host.llm.llm_engine.is_sleeping()
+    sample(engine, policy, {})
+    change(policy, 6)
+    engine.sync(policy.named_weights(), 10)
+    found["gap after sync"] = gap(policy, sample(engine, policy, {}))
+    return found
+
+
 def stock_adapter(folder: Path) -> dict[str, float]:
     """The largest difference of log-probs, over a prompt and an image, between the trainer's model with its adapter and
     stock vLLM with the saved base and the saved adapter; and without the adapter."""
@@ -195,7 +246,9 @@ def main() -> None:
     found["laws"] = under_laws(engine, policy)
     found["syncs"] = syncs(engine, policy)
     found["faults"] = faults(engine, policy)
+    found["sleep"] = sleeping(engine, policy)
     engine.close()
+    found["frequencies"] = frequencies()
     found["group left"] = torch.distributed.is_initialized()
     wide = make_policy(lora=False, hidden=512)
     found["small cache"] = refusal(lambda: build_engine(VllmEngineConfig(kv_megabytes=1), wide))

@@ -63,7 +63,7 @@ def measure(null_token: bool, count: int, scale: float, **sizes: Any) -> dict[st
 
     scheduler._preempt_request = counted
     span = Span("image", law, policy.layout.grid.length)
-    made = VllmEngine(policy.layout, [host]).generate(requests, [span])
+    made = VllmEngine(policy.layout, [host], host.load).generate(requests, [span])
     wanted = TorchEngine(policy, num_layers=2).generate(requests, [span])
     same = (made.ids == wanted.ids).all(1).float().mean()
     host.close()

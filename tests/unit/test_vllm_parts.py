@@ -15,6 +15,7 @@ from typing import Any, ClassVar, cast
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from rlmm.config.engines import VllmServerConfig
@@ -31,7 +32,8 @@ from rollouts.vllm_engine.drawn import Drawn
 from rollouts.vllm_engine.engine import VllmEngine
 from rollouts.vllm_engine.host import Room, Row
 from rollouts.vllm_engine.launch import ServerPlan
-from rollouts.vllm_engine.server import ServerHost, start_servers, write_shards
+from rollouts.vllm_engine.server import ServerHost, start_servers
+from rollouts.vllm_engine.transfer import read_shards, write_shards
 from rollouts.vllm_engine.waves import Sample, plan_waves
 
 ROOT = Path(__file__).parents[2]
@@ -93,14 +95,21 @@ class FakeHost:
         found = {name: one.tokens_S.tolist() for name, one in zip(samples, drawn, strict=True)}
         return [[8, 8] if self.wrong else found[row.arguments["sample"]] for row in rows], drawn
 
-    def sync(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+    def load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         self.taken += [name for name, _ in weights]
+
+    def forget(self) -> None:
+        self.taken += ["forgot"]
 
     def fingerprint(self) -> str:
         return "/".join(self.taken)
 
     def close(self) -> None:
         self.taken = ["closed"]
+
+
+def engine_of(*hosts: FakeHost, layout: Layout = LAYOUT) -> VllmEngine:
+    return VllmEngine(layout, hosts, hosts[0].load)
 
 
 def ask(engine: Any, guided: bool = True, seeds: int = 5) -> Trajectory:
@@ -110,21 +119,22 @@ def ask(engine: Any, guided: bool = True, seeds: int = 5) -> Trajectory:
     return engine.generate([request], [Span("image", law, 2)])
 
 
-def test_hosts_draw_equal_parts_in_order_and_take_the_same_weights() -> None:
+def test_hosts_draw_equal_parts_in_order_and_forget_with_each_sync() -> None:
     hosts = [FakeHost(), FakeHost()]
-    engine = VllmEngine(LAYOUT, hosts)
+    engine = engine_of(*hosts)
     made = ask(engine)
     assert made.ids[:, 0].tolist() == [4, 5, 6, 7, 8]
     assert [len(host.rows) for host in hosts] == [6, 4]
     engine.sync(iter([("w", torch.zeros(1)), ("v", torch.zeros(1))]), 3)
-    assert engine.fingerprint() == "w/v" and ask(engine).weights_version == 3
-    hosts[1].taken = ["w"]
-    assert engine.fingerprint() != "w/v"
+    assert hosts[0].taken == ["w", "v", "forgot"] and hosts[1].taken == ["forgot"]
+    assert ask(engine).weights_version == 3 and engine.fingerprint() == "forgot+w/v/forgot"
+    hosts[1].taken = hosts[0].taken
+    assert engine.fingerprint() == "w/v/forgot"
 
 
 def test_the_rows_of_a_wave_say_how_many_they_are() -> None:
     host = FakeHost(Room(5, 100, 100, 64))
-    ask(VllmEngine(LAYOUT, [host]))
+    ask(engine_of(host))
     waves = [tuple(row.arguments["wave"]) for row in host.rows]
     assert [count for _, count in waves] == [4] * 4 + [4] * 4 + [2] * 2
     assert len(set(waves)) == 3 and [row.arguments["streams"] for row in host.rows[:2]] == [["cond"], ["uncond"]]
@@ -132,13 +142,13 @@ def test_the_rows_of_a_wave_say_how_many_they_are() -> None:
 
 def test_tokens_that_were_not_drawn_are_an_error_that_names_the_sample() -> None:
     with pytest.raises(RuntimeError, match=r"did not follow the draws of sample \w+-0, seed 0"):
-        ask(VllmEngine(LAYOUT, [FakeHost(wrong=True)]))
+        ask(engine_of(FakeHost(wrong=True)))
 
 
 def test_two_engines_never_name_a_sample_alike() -> None:
     hosts = [FakeHost(), FakeHost()]
     for host in hosts:
-        ask(VllmEngine(LAYOUT, [host]))
+        ask(engine_of(host))
     names = [{row.arguments["sample"] for row in host.rows} for host in hosts]
     assert not names[0] & names[1]
 
@@ -232,13 +242,14 @@ def test_every_path_but_health_wants_the_key(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_weights_are_written_in_files_of_bounded_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rollouts.vllm_engine.server.SHARD_BYTES", 100)
+    monkeypatch.setattr("rollouts.vllm_engine.transfer.SHARD_BYTES", 100)
     write_shards(((f"w{i}", torch.full((10,), float(i))) for i in range(7)), tmp_path)
-    from safetensors.torch import load_file
 
     shards = [load_file(file) for file in sorted(tmp_path.glob("*.safetensors"))]
     assert [sorted(shard) for shard in shards] == [["w0", "w1", "w2"], ["w3", "w4", "w5"], ["w6"]]
-    assert shards[1]["w4"].tolist() == [4.0] * 10
+    assert [(name, weight.tolist()) for name, weight in read_shards(tmp_path)] == [
+        (f"w{i}", [float(i)] * 10) for i in range(7)
+    ]
 
 
 def test_settings_of_a_server_are_checked_before_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -310,7 +321,7 @@ def test_a_server_that_dies_at_its_start_shows_the_end_of_its_log() -> None:
 def test_streams_travel_together_only_where_the_unconditional_one_is_a_function_of_the_tokens() -> None:
     layout = replace(LAYOUT, null_token=1)
     host = FakeHost(replace(ROOMY, streams=2))
-    engine = VllmEngine(layout, [host])
+    engine = engine_of(host, layout=layout)
     ask(engine)  # its unconditional prefix is shorter
     assert [row.arguments["streams"] for row in host.rows[:2]] == [["cond"], ["uncond"]]
     host.rows.clear()
@@ -362,7 +373,7 @@ def test_a_refused_row_is_one_error_and_the_others_are_given_up(status: int, err
     Answering.status, Answering.asked = status, []
     with ThreadingHTTPServer(("127.0.0.1", 0), Answering) as served:
         threading.Thread(target=served.serve_forever, daemon=True).start()
-        host = ServerHost(f"http://127.0.0.1:{served.server_port}", token="x", exchange=Path("."))
+        host = ServerHost(f"http://127.0.0.1:{served.server_port}", token="x")
         with pytest.raises(error, match=says) as caught:
             host.run([Row((1, 2), {}, 3)] * 3, ["a", "b", "c"])
         host.close()

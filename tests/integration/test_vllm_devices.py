@@ -1,0 +1,82 @@
+"""Rollouts over more than one vLLM, and over one vLLM on more than one device, with weights over a process group."""
+
+import importlib.util
+import os
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from rlmm.config.engines import VllmServerConfig
+from rlmm.policies.causal import CausalPolicy
+from rlmm.train.engines import build_engine
+from rlmm.train.recovery import Recovering
+from rollouts.vllm_engine.broadcast import GroupTransfer
+from rollouts.vllm_engine.engine import VllmEngine
+from rollouts.vllm_engine.server import ServerHost
+from tests.integration.vllm_requests import agrees, change, gap, make_policy, sample, under_laws
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
+]
+WAYS: dict[str, dict[str, Any]] = {"two servers": {"replicas": 2}, "two devices": {"tensor_parallel": 2}}
+
+
+@pytest.fixture(scope="module")
+def policy() -> CausalPolicy:
+    return make_policy(lora=True)
+
+
+@pytest.fixture(scope="module", params=WAYS)
+def engine(request: pytest.FixtureRequest, policy: CausalPolicy) -> Iterator[Recovering]:
+    change(policy, 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # or two devices on one processor are refused
+        config = VllmServerConfig(max_rows=7, max_prompt_tokens=300, kv_megabytes=32, transfer="gloo")
+        made = build_engine(config.model_copy(update=WAYS[request.param]), policy)
+        assert isinstance(made, Recovering)
+        yield made
+        made.close()
+
+
+def inner(engine: Recovering) -> VllmEngine:
+    assert isinstance(engine.engine, VllmEngine) and isinstance(engine.engine.load, GroupTransfer)
+    return engine.engine
+
+
+def test_trainer_and_torch_engine_agree(engine: Recovering, policy: CausalPolicy) -> None:
+    for law, facts in under_laws(engine, policy).items():
+        assert facts.pop("gap") < 1e-4, law
+        assert all(facts.values()), (law, facts)
+
+
+def test_a_sync_reaches_every_device_and_a_skipped_one_shows(engine: Recovering, policy: CausalPolicy) -> None:
+    assert agrees(engine, policy)
+    change(policy, 2)
+    assert not agrees(engine, policy) and gap(policy, sample(engine, policy, {})) > 0.01
+    engine.sync(policy.named_weights(), 7)
+    made = sample(engine, policy, {})
+    assert agrees(engine, policy) and gap(policy, made) < 1e-4 and made.weights_version == 7
+
+
+@pytest.mark.parametrize("engine", ["two servers"], indirect=True)
+def test_a_sync_that_one_of_two_missed_shows(engine: Recovering, policy: CausalPolicy) -> None:
+    change(policy, 3)
+    first, second = inner(engine).hosts
+    assert isinstance(first, ServerHost)
+    GroupTransfer([first], "127.0.0.1", "gloo", policy.base.device)(policy.named_weights())
+    assert not agrees(engine, policy) and first.fingerprint() != second.fingerprint()
+
+
+@pytest.mark.parametrize("engine", ["two servers"], indirect=True)
+def test_one_server_killed_is_every_server_built_again(engine: Recovering, policy: CausalPolicy) -> None:
+    before = inner(engine)
+    change(policy, 4)
+    host = before.hosts[-1]
+    assert isinstance(host, ServerHost) and host.own is not None
+    os.killpg(host.own.process.pid, signal.SIGKILL)
+    engine.sync(policy.named_weights(), 9)
+    assert inner(engine) is not before and agrees(engine, policy)
+    assert gap(policy, sample(engine, policy, {"guidance_scale": 2.0})) < 1e-4
