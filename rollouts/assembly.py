@@ -39,8 +39,11 @@ def image_trajectory(
     logp_BS: Tensor,
     support: Tensor | None,
     weights_version: int,
+    step_BS: Tensor | None = None,
+    order_logp: Tensor | None = None,
 ) -> Trajectory:
-    """The trajectory of one image span a row, one row a seed, in request order. `streams` has one row a sample."""
+    """The trajectory of one image span a row, one row a seed, in request order. `streams` has one row a sample.
+    `step_BS`: when each position was decided; None: one after the other."""
     rows, length = ids_BS.shape
     target_S = torch.zeros(length, dtype=torch.bool)
     target_S[layout.grid.decided()] = True
@@ -49,7 +52,7 @@ def image_trajectory(
         attention_mask=torch.ones(rows, length, dtype=torch.bool),
         target_mask=target_S.expand(rows, -1).clone(),
         modality=torch.full((rows, length), IMAGE, dtype=torch.int8),
-        step=torch.arange(length, dtype=torch.int32).expand(rows, -1).clone(),
+        step=torch.arange(length, dtype=torch.int32).expand(rows, -1).clone() if step_BS is None else step_BS,
         span=torch.zeros(rows, length, dtype=torch.int8),
         spans=(span,),
         streams=streams,
@@ -59,5 +62,6 @@ def image_trajectory(
         sample_id=tuple(sample for r in requests for sample in r.sample_ids),
         weights_version=weights_version,
         support=support,
+        order_logp=order_logp,
         sources=tuple(r.sources for r in requests for _ in r.seeds),
     )

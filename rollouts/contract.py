@@ -53,7 +53,8 @@ class Layout:
 
     `text` and `image` are half-open slices of token ids; code c of the codec is token `image[0] + c`. The unconditional
     stream's prompt is `null_prompt` (without `bos` and `boi`), or, where there is a `null_token`, the prompt with every
-    token of it replaced by that one, as Janus does: then the stream is a function of the tokens alone.
+    token of it replaced by that one, as Janus does: then the stream is a function of the tokens alone. `mask` stands
+    for a position that is not decided yet; only masked families have one, in neither slice, so it is never drawn.
     """
 
     vocab_size: int
@@ -65,6 +66,7 @@ class Layout:
     grid: Grid
     null_prompt: tuple[int, ...] = ()
     null_token: int | None = None
+    mask: int | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def prefix(self, prompt_ids: Sequence[int], sources: Sequence[Sequence[int]] = ()) -> tuple[int, ...]:
@@ -126,6 +128,24 @@ class CausalDecoder(Protocol):
 
     def hidden(self, ids_BT: Tensor, mask_BT: Tensor, *, cache: Any = None) -> Tensor:
         """Final hidden states [B, T, H] of `ids_BT`; `mask_BT` covers what the cache already holds, too."""
+        ...
+
+    def head(self, hidden_NH: Tensor, vocabulary: tuple[int, int]) -> Tensor:
+        """Logits [N, V] of the slice alone."""
+        ...
+
+    def named_weights(self) -> Iterable[tuple[str, Tensor]]:
+        """The full weights, adapters folded in, one at a time, under the checkpoint's names."""
+        ...
+
+
+class MaskedDecoder(Protocol):
+    """What an in-process sampler needs of a masked policy. Shapes: T positions of the whole sequence, N hidden rows."""
+
+    layout: Layout
+
+    def hidden(self, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
+        """Final hidden states [B, T, H], each of which sees the whole sequence."""
         ...
 
     def head(self, hidden_NH: Tensor, vocabulary: tuple[int, int]) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rollouts.law import Law
+from rollouts.unmasking import Unmasking
 
 SCHEMA_VERSION = 1
 TEXT, IMAGE = 0, 1
@@ -20,19 +21,23 @@ TEXT, IMAGE = 0, 1
 
 @dataclass(frozen=True)
 class Span:
-    """A stretch of the response with one law: think-then-draw is two of them."""
+    """A stretch of the response with one law: think-then-draw is two of them. `unmasking`: how a masked family reveals
+    it; None for one token after the other."""
 
     kind: Literal["text", "image"]
     law: Law
     length_limit: int
     advantage_weight: float = 1.0
+    unmasking: Unmasking | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     @staticmethod
     def from_dict(record: Mapping[str, Any]) -> "Span":
+        unmasking = record.get("unmasking")
         fields: dict[str, Any] = {**record, "law": Law.from_dict(record["law"])}
+        fields["unmasking"] = None if unmasking is None else Unmasking.from_dict(unmasking)
         return Span(**fields)
 
 
@@ -60,6 +65,10 @@ class Trajectory:
     targets); support [B,S,ceil(V/8)] uint8, the packed top-k/top-p set over the span's slice; order_logp [B,T], states
     [B,T,S], proposals [B,T,S] for families whose decisions need them; seed: one integer a row, independent of rank and
     batch position.
+
+    Where a masked policy's confidence chose the order, `order_logp` is that choice's log-prob a step, and
+    `sampler_logp` holds it too, in equal parts on the tokens the step revealed: so a row's `sampler_logp` always sums
+    to the trajectory's log-prob.
     """
 
     ids: Tensor

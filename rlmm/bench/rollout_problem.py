@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from rlmm.bench.machine import Shape
 from rlmm.config.engines import EngineConfig, TorchEngineConfig, VllmEngineConfig
 from rlmm.config.policy import NewPolicy
-from rlmm.policies.causal import CausalPolicy
 from rlmm.policies.families.llama import build
+from rlmm.policies.transformer import TransformerPolicy
 from rlmm.train.engines import build_engine
 from rlmm.train.gates import Mismatch, measure_mismatch
 from rollouts.contract import Request
@@ -182,7 +182,7 @@ class Problem:
         return torch.tensor([layout.prefix(self.policy.encode_prompt(text)) for text in texts])
 
 
-def _policy(shape: NewPolicy, codes: int, tokens: int) -> CausalPolicy:
+def _policy(shape: NewPolicy, codes: int, tokens: int) -> TransformerPolicy:
     """A random policy, its head enlarged: a fresh one is nearly uniform, and rounding would hide in that."""
     policy = build(shape.model_copy(update={"null": "token"}), num_codes=codes, grid=(1, tokens), seed=0)
     head = cast(nn.Linear, policy.base.get_output_embeddings())

@@ -21,6 +21,8 @@ class NewPolicy(Strict):
     """A Llama-style transformer from scratch, text and image codes in one vocabulary; its grid is the codec's."""
 
     kind: Literal["new"] = "new"
+    family: Literal["next_token", "masked"] = "next_token"
+    """masked: every position sees every other, and an image is revealed a few positions a step (masked diffusion)."""
     hidden_size: int = Field(128, ge=8)
     num_layers: int = Field(4, ge=1)
     num_heads: int = Field(4, ge=1)
@@ -48,6 +50,15 @@ class NewPolicy(Strict):
         if self.hidden_size % self.num_heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}; change one"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _only_next_token_rows_end(self) -> "NewPolicy":
+        if self.family == "masked" and self.null == "token":
+            raise ValueError(
+                "null: token lets vLLM draw both streams of a next-token policy in one request; a masked policy is "
+                "not sampled by vLLM: leave it out"
             )
         return self
 

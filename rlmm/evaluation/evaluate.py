@@ -21,8 +21,8 @@ from rlmm.data import Example
 from rlmm.evaluation.compute import compute, compute_lines
 from rlmm.evaluation.reference import write_reference
 from rlmm.evaluation.statistics import bootstrap_mean, diversity, paired_difference
-from rlmm.policies.causal import CausalPolicy
 from rlmm.policies.families import llama
+from rlmm.policies.transformer import TransformerPolicy
 from rlmm.rewarding import build_composite
 from rlmm.seeds import derive
 from rlmm.train import experience as phases
@@ -106,7 +106,7 @@ def _cell(
     context: StageContext,
     config: EvalStage,
     name: tuple[str, float],
-    policy: CausalPolicy,
+    policy: TransformerPolicy,
     codec: Codec,
     examples: list[Example],
     judges: dict[str, CompositeReward],
@@ -135,7 +135,7 @@ def _cell(
 def sample_held_out(
     context: StageContext,
     config: EvalStage,
-    policy: CausalPolicy,
+    policy: TransformerPolicy,
     codec: Codec,
     temperature: float,
     examples: Sequence[Example],

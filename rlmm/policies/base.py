@@ -1,6 +1,6 @@
 """The contract every policy family keeps: logits, log-probs that say what they are, and weights one at a time."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from rlmm.objectives.estimators import Estimator
 from rlmm.objectives.legality import LogProbKind
 from rollouts.contract import Layout
 from rollouts.trajectory import Trajectory
@@ -18,12 +19,14 @@ from rollouts.trajectory import Trajectory
 class LogProbs:
     """Log-probs [B, S] of what a trajectory decided, 0 outside its targets, and what kind of quantity they are.
 
-    `entropy_BS` is the entropy of each decision's law, in nats, without gradient unless that was asked for.
+    `entropy_BS` is the entropy of each decision's law, in nats, without gradient unless that was asked for. `scale_BS`:
+    where only some decisions were evaluated, what each counts for in a sum over its row, 0 for the others.
     """
 
     kind: LogProbKind
     logp_BS: Tensor
     entropy_BS: Tensor
+    scale_BS: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -31,15 +34,22 @@ class SequenceBatch:
     """Supervised sequences, right-padded. T positions; position t's target is predicted from what precedes it.
 
     ids_BT int64; mask_BT bool (False: padding); target_BT bool (in the loss); modality_BT int8 (0 text, 1 image).
+    noised_BT bool, for masked families alone: which positions the policy sees as masked, and learns to fill in.
     """
 
     ids_BT: Tensor
     mask_BT: Tensor
     target_BT: Tensor
     modality_BT: Tensor
+    noised_BT: Tensor | None = None
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> "SequenceBatch":
+        """With every tensor changed."""
+        present = {n: getattr(self, n) for n in self.__dataclass_fields__ if getattr(self, n) is not None}
+        return SequenceBatch(**{name: change(value) for name, value in present.items()})
 
     def to(self, device: torch.device | str) -> "SequenceBatch":
-        return SequenceBatch(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
+        return self.each(lambda value: value.to(device))
 
 
 class Policy(Protocol):
@@ -56,7 +66,12 @@ class Policy(Protocol):
     def encode_prompt(self, prompt: str) -> list[int]: ...
 
     def log_probs(
-        self, trajectory: Trajectory, *, model: nn.Module | None = None, entropy_gradient: bool = False
+        self,
+        trajectory: Trajectory,
+        *,
+        model: nn.Module | None = None,
+        entropy_gradient: bool = False,
+        estimator: Estimator | None = None,
     ) -> LogProbs: ...
 
     def sequence_log_probs(self, batch: SequenceBatch, *, model: nn.Module | None = None) -> Tensor: ...

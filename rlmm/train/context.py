@@ -11,9 +11,9 @@ from rlmm.config.policy import CheckpointPolicy
 from rlmm.config.recipe import OWN_POLICY, Recipe
 from rlmm.config.stages import CodecStage, GrpoStage, SftStage
 from rlmm.data import Dataset, build_dataset
-from rlmm.policies.causal import CausalPolicy
 from rlmm.policies.families import llama
 from rlmm.policies.spelling import Spelling
+from rlmm.policies.transformer import TransformerPolicy
 from rlmm.run_folder import RunFolder
 from rlmm.seeds import derive
 from rlmm.train.processes import device
@@ -62,7 +62,7 @@ def run_codec(context: StageContext) -> Codec:
     raise ValueError("the recipe has no codec stage and a new policy; add a stage of kind 'codec' before the others")
 
 
-def starting_policy(context: StageContext, codec: Codec) -> CausalPolicy:
+def starting_policy(context: StageContext, codec: Codec) -> TransformerPolicy:
     """The policy a stage starts from: `start_from`, else the policy stage before it, else the recipe's policy."""
     start = parent(context)
     if start is not None:

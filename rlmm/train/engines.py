@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from rlmm.config.engines import EngineConfig, TorchEngineConfig, VllmEngineConfig, VllmServerConfig, VllmSizes
-from rlmm.policies.causal import CausalPolicy
+from rlmm.policies.transformer import TransformerPolicy
 from rlmm.train.processes import world
 from rlmm.train.recovery import Recovering
 from rollouts.contract import Engine
@@ -23,18 +23,18 @@ from rollouts.vllm_engine.plugin import STREAMS, two_stream_overrides
 log = logging.getLogger(__name__)
 
 
-def build_engine(config: EngineConfig, policy: CausalPolicy, law: Law | None = None) -> Engine:
+def build_engine(config: EngineConfig, policy: TransformerPolicy, law: Law | None = None) -> Engine:
     """The engine of a stage, best prepared for `law` (it can sample from others). A new kind is one config class in
     `rlmm.config.engines` and one entry here."""
     return ENGINES[config.kind](config, policy, law)
 
 
-def _torch(config: TorchEngineConfig, policy: CausalPolicy, law: Law | None) -> Engine:
+def _torch(config: TorchEngineConfig, policy: TransformerPolicy, law: Law | None) -> Engine:
     layers, packed = policy.base.config.num_hidden_layers, packed_decoder(policy)
     return TorchEngine(policy, num_layers=layers, max_rows=config.max_rows, packed=packed)
 
 
-def packed_decoder(policy: CausalPolicy) -> PackedLlama | None:
+def packed_decoder(policy: TransformerPolicy) -> PackedLlama | None:
     """The packed decoder where the policy's model is one it computes exactly; None, and the reason logged, where not.
 
     Both ways sample from the same law and differ in rounding alone. The dtype is that of the stage's precision.
@@ -52,7 +52,7 @@ def packed_decoder(policy: CausalPolicy) -> PackedLlama | None:
     return packed
 
 
-def _vllm(config: VllmEngineConfig, policy: CausalPolicy, law: Law | None) -> Engine:
+def _vllm(config: VllmEngineConfig, policy: TransformerPolicy, law: Law | None) -> Engine:
     from rollouts.vllm_engine.engine import VllmEngine
     from rollouts.vllm_engine.local import LocalHost
 
@@ -62,11 +62,11 @@ def _vllm(config: VllmEngineConfig, policy: CausalPolicy, law: Law | None) -> En
         return VllmEngine(policy.layout, [host], host.load)
 
 
-def _vllm_server(config: VllmServerConfig, policy: CausalPolicy, law: Law | None) -> Engine:
+def _vllm_server(config: VllmServerConfig, policy: TransformerPolicy, law: Law | None) -> Engine:
     return Recovering(lambda: _connected(config, policy, law), policy)
 
 
-def _connected(config: VllmServerConfig, policy: CausalPolicy, law: Law | None) -> Engine:
+def _connected(config: VllmServerConfig, policy: TransformerPolicy, law: Law | None) -> Engine:
     from rollouts.vllm_engine.engine import VllmEngine
     from rollouts.vllm_engine.launch import ServerPlan
     from rollouts.vllm_engine.server import ServerHost, start_servers
@@ -113,7 +113,7 @@ def _own_urls(urls: Sequence[str]) -> Sequence[str]:
     return urls[rank::size]
 
 
-def _served(config: VllmSizes, policy: CausalPolicy, law: Law | None) -> dict[str, Any]:
+def _served(config: VllmSizes, policy: TransformerPolicy, law: Law | None) -> dict[str, Any]:
     """How a vLLM serves the policy."""
     guided = law is not None and len(law.streams()) == STREAMS
     together = config.two_streams and guided and policy.layout.null_token is not None
@@ -127,7 +127,7 @@ def _served(config: VllmSizes, policy: CausalPolicy, law: Law | None) -> dict[st
     }
 
 
-ENGINES: dict[str, Callable[[Any, CausalPolicy, Law | None], Engine]] = {
+ENGINES: dict[str, Callable[[Any, TransformerPolicy, Law | None], Engine]] = {
     "torch": _torch,
     "vllm": _vllm,
     "vllm_server": _vllm_server,

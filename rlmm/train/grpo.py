@@ -9,7 +9,7 @@ from rlmm.objectives.mismatch import mismatch_weights
 from rlmm.objectives.policy_gradient import POLICY_LOSSES, policy_metrics
 from rlmm.objectives.token_weighting import TokenView, TokenWeighting, load_token_weighting
 from rlmm.policies.base import LogProbs
-from rlmm.policies.causal import CausalPolicy
+from rlmm.policies.transformer import TransformerPolicy
 from rlmm.train.context import StageContext, run_codec, starting_policy
 from rlmm.train.gates import check_mismatch, measure_mismatch
 from rlmm.train.grpo_source import GrpoBatch, GrpoSource, corrected
@@ -21,7 +21,7 @@ from rlmm.train.running import train
 
 
 def grpo_loss(
-    policy: CausalPolicy,
+    policy: TransformerPolicy,
     config: GrpoStage,
     model: nn.Module,
     batch: GrpoBatch,

@@ -11,7 +11,7 @@ from rlmm.config.objectives import ObjectiveConfig
 from rlmm.config.stages import GrpoStage
 from rlmm.data import Dataset
 from rlmm.objectives.weights import Totals, count_totals, token_weights
-from rlmm.policies.causal import CausalPolicy
+from rlmm.policies.transformer import TransformerPolicy
 from rlmm.rewarding import build_composite
 from rlmm.seeds import generator
 from rlmm.train import experience as phases
@@ -51,7 +51,7 @@ class GrpoBatch:
 class GrpoSource:
     """Step -> micro-batches. A rollout serves `updates_per_rollout` steps; after a kill inside one it is read back."""
 
-    def __init__(self, context: StageContext, policy: CausalPolicy, codec: Codec, meter: Meter) -> None:
+    def __init__(self, context: StageContext, policy: TransformerPolicy, codec: Codec, meter: Meter) -> None:
         self.context, self.policy, self.codec, self.meter = context, policy, codec, meter
         self.config: GrpoStage = context.config
         self.seed = context.seed("rollouts")

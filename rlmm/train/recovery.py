@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from rlmm.policies.causal import CausalPolicy
+from rlmm.policies.transformer import TransformerPolicy
 from rollouts.contract import Engine, EngineLost, Request
 from rollouts.trajectory import Span, Trajectory
 
@@ -18,7 +18,7 @@ class Recovering:
     call. Its samples are functions of their seeds, so nothing is lost and nothing changes. A second loss is raised.
     """
 
-    def __init__(self, build: Callable[[], Engine], policy: CausalPolicy) -> None:
+    def __init__(self, build: Callable[[], Engine], policy: TransformerPolicy) -> None:
         self.build, self.policy = build, policy
         self.engine = build()
         self.version = 0

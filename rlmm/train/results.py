@@ -6,12 +6,12 @@ from pathlib import Path
 from peft import PeftModel
 
 from rlmm.codecs import Codec, save_codec
-from rlmm.policies.causal import CausalPolicy
+from rlmm.policies.transformer import TransformerPolicy
 from rlmm.train.context import StageContext
 from rlmm.train.processes import world
 
 
-def save_result(context: StageContext, policy: CausalPolicy, codec: Codec) -> None:
+def save_result(context: StageContext, policy: TransformerPolicy, codec: Codec) -> None:
     """model/: the full model, tokenizer, layout and codec; adapter/: the adapter alone, where the stage trained one."""
     rank, _ = world()
     if rank == 0:
@@ -20,7 +20,7 @@ def save_result(context: StageContext, policy: CausalPolicy, codec: Codec) -> No
             policy.save_adapter(context.folder / "adapter", base="../base")
 
 
-def write_model(policy: CausalPolicy, codec: Codec, folder: Path) -> None:
+def write_model(policy: TransformerPolicy, codec: Codec, folder: Path) -> None:
     """A complete model folder, renamed in when whole."""
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)

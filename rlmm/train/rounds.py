@@ -13,7 +13,7 @@ from rlmm.config.objectives import AdvantageConfig
 from rlmm.config.stages import GrpoStage
 from rlmm.data import Dataset, Example
 from rlmm.objectives.advantages import group_advantages
-from rlmm.policies.causal import CausalPolicy
+from rlmm.policies.transformer import TransformerPolicy
 from rlmm.seeds import epoch_indices
 from rlmm.train import experience as phases
 from rlmm.train.experience import Timed
@@ -39,7 +39,7 @@ class Roller:
 
     config: GrpoStage
     data: Dataset
-    policy: CausalPolicy
+    policy: TransformerPolicy
     codec: Codec
     engine: Engine
     law: Law

@@ -20,6 +20,7 @@ from rlmm.config.policy import NewPolicy
 from rlmm.policies.causal import CausalPolicy
 from rlmm.policies.families.llama import build
 from rlmm.policies.layout_io import spell_image
+from rlmm.policies.transformer import TransformerPolicy
 from rollouts.assembly import image_trajectory
 from rollouts.contract import Request
 from rollouts.law import COND, SOURCE, UNCOND, Law, pack_support
@@ -49,7 +50,8 @@ def make_policy(seed: int = 0) -> CausalPolicy:
     """A policy whose next-code laws are far from uniform and differ between prompts."""
     config = NewPolicy(hidden_size=16, num_layers=LAYERS, num_heads=2, intermediate_size=24, max_positions=64)
     policy = build(config, num_codes=CODES, grid=(1, LENGTH), seed=seed)
-    _in_float64(policy)
+    assert isinstance(policy, CausalPolicy)
+    in_float64(policy)
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in policy.model.named_parameters():
         if "norm" not in name:
@@ -68,7 +70,7 @@ def perturbed(policy: CausalPolicy, *, scale: float = 0.05, seed: int = 1) -> Ca
     return other
 
 
-def _in_float64(policy: CausalPolicy) -> None:
+def in_float64(policy: TransformerPolicy) -> None:
     """transformers' RMSNorm computes in float32 whatever the weights are; torch's own is the same in float64."""
     model = cast(nn.Module, policy.model)
     model.double()

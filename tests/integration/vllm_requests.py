@@ -34,6 +34,7 @@ def make_policy(
         null="token" if null_token else "prompt",
     )  # fmt: skip
     policy = build(config, num_codes=40, grid=(3, 4), seed=1)
+    assert isinstance(policy, CausalPolicy)
     with torch.no_grad():  # a fresh head is nearly uniform; a peaked one makes a wrong law visible
         policy.model.lm_head.weight.mul_(40)
     if lora:

@@ -9,8 +9,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from rlmm.config.policy import NewPolicy
-from rlmm.policies.causal import CausalPolicy
 from rlmm.policies.families.llama import build
+from rlmm.policies.transformer import TransformerPolicy
 from rollouts.contract import Request
 from rollouts.law import GuidanceMode, Law
 from rollouts.torch_engine.causal import TorchEngine
@@ -20,7 +20,7 @@ CODES, GRID = 40, (3, 4)
 PROMPTS = ["a", 'render "HELLO"', "two red circles", 'say "no"']
 
 
-def make_policy(*, row_ends: bool = False, lora: bool = False) -> CausalPolicy:
+def make_policy(*, row_ends: bool = False, lora: bool = False) -> TransformerPolicy:
     config = NewPolicy(hidden_size=32, num_layers=2, num_heads=2, intermediate_size=48, row_ends=row_ends)
     policy = build(config, num_codes=CODES, grid=GRID, seed=1)
     with torch.no_grad():  # a fresh head is nearly uniform; a peaked one makes a wrong law visible
@@ -36,7 +36,7 @@ def make_policy(*, row_ends: bool = False, lora: bool = False) -> CausalPolicy:
     return policy
 
 
-def requests(policy: CausalPolicy, prompts: list[str] = PROMPTS, samples: int = 3) -> list[Request]:
+def requests(policy: TransformerPolicy, prompts: list[str] = PROMPTS, samples: int = 3) -> list[Request]:
     layout = policy.layout
     return [
         Request(
@@ -53,12 +53,12 @@ def requests(policy: CausalPolicy, prompts: list[str] = PROMPTS, samples: int = 
     ]
 
 
-def sample(policy: CausalPolicy, law: Law, *, use_cache: bool = True, prompts: list[str] = PROMPTS) -> Trajectory:
+def sample(policy: TransformerPolicy, law: Law, *, use_cache: bool = True, prompts: list[str] = PROMPTS) -> Trajectory:
     engine = TorchEngine(policy, num_layers=2, use_cache=use_cache)
     return engine.generate(requests(policy, prompts), [Span("image", law, policy.layout.grid.length)])
 
 
-def gap(policy: CausalPolicy, trajectory: Trajectory) -> float:
+def gap(policy: TransformerPolicy, trajectory: Trajectory) -> float:
     with torch.no_grad():
         logp = policy.log_probs(trajectory).logp_BS
     return float((logp - trajectory.sampler_logp)[trajectory.target_mask].abs().max())

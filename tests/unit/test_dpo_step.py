@@ -8,8 +8,8 @@ import torch
 
 from rlmm.config.policy import Lora
 from rlmm.config.stages import Optimization
-from rlmm.policies.causal import CausalPolicy
 from rlmm.policies.layout_io import supervised_batch
+from rlmm.policies.transformer import TransformerPolicy
 from rlmm.train.dpo import DpoBatch, PairSource, PreferencePairs, dpo_step_loss, pair_batch
 from rlmm.train.metrics import Meter, MetricsFile
 from rlmm.train.trainer import StageTrainer, training_arguments
@@ -19,7 +19,7 @@ from tests.parity.test_sampler_trainer import CODES, GRID, make_policy
 PAIRS, BETA = 6, 0.1
 
 
-def policy_of(kind: str) -> CausalPolicy:
+def policy_of(kind: str) -> TransformerPolicy:
     policy = make_policy(row_ends=True)
     policy.model.train()
     if kind == "lora":
@@ -35,16 +35,16 @@ def pairs() -> PreferencePairs:
     return PreferencePairs([f"word {i}" * (1 + i % 3) for i in range(PAIRS)], codes[0], codes[1])
 
 
-def whole(policy: CausalPolicy) -> DpoBatch:
+def whole(policy: TransformerPolicy) -> DpoBatch:
     return pair_batch(policy, pairs(), range(PAIRS), 1 / PAIRS)
 
 
-def image_log_probs(policy: CausalPolicy) -> tuple[torch.Tensor, torch.Tensor]:
+def image_log_probs(policy: TransformerPolicy) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probs of the chosen and of the rejected images, by the policy as it is, one pair and side at a time."""
     return logp_of(policy, pairs().chosen_NT), logp_of(policy, pairs().rejected_NT)
 
 
-def logp_of(policy: CausalPolicy, codes_NT: torch.Tensor) -> torch.Tensor:
+def logp_of(policy: TransformerPolicy, codes_NT: torch.Tensor) -> torch.Tensor:
     values = []
     for prompt, codes in zip(pairs().prompts, codes_NT.tolist(), strict=True):
         batch = supervised_batch(policy.layout, [policy.encode_prompt(prompt)], [codes])
@@ -53,12 +53,12 @@ def logp_of(policy: CausalPolicy, codes_NT: torch.Tensor) -> torch.Tensor:
     return torch.stack(values)
 
 
-def reference_log_probs(policy: CausalPolicy) -> torch.Tensor:
+def reference_log_probs(policy: TransformerPolicy) -> torch.Tensor:
     with policy.reference():
         return torch.cat(image_log_probs(policy))
 
 
-def train(policy: CausalPolicy, folder: Path, *, micro_batch_size: int = 3) -> list[dict[str, float]]:
+def train(policy: TransformerPolicy, folder: Path, *, micro_batch_size: int = 3) -> list[dict[str, float]]:
     """One optimizer step over all pairs by the stages' own trainer; its line of metrics."""
     source = PairSource(policy, pairs(), batch_size=PAIRS, micro_batch_size=micro_batch_size, seed=2)
     arguments = training_arguments(

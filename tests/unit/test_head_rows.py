@@ -7,27 +7,27 @@ import torch
 from torch import Tensor, nn
 
 from rlmm.config.policy import Lora, NewPolicy
-from rlmm.policies.causal import CausalPolicy
 from rlmm.policies.families.llama import build, load
 from rlmm.policies.head_rows import ROWS, rows_weight, train_rows
+from rlmm.policies.transformer import TransformerPolicy
 from rollouts.contract import Request
 from rollouts.law import Law
 from rollouts.torch_engine.causal import TorchEngine
 from rollouts.trajectory import Span, Trajectory
 
 
-def policy_of(*, tied: bool = False) -> CausalPolicy:
+def policy_of(*, tied: bool = False) -> TransformerPolicy:
     config = NewPolicy(hidden_size=16, num_layers=1, num_heads=2, intermediate_size=24, tie_embeddings=tied)
     return build(config, num_codes=8, grid=(1, 3), seed=3)
 
 
-def rollout(policy: CausalPolicy) -> Trajectory:
+def rollout(policy: TransformerPolicy) -> Trajectory:
     layout = policy.layout
     request = Request("a", {"cond": layout.prefix(policy.encode_prompt("ab"))}, (1, 2), ("a/0", "a/1"))
     return TorchEngine(policy, num_layers=1).generate([request], [Span("image", Law(layout.image), 3)])
 
 
-def trained(policy: CausalPolicy, made: Trajectory, steps: int = 4) -> tuple[dict[str, Tensor], list[float]]:
+def trained(policy: TransformerPolicy, made: Trajectory, steps: int = 4) -> tuple[dict[str, Tensor], list[float]]:
     """Weights, and the gradient's norm at each step."""
     parameters = [p for p in policy.model.parameters() if p.requires_grad]
     optimizer, norms = torch.optim.AdamW(parameters, lr=0.01, weight_decay=0), []

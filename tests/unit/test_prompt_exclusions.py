@@ -19,9 +19,9 @@ from rlmm.data.images import ImageReader
 from rlmm.data.rows import is_held_out
 from rlmm.data.words import render
 from rlmm.pipeline import run_recipe
-from rlmm.policies.causal import CausalPolicy
 from rlmm.policies.families import llama
 from rlmm.policies.spelling import TOO_LONG, UNKNOWN, UnusablePrompt
+from rlmm.policies.transformer import TransformerPolicy
 from rlmm.run_folder import RunFolder
 from rlmm.train.prompts import usable_rows
 from tests.integration.conftest import TINY
@@ -34,7 +34,7 @@ WORDS = [f"word {i}" for i in range(12)]
 LONGEST = POSITIONS - GRID[0] * GRID[1] - 2  # beside bos, begin-of-image and the image
 
 
-def policy(**changes: Any) -> CausalPolicy:
+def policy(**changes: Any) -> TransformerPolicy:
     sizes = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "intermediate_size": 16, "max_positions": POSITIONS}
     return llama.build(NewPolicy.model_validate(sizes | changes), num_codes=64, grid=GRID, seed=0)
 

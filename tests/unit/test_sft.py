@@ -6,8 +6,8 @@ import torch
 from rlmm.config.data import WordsData
 from rlmm.config.stages import SftStage
 from rlmm.data import build_dataset
-from rlmm.policies.causal import CausalPolicy
 from rlmm.policies.layout_io import read_codes, spell_image, supervised_batch
+from rlmm.policies.transformer import TransformerPolicy
 from rlmm.train.metrics import Meter
 from rlmm.train.sft import SftBatch, SftSource, SupervisedRows, first_rows, sft_loss
 from rollouts.trajectory import IMAGE, TEXT
@@ -21,18 +21,18 @@ def stage(**changes: object) -> SftStage:
     return SftStage.model_validate(base | changes)
 
 
-def rows(policy: CausalPolicy, *, sources: bool = False) -> SupervisedRows:
+def rows(policy: TransformerPolicy, *, sources: bool = False) -> SupervisedRows:
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(0, CODES, (COUNT, GRID[0] * GRID[1]), generator=generator)
     given = [[spell_image(policy.layout, codes[(i + 1) % COUNT].tolist())] if sources else [] for i in range(COUNT)]
     return SupervisedRows(["x" * (1 + i % 5) for i in range(COUNT)], codes, given)
 
 
-def source(policy: CausalPolicy, config: SftStage, *, sources: bool = False) -> SftSource:
+def source(policy: TransformerPolicy, config: SftStage, *, sources: bool = False) -> SftSource:
     return SftSource(policy, rows(policy, sources=sources), config, seed=5)
 
 
-def step_loss(policy: CausalPolicy, batches: list[SftBatch]) -> tuple[float, torch.Tensor]:
+def step_loss(policy: TransformerPolicy, batches: list[SftBatch]) -> tuple[float, torch.Tensor]:
     policy.model.zero_grad()
     meter, total = Meter(), 0.0
     for batch in batches:

@@ -19,18 +19,21 @@ from transformers import (
 from rlmm.config.policy import NewPolicy
 from rlmm.policies.causal import CausalPolicy
 from rlmm.policies.layout_io import load_layout
+from rlmm.policies.masked import MaskedPolicy
 from rlmm.policies.spelling import Spelling
 from rlmm.policies.tokenizer import BOI, BOS, EOL, NULL, PAD, character_tokenizer
+from rlmm.policies.transformer import TransformerPolicy
 from rollouts.contract import Grid, Layout
 
 
-def build(config: NewPolicy, *, num_codes: int, grid: tuple[int, int], seed: int) -> CausalPolicy:
+def build(config: NewPolicy, *, num_codes: int, grid: tuple[int, int], seed: int) -> TransformerPolicy:
     """A fresh policy over a codec's codes; its weights are a function of `seed` alone."""
     tokenizer = character_tokenizer(config.words)
     token = {name: tokenizer.get_vocab()[name] for name in (PAD, BOS, BOI, EOL, NULL)}
     text_size = len(tokenizer)
+    masked = config.family == "masked"
     layout = Layout(
-        vocab_size=text_size + num_codes,
+        vocab_size=text_size + num_codes + masked,
         text=(0, text_size),
         image=(text_size, text_size + num_codes),
         bos=token[BOS],
@@ -39,6 +42,7 @@ def build(config: NewPolicy, *, num_codes: int, grid: tuple[int, int], seed: int
         grid=Grid(*grid, row_end=token[EOL] if config.row_ends else None),
         null_prompt=(token[NULL],),
         null_token=token[NULL] if config.null == "token" else None,
+        mask=text_size + num_codes if masked else None,
     )
     llama = LlamaConfig(
         vocab_size=layout.vocab_size,
@@ -53,13 +57,20 @@ def build(config: NewPolicy, *, num_codes: int, grid: tuple[int, int], seed: int
         bos_token_id=layout.bos,
         eos_token_id=None,
     )
+    if masked:
+        llama.is_causal = False  # read where transformers makes its attention masks
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = LlamaForCausalLM(llama)
-    return CausalPolicy(cast(PreTrainedModel, model), cast(PreTrainedTokenizerBase, tokenizer), layout)
+    return _policy(cast(PreTrainedModel, model), cast(PreTrainedTokenizerBase, tokenizer), layout)
 
 
-def load(folder: Path) -> CausalPolicy:
+def _policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, layout: Layout) -> TransformerPolicy:
+    """Of the family that the layout is of."""
+    return (CausalPolicy if layout.mask is None else MaskedPolicy)(model, tokenizer, layout)
+
+
+def load(folder: Path) -> TransformerPolicy:
     """The policy a stage or `rlmm export` wrote. Raises ValueError naming the folder where it cannot be read."""
     layout = load_layout(folder)
     try:
@@ -67,7 +78,7 @@ def load(folder: Path) -> CausalPolicy:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{folder} is not a readable checkpoint ({error}); give a complete model folder") from error
-    return CausalPolicy(cast(PreTrainedModel, model), cast(PreTrainedTokenizerBase, tokenizer), layout)
+    return _policy(cast(PreTrainedModel, model), cast(PreTrainedTokenizerBase, tokenizer), layout)
 
 
 def load_config(folder: Path) -> PretrainedConfig:

@@ -1,0 +1,51 @@
+"""What estimates a masked policy's log-prob of a sequence: its sampled trajectory, or a noise plan."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from rlmm.objectives.legality import LogProbKind
+from rlmm.objectives.noise import SCHEME_KINDS, NoisePlan, Scheme, noise_plan
+from rlmm.seeds import generator
+from rollouts.trajectory import Trajectory
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """scheme: `trajectory`, or a noise scheme. draws: masks a row of a noise scheme. ratios: of `truncated`. steps: how
+    many steps of a trajectory are evaluated; None: all."""
+
+    scheme: Scheme | Literal["trajectory"] = "trajectory"
+    draws: int = 1
+    ratios: tuple[float, float] | None = None
+    steps: int | None = None
+
+    @property
+    def kind(self) -> LogProbKind:
+        return LogProbKind.TRAJECTORY if self.scheme == "trajectory" else SCHEME_KINDS[self.scheme]
+
+    def plan(self, trajectory: Trajectory) -> NoisePlan:
+        """The masks of a trajectory's rows, a function of their seeds."""
+        if self.scheme == "trajectory":
+            raise ValueError("a trajectory's states are the sampled ones; only noise schemes have a plan")
+        return noise_plan(self.scheme, trajectory.target_mask, trajectory.seed, self.draws, ratios=self.ratios)
+
+
+def step_weights(trajectory: Trajectory, steps: int | None) -> Tensor:
+    """What each decision [B, S] (float64) of a trajectory weighs where only `steps` of its T steps are evaluated:
+    T / `steps` in as many, drawn from the row's seed without replacement, 0 in the others; 1 everywhere for None.
+
+    Sums over decisions keep their expectation (AGRPO, arXiv 2510.04019, with equal chances).
+    """
+    weight_BS = trajectory.target_mask.double()
+    if steps is None:
+        return weight_BS
+    for row, seed in enumerate(trajectory.seed):
+        present = trajectory.step[row][trajectory.target_mask[row]].unique()
+        if len(present) > steps:
+            picked = generator("steps", seed).permutation(len(present))[:steps]
+            chosen_S = torch.isin(trajectory.step[row], present[torch.from_numpy(picked)])
+            weight_BS[row] *= chosen_S * (len(present) / steps)
+    return weight_BS

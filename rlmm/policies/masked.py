@@ -1,0 +1,194 @@
+"""The masked-diffusion policy: a bidirectional transformer that decides masked positions from all that is known.
+
+A trajectory's log-prob takes one forward a state it went through; an ELBO's one a mask of the noise plan. Both read
+states the same way. Shapes: B rows, S response positions, P prefix positions, K streams, R states, N decisions.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlmm.objectives.estimators import Estimator, step_weights
+from rlmm.objectives.legality import LogProbKind
+from rlmm.policies.base import LogProbs, SequenceBatch
+from rlmm.policies.head import decision_log_probs
+from rlmm.policies.transformer import TransformerPolicy, streams_needed
+from rollouts.contract import Layout
+from rollouts.law import Law, law_log_probs
+from rollouts.trajectory import IMAGE, TEXT, Span, Trajectory
+from rollouts.unmasking import Unmasking, order_log_probs
+
+ALL_STEPS = Estimator()
+
+
+@dataclass(frozen=True)
+class States:
+    """R partly masked responses: the row each belongs to, where it is masked, and what is read from it [R, S]."""
+
+    row_R: Tensor
+    masked_RS: Tensor
+    read_RS: Tensor
+
+
+class MaskedPolicy(TransformerPolicy):
+    """Every position sees every other; position i is decided from the hidden state at i.
+
+    Raises ValueError for a layout without a mask token, and for a model whose attention is causal.
+    """
+
+    attention: ClassVar[dict[str, Any]] = {"is_causal": False}
+    log_prob_kind = LogProbKind.TRAJECTORY
+
+    def __init__(self, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, layout: Layout) -> None:
+        super().__init__(model, tokenizer, layout)
+        if layout.mask is None or getattr(self.base.config, "is_causal", True):
+            raise ValueError(
+                f"a masked policy needs a mask token (the layout's is {layout.mask}) and a config with is_causal false "
+                f"(it is {getattr(self.base.config, 'is_causal', True)}); give a checkpoint of a masked family"
+            )
+        self.mask = layout.mask
+
+    def log_probs(
+        self,
+        trajectory: Trajectory,
+        *,
+        model: nn.Module | None = None,
+        entropy_gradient: bool = False,
+        estimator: Estimator | None = None,
+    ) -> LogProbs:
+        """By default along the trajectory, at every step of it, under the law it was sampled from. With a noise scheme
+        [B, S] are each position's part of the estimate: only a row's sum means something."""
+        estimator = estimator or ALL_STEPS
+        if estimator.scheme == "trajectory":
+            return self._along(trajectory, estimator, model, entropy_gradient)
+        plan, rows = estimator.plan(trajectory), torch.arange(len(trajectory))
+        masks_RS = plan.masks_BnS.flatten(0, 1).to(trajectory.ids.device)
+        states = States(rows.repeat_interleave(estimator.draws).to(masks_RS.device), masks_RS, masks_RS)
+        logp_RS, entropy_RS = self.read(trajectory, states, model=model, entropy_gradient=entropy_gradient)
+        weight_BnS = plan.weight_BnS.to(logp_RS)
+        logp_BS = (weight_BnS * logp_RS.unflatten(0, (-1, estimator.draws))).sum(1)
+        entropy_BS = (weight_BnS * entropy_RS.unflatten(0, (-1, estimator.draws))).sum(1)
+        return LogProbs(estimator.kind, logp_BS, entropy_BS)
+
+    def read(
+        self,
+        trajectory: Trajectory,
+        states: States,
+        *,
+        model: nn.Module | None = None,
+        entropy_gradient: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probs and entropies [R, S] of the trajectory's tokens in each state where it is read, 0 elsewhere."""
+        span = _one_span(trajectory)
+        hidden_KNH = self._hidden_at(trajectory, states, span, model)
+        row_N, at_N = _places(states)
+        support = None if trajectory.support is None else trajectory.support[row_N, at_N]
+        tokens_N = trajectory.ids[row_N, at_N]
+        logp_N, entropy_N = decision_log_probs(
+            self._head(), span.law, span.law.streams(replay=True), hidden_KNH, tokens_N, support,
+            entropy_gradient=entropy_gradient,
+        )  # fmt: skip
+        blank_RS = logp_N.new_zeros(states.read_RS.shape)
+        return blank_RS.masked_scatter(states.read_RS, logp_N), blank_RS.masked_scatter(states.read_RS, entropy_N)
+
+    def sequence_log_probs(self, batch: SequenceBatch, *, model: nn.Module | None = None) -> Tensor:
+        """Log-probs [B, T] of the supervised targets that are masked, each over its own modality's slice."""
+        if batch.noised_BT is None:
+            raise ValueError(
+                "a masked policy learns from masked sequences, and the batch says of none where it is masked"
+            )
+        hidden_BTH = self.hidden(batch.ids_BT.masked_fill(batch.noised_BT, self.mask), batch.mask_BT, model=model)
+        logp_BT = hidden_BTH.new_zeros(batch.ids_BT.shape, dtype=torch.promote_types(hidden_BTH.dtype, torch.float32))
+        for modality, vocabulary in ((TEXT, self.layout.text), (IMAGE, self.layout.image)):
+            where = batch.target_BT & batch.noised_BT & (batch.modality_BT == modality)
+            if where.any():
+                hidden_1NH, tokens_N = hidden_BTH[where].unsqueeze(0), batch.ids_BT[where]
+                logp_N, _ = decision_log_probs(self._head(), Law(vocabulary), ("cond",), hidden_1NH, tokens_N)
+                logp_BT = logp_BT.masked_scatter(where, logp_N)
+        return logp_BT
+
+    def _along(
+        self, trajectory: Trajectory, estimator: Estimator, model: nn.Module | None, entropy_gradient: bool
+    ) -> LogProbs:
+        span = _one_span(trajectory)
+        weight_BS = step_weights(trajectory, estimator.steps).to(trajectory.ids.device)
+        states = trajectory_states(trajectory, weight_BS > 0)
+        if span.unmasking is None or span.unmasking.policy_free:
+            logp_RS, entropy_RS = self.read(trajectory, states, model=model, entropy_gradient=entropy_gradient)
+        else:
+            logp_RS, entropy_RS = self._confident(trajectory, states, span, span.unmasking, model)
+        blank_BS = logp_RS.new_zeros(trajectory.ids.shape)
+        logp_BS = blank_BS.index_add(0, states.row_R, logp_RS)
+        entropy_BS = blank_BS.index_add(0, states.row_R, entropy_RS)
+        scale_BS = None if estimator.steps is None else weight_BS.to(logp_BS)
+        return LogProbs(LogProbKind.TRAJECTORY, logp_BS, entropy_BS, scale_BS)
+
+    def _confident(
+        self, trajectory: Trajectory, states: States, span: Span, unmasking: Unmasking, model: nn.Module | None
+    ) -> tuple[Tensor, Tensor]:
+        """As `read`, with each step's order log-prob in equal parts on the tokens it revealed."""
+        if not unmasking.exact or span.law.truncated:
+            raise ValueError(
+                f"the log-prob of a trajectory with order {unmasking.order!r} and top_k={span.law.top_k}, "
+                f"top_p={span.law.top_p} is not known (noise has no closed form, and the supports of what was not kept "
+                "are not stored); train with order random, blocks, ancestral, or confidence without top-k and top-p"
+            )
+        everything = States(states.row_R, states.masked_RS, states.masked_RS)
+        names = span.law.streams(replay=True)
+        logits_KNV = self.head(self._hidden_at(trajectory, everything, span, model), span.law.vocabulary)
+        logp_NV, _ = law_log_probs(span.law, dict(zip(names, logits_KNV, strict=True)), replay=True)
+        state_N, at_N = states.masked_RS.nonzero(as_tuple=True)
+        token_N = trajectory.ids[states.row_R[state_N], at_N] - span.law.vocabulary[0]
+        kept_N = states.read_RS[state_N, at_N]
+        order_R = order_log_probs(unmasking, logp_NV, token_N, state_N, kept_N, len(states.row_R))
+        share_R1 = (order_R / states.read_RS.sum(1).clamp(min=1))[:, None]
+        chosen_N = logp_NV.gather(1, token_N[:, None]).squeeze(1)
+        blank_RS = chosen_N.new_zeros(states.read_RS.shape)
+        logp_RS = blank_RS.masked_scatter(states.masked_RS, chosen_N) + share_R1
+        entropy_N = -(logp_NV.exp() * logp_NV).sum(1)
+        entropy_RS = blank_RS.masked_scatter(states.masked_RS, entropy_N.detach())
+        return torch.where(states.read_RS, logp_RS, 0.0), torch.where(states.read_RS, entropy_RS, 0.0)
+
+    def _hidden_at(self, trajectory: Trajectory, states: States, span: Span, model: nn.Module | None) -> Tensor:
+        """Hidden states [K, N, H] where the states are read, by one forward of all states and streams."""
+        names = streams_needed(trajectory)
+        width = max(trajectory.streams[name].ids_BP.shape[1] for name in names)
+        response_RS = trajectory.ids[states.row_R].masked_fill(states.masked_RS, self.mask)
+        seen_RS = trajectory.attention_mask[states.row_R]
+        ids, masks = [], []
+        for name in names:
+            stream = trajectory.streams[name].rows(states.row_R)
+            grow = (width - stream.ids_BP.shape[1], 0)
+            ids.append(torch.cat([nn.functional.pad(stream.ids_BP, grow, value=self.layout.pad), response_RS], 1))
+            masks.append(torch.cat([nn.functional.pad(stream.mask_BP, grow), seen_RS], 1))
+        hidden = self.hidden(torch.cat(ids), torch.cat(masks), model=model)[:, width:].unflatten(0, (len(names), -1))
+        return torch.stack([hidden[names.index(name)][states.read_RS] for name in span.law.streams(replay=True)])
+
+
+def trajectory_states(trajectory: Trajectory, wanted_BS: Tensor) -> States:
+    """The states in which the decisions `wanted_BS` were made: everything decided then or later is masked."""
+    wanted_BS = wanted_BS & trajectory.target_mask
+    steps = int(trajectory.step.max()) + 1
+    step_BS = trajectory.step.long()
+    present_BT = torch.zeros(len(trajectory), steps, dtype=torch.bool, device=step_BS.device)
+    row_N, at_N = wanted_BS.nonzero(as_tuple=True)
+    present_BT[row_N, step_BS[row_N, at_N]] = True
+    row_R, step_R = present_BT.nonzero(as_tuple=True)
+    target_RS, reached_RS = trajectory.target_mask[row_R], step_BS[row_R] - step_R[:, None]
+    return States(row_R, target_RS & (reached_RS >= 0), target_RS & (reached_RS == 0))
+
+
+def _places(states: States) -> tuple[Tensor, Tensor]:
+    """Row of the trajectory and position of each decision that is read."""
+    state_N, at_N = states.read_RS.nonzero(as_tuple=True)
+    return states.row_R[state_N], at_N
+
+
+def _one_span(trajectory: Trajectory) -> Span:
+    if len(trajectory.spans) != 1:
+        raise ValueError(f"a masked policy reads one span, and the trajectory has {len(trajectory.spans)}")
+    return trajectory.spans[0]

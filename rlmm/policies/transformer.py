@@ -1,0 +1,201 @@
+"""What every family on a transformers model has in common: its weights, its adapter, its files, its head.
+
+A family adds how a trajectory is read: `hidden`, `log_probs`, `sequence_log_probs`.
+"""
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlmm.config.base import nearest
+from rlmm.config.policy import Lora
+from rlmm.objectives.estimators import Estimator
+from rlmm.objectives.legality import LogProbKind
+from rlmm.policies.base import LogProbs, SequenceBatch
+from rlmm.policies.head import sliced_head
+from rlmm.policies.head_rows import ROWS, train_rows
+from rlmm.policies.layout_io import save_layout
+from rlmm.policies.spelling import Spelling
+from rollouts.contract import Layout
+from rollouts.trajectory import Trajectory
+
+
+class TransformerPolicy(ABC):
+    """A Llama-style transformers model whose vocabulary holds text and image codes."""
+
+    log_prob_kind: LogProbKind
+
+    attention: ClassVar[dict[str, Any]] = {}
+    """What the model's forward is told of its attention."""
+
+    def __init__(self, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, layout: Layout) -> None:
+        self.model, self.tokenizer, self.layout = model, tokenizer, layout
+        self.precision = "float32"
+        self._frozen: nn.Module | None = None
+        self._swapped: nn.Module | None = None
+
+    @property
+    def base(self) -> PreTrainedModel:
+        """The transformers model, LoRA layers inside it where there are any."""
+        active = self._swapped if self._swapped is not None else self.model
+        return cast(PreTrainedModel, active.get_base_model() if isinstance(active, PeftModel) else active)
+
+    @property
+    def spelling(self) -> Spelling:
+        return Spelling(self.tokenizer, self.layout, self.base.config.max_position_embeddings)
+
+    def to(self, device: torch.device) -> None:
+        """Move the weights, in place."""
+        nn.Module.to(self.model, device)
+
+    def encode_prompt(self, prompt: str) -> list[int]:
+        """Ids of a prompt's text; UnusablePrompt where the tokenizer does not know a character."""
+        return self.spelling.encode(prompt)
+
+    def hidden(self, ids_BT: Tensor, mask_BT: Tensor, *, cache: Any = None, model: nn.Module | None = None) -> Tensor:
+        """Final hidden states [B, T, H]. `mask_BT` covers the cached positions too; positions count real tokens."""
+        device, most = self.base.device, self.base.config.max_position_embeddings
+        if mask_BT.shape[1] > most:
+            raise ValueError(
+                f"a sequence of {mask_BT.shape[1]} tokens (prompt and image) exceeds the model's {most} positions; "
+                "shorten the prompts (data.max_prompt_characters) or raise policy.max_positions"
+            )
+        position_BT = (mask_BT.long().cumsum(-1) - 1).clamp_min(0)[:, -ids_BT.shape[1] :].to(device)
+        inputs: dict[str, Any] = {
+            "input_ids": ids_BT.to(device),
+            "attention_mask": mask_BT.to(device),
+            "position_ids": position_BT,
+        }
+        inputs |= self.attention
+        # The body alone is cast, here, for sampler and trainer alike: the head and the softmax stay in full precision.
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+            if model is None:
+                output = self.base.base_model(**inputs, past_key_values=cache, use_cache=cache is not None)
+                return output.last_hidden_state.to(self.base.dtype)
+            # A wrapper's hooks (gradient reduction, parameter gathering) fire only when its own forward runs; one
+            # position of logits is the cheapest the head offers.
+            output = model(**inputs, use_cache=False, output_hidden_states=True, logits_to_keep=1)
+        return output.hidden_states[-1].to(self.base.dtype)
+
+    @abstractmethod
+    def log_probs(
+        self,
+        trajectory: Trajectory,
+        *,
+        model: nn.Module | None = None,
+        entropy_gradient: bool = False,
+        estimator: Estimator | None = None,
+    ) -> LogProbs:
+        """See `Policy`."""
+
+    @abstractmethod
+    def sequence_log_probs(self, batch: SequenceBatch, *, model: nn.Module | None = None) -> Tensor:
+        """See `Policy`."""
+
+    def head(self, hidden_NH: Tensor, vocabulary: tuple[int, int]) -> Tensor:
+        return sliced_head(self._head(), hidden_NH, vocabulary)
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Full weights under the checkpoint's names. An adapter is folded into a copy: merging and unmerging in
+        place drifts in bfloat16."""
+        modules = dict(self.base.named_modules())
+        for name, parameter in self.base.named_parameters():
+            if ".lora_" in name or name.endswith(f".{ROWS}"):
+                continue
+            weight = parameter.detach()
+            if ".base_layer." in name:
+                layer: Any = modules[name.split(".base_layer.", 1)[0]]
+                if name.endswith(".weight"):
+                    for adapter in layer.active_adapters:
+                        weight = weight + layer.get_delta_weight(adapter).detach()
+                name = name.replace(".base_layer.", ".")
+            yield name, weight
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """The policy before this stage: the adapter switched off, or the copy `freeze_reference` made."""
+        if isinstance(self.model, PeftModel):
+            with self.model.disable_adapter():
+                yield
+            return
+        if self._frozen is None:
+            raise RuntimeError("no reference: call `freeze_reference` before training all weights with a KL term")
+        self._swapped = self._frozen
+        try:
+            yield
+        finally:
+            self._swapped = None
+
+    def train_image_rows(self) -> None:
+        """Of the head train only the rows of image codes, for a stage that decides nothing else: less memory, and the
+        same weights where weight decay is 0. Nothing to do under LoRA or where head and embedding are one matrix."""
+        head = self._head()
+        tied = head.get_parameter("weight") is self.base.get_input_embeddings().weight
+        if isinstance(head, nn.Linear) and not isinstance(self.model, PeftModel) and not tied:
+            train_rows(head, self.layout.image)
+
+    def freeze_reference(self) -> None:
+        """Keep a frozen copy of the present weights as the reference. Nothing to do under LoRA."""
+        if not isinstance(self.model, PeftModel):
+            self._frozen = copy.deepcopy(self.model).eval().requires_grad_(False)
+
+    def add_lora(self, config: Lora, seed: int) -> None:
+        """Wrap the model in a fresh LoRA adapter, whose weights are a function of `seed`."""
+        known = {name.rsplit(".", 1)[-1] for name, module in self.base.named_modules() if isinstance(module, nn.Linear)}
+        unknown = [name for name in config.target_modules if name not in known]
+        if unknown:
+            raise ValueError(f"lora.target_modules names {unknown[0]!r}.{nearest(unknown[0], sorted(known))}")
+        settings = LoraConfig(
+            r=config.rank,
+            lora_alpha=config.alpha,
+            target_modules=list(config.target_modules),
+            task_type="CAUSAL_LM",
+        )
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.model = get_peft_model(self.base, settings)
+
+    def save(self, folder: Path) -> None:
+        """The full model, an adapter folded into a copy of it, with tokenizer and layout, in transformers' files."""
+        model = self.model
+        if isinstance(model, PeftModel):
+            model = copy.deepcopy(model).merge_and_unload()
+        model.save_pretrained(folder)
+        self._save_rest(folder)
+
+    def save_adapter(self, folder: Path, base: str) -> None:
+        """The adapter alone as plain PEFT files; `base` is the model it belongs to (a folder or hub id)."""
+        if not isinstance(self.model, PeftModel):
+            raise ValueError("this policy has no adapter: its stage trained all weights; export the merged model")
+        self.model.peft_config["default"].base_model_name_or_path = base
+        # The vocabulary is the base's own: without this PEFT looks the base up to find that out.
+        self.model.save_pretrained(str(folder), save_embedding_layers=False)
+        self._save_rest(folder)
+
+    def _save_rest(self, folder: Path) -> None:
+        self.tokenizer.save_pretrained(folder)
+        save_layout(self.layout, folder)
+
+    def _head(self) -> nn.Module:
+        return cast(nn.Module, self.base.get_output_embeddings())
+
+
+def streams_needed(trajectory: Trajectory) -> list[str]:
+    needed: list[str] = []
+    for span in trajectory.spans:
+        needed += [name for name in span.law.streams(replay=True) if name not in needed]
+    missing = [name for name in needed if name not in trajectory.streams]
+    if missing:
+        raise ValueError(
+            f"the law needs the streams {missing} and the trajectory holds {sorted(trajectory.streams)}; "
+            "sample with an engine that records every stream of the law"
+        )
+    return needed

@@ -1,0 +1,191 @@
+"""How a masked span is revealed: which positions are decided at which step. With the law, all that makes a trajectory.
+
+Policy-free orders (`random`, `blocks`, `ancestral`) are functions of a row's seed; the others are decided by the
+policy's own confidence, whose log-prob is then part of the trajectory's (`order_log_probs`).
+
+Shapes: B rows, S positions of the span, D positions that are decided, T steps, V vocabulary slice.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Order = Literal["random", "blocks", "ancestral", "confidence", "noisy_confidence", "threshold"]
+Schedule = Literal["linear", "cosine", "square"]
+
+POLICY_FREE: tuple[Order, ...] = ("random", "blocks", "ancestral")
+SCHEDULES: dict[Schedule, Callable[[float], float]] = {
+    # share of the span still masked when a share t of the steps is done, from 1 at 0 to 0 at 1
+    "linear": lambda t: 1 - t,
+    "cosine": lambda t: math.cos(math.pi / 2 * t),  # MaskGIT, arXiv 2202.04200, section 3.3
+    "square": lambda t: 1 - t**2,
+}
+
+
+@dataclass(frozen=True)
+class Unmasking:
+    """`steps` reveal a span.
+
+    order: `random`: a uniformly drawn order, the schedule's counts a step. `blocks`: the same within runs of `block`
+        positions, one run after the other. `ancestral`: each position by itself, revealed in a step with the chance
+        the schedule gives (MDLM, arXiv 2406.07524, eq. 7). `confidence`: every masked position proposes a token and
+        the likeliest proposals are kept (MaskGIT). `noisy_confidence`: the same with Gumbel noise on log-probs, of
+        scale `noise` at the first step and linearly less, 0 at the last. `threshold`: all proposals at least as likely
+        as `threshold` are kept, or the likeliest one.
+    schedule: share still masked over time; a step reveals at least one position.
+    """
+
+    steps: int
+    order: Order = "random"
+    schedule: Schedule = "cosine"
+    block: int | None = None
+    noise: float = 0.0
+    threshold: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"unmasking: steps {self.steps} must be at least 1")
+        for name, wanted, given in (
+            ("block", self.order == "blocks", self.block),
+            ("noise", self.order == "noisy_confidence", self.noise or None),
+            ("threshold", self.order == "threshold", self.threshold),
+        ):
+            if wanted != (given is not None):
+                raise ValueError(
+                    f"unmasking: order {self.order!r} {'needs' if wanted else 'has no use for'} {name}; "
+                    f"{'give it' if wanted else 'leave it out'}"
+                )
+        if self.threshold is not None and not 0 < self.threshold <= 1:
+            raise ValueError(f"unmasking: threshold {self.threshold} is a probability; give one in (0, 1]")
+        if self.block is not None and self.block < 1:
+            raise ValueError(f"unmasking: a block of {self.block} positions; give at least 1")
+
+    @property
+    def policy_free(self) -> bool:
+        """Whether the order says nothing about the policy, so that the tokens' log-probs are the trajectory's."""
+        return self.order in POLICY_FREE
+
+    @property
+    def exact(self) -> bool:
+        """Whether the trajectory's log-prob is known: Gumbel noise on the confidence has no closed form."""
+        return self.order != "noisy_confidence"
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(record: Mapping[str, Any]) -> "Unmasking":
+        return Unmasking(**record)
+
+
+def masked_counts(schedule: Schedule, steps: int, length: int) -> list[int]:
+    """Positions still masked after each of `steps` steps: strictly fewer each time, 0 after the last.
+
+    Raises ValueError where there are more steps than positions.
+    """
+    if not 1 <= steps <= length:
+        raise ValueError(
+            f"unmasking: {steps} steps for {length} positions, and each step reveals at least one; set "
+            f"sampling.unmasking.steps to at most {length}"
+        )
+    share, counts, before = SCHEDULES[schedule], [], length
+    for step in range(1, steps + 1):
+        wanted = round(length * share(step / steps))
+        before = max(steps - step, min(before - 1, wanted))
+        counts.append(before)
+    return counts
+
+
+def noise_scale(unmasking: Unmasking, step: int, steps: int) -> float:
+    """Of the Gumbel noise at a step: linear from `noise` to 0. A factor of the step alone: published samplers multiply
+    it up over the steps by mistake, and so anneal far too fast."""
+    return unmasking.noise * (1 - (step + 1) / steps)
+
+
+def planned_steps(unmasking: Unmasking, decided: Sequence[int], length: int, seeds: Sequence[int]) -> Tensor:
+    """The step [B, S] (int32) at which a policy-free order reveals each position; 0 for positions not `decided`."""
+    step_BS = torch.zeros(len(seeds), length, dtype=torch.int32)
+    for row, seed in enumerate(seeds):
+        # The second word of the key sets these draws apart from the tokens' own.
+        luck = np.random.Generator(np.random.Philox(key=seed + (1 << 64)))
+        step_BS[row, list(decided)] = torch.from_numpy(_row_steps(unmasking, len(decided), luck))
+    return step_BS
+
+
+def _row_steps(unmasking: Unmasking, count: int, luck: np.random.Generator) -> np.ndarray:
+    if unmasking.order == "ancestral":
+        levels = [SCHEDULES[unmasking.schedule](step / unmasking.steps) for step in range(1, unmasking.steps + 1)]
+        levels[-1] = 0.0
+        # Still masked after a step while the level is above a uniform of the position's own.
+        return (np.array(levels)[None, :] > luck.random(count)[:, None]).sum(1).astype(np.int32)
+    block = unmasking.block or count
+    runs = [range(at, min(at + block, count)) for at in range(0, count, block)]
+    steps, first = np.zeros(count, dtype=np.int32), 0
+    for run, share in zip(runs, block_steps(unmasking.steps, [len(run) for run in runs]), strict=True):
+        counts = [len(run), *masked_counts(unmasking.schedule, share, len(run))]
+        revealed = np.diff(-np.array(counts))
+        steps[luck.permutation(run)] = first + np.repeat(np.arange(share), revealed)
+        first += share
+    return steps
+
+
+def block_steps(steps: int, sizes: Sequence[int]) -> list[int]:
+    """The steps of each block, as even as can be. Raises ValueError where a block would have none, or more than it has
+    positions."""
+    bounds = [round(steps * i / len(sizes)) for i in range(len(sizes) + 1)]
+    shares = [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
+    if any(not 1 <= share <= size for share, size in zip(shares, sizes, strict=True)):
+        raise ValueError(
+            f"unmasking: {steps} steps over blocks of {list(sizes)} positions; give each block at least one step and "
+            f"at most one a position, so between {len(sizes)} and {sum(sizes)} steps in all"
+        )
+    return shares
+
+
+def keep_confident(
+    unmasking: Unmasking, confidence_BS: Tensor, masked_BS: Tensor, step: int, counts: Sequence[int]
+) -> Tensor:
+    """Which masked positions [B, S] a confidence order reveals. `confidence_BS`: log-probs of the proposals, noise
+    added; `counts`: positions that stay masked after each step."""
+    ranked_BS = confidence_BS.masked_fill(~masked_BS, -torch.inf)
+    left_B = masked_BS.sum(1)
+    if unmasking.threshold is not None:
+        last = step == len(counts) - 1
+        sure_BS = masked_BS & (confidence_BS >= math.log(unmasking.threshold))
+        many_B = torch.where(sure_BS.any(1), sure_BS.sum(1), left_B.clamp(max=1))
+        many_B = left_B if last else many_B
+    else:
+        many_B = (left_B - counts[step]).clamp_min(0)
+    order_BS = ranked_BS.argsort(dim=1, descending=True, stable=True)
+    rank_BS = torch.empty_like(order_BS).scatter_(
+        1, order_BS, torch.arange(order_BS.shape[1], device=order_BS.device).expand_as(order_BS)
+    )
+    return masked_BS & (rank_BS < many_B[:, None])
+
+
+def order_log_probs(
+    unmasking: Unmasking, logp_NV: Tensor, tokens_N: Tensor, row_N: Tensor, kept_N: Tensor, rows: int
+) -> Tensor:
+    """Log-prob [rows] that the positions not kept in a step proposed nothing better: sum over them of
+    log sum_{u: p(u) < c} p(u), c the least likely kept proposal, or the threshold where all kept ones reach it.
+
+    With the kept tokens' log-probs this is the step's whole transition, exactly (Mask-GRPO, arXiv 2510.13418, the first
+    candidate). The N masked positions of all states come flat: law log-probs [N, V], token (index in the slice; any
+    where not kept), state, and whether it was kept. The floor c is a value of the policy, but which tokens are under it
+    changes at isolated points only, so it has no gradient.
+    """
+    chosen_N = logp_NV.detach().gather(1, tokens_N[:, None]).squeeze(1)
+    floor_R = logp_NV.new_full((rows,), torch.inf).scatter_reduce(
+        0, row_N, chosen_N.masked_fill(~kept_N, torch.inf), "amin"
+    )
+    if unmasking.threshold is not None:
+        sure = math.log(unmasking.threshold)
+        floor_R = torch.where(floor_R >= sure, sure, floor_R)
+    under_NV = logp_NV.detach() < floor_R[row_N][:, None]
+    mass_N = logp_NV.masked_fill(~under_NV, -torch.inf).logsumexp(1)
+    return logp_NV.new_zeros(rows).index_add(0, row_N[~kept_N], mass_N[~kept_N])
