@@ -79,11 +79,14 @@ def sample(
     temperature: float = 1.0,
     guidance_scale: float = 1.0,
     seed: int = 0,
+    steps: Annotated[int | None, typer.Option(min=1, help="Of a masked policy: forward passes an image")] = None,
+    order: Annotated[str, typer.Option(help="Of a masked policy: random, ancestral, confidence")] = "random",
 ) -> None:
     """Draw a grid of images, one row a prompt, from a checkpoint."""
     from rlmm.sampling import sample_grid
 
-    sample_grid(model, prompts, samples, temperature=temperature, guidance_scale=guidance_scale, seed=seed).save(out)
+    law = {"temperature": temperature, "guidance_scale": guidance_scale}
+    sample_grid(model, prompts, samples, seed=seed, steps=steps, order=order, **law).save(out)
     say(f"wrote {out}")
 
 

@@ -7,6 +7,7 @@ from PIL import Image
 
 from rlmm.codecs import load_codec
 from rlmm.config.engines import TorchEngineConfig
+from rlmm.config.masked import UnmaskingConfig
 from rlmm.config.stages import Sampling
 from rlmm.data import Example
 from rlmm.policies.families import llama
@@ -14,14 +15,24 @@ from rlmm.seeds import derive
 from rlmm.train import experience as phases
 from rlmm.train.engines import build_engine
 from rlmm.train.processes import device
+from rollouts.contract import Layout
 
 GAP = 4
 
 
 def sample_grid(
-    folder: Path, prompts: Sequence[str], samples: int, *, temperature: float, guidance_scale: float, seed: int
+    folder: Path,
+    prompts: Sequence[str],
+    samples: int,
+    *,
+    temperature: float,
+    guidance_scale: float,
+    seed: int,
+    steps: int | None = None,
+    order: str = "random",
 ) -> Image.Image:
-    """One row a prompt, one column a sample. The same seed draws the same images.
+    """One row a prompt, one column a sample. The same seed draws the same images. `steps` and `order`: how a masked
+    policy reveals them; a quarter of its positions a step, by default.
 
     Raises ValueError on an empty prompt and on a folder that is no checkpoint.
     """
@@ -32,15 +43,26 @@ def sample_grid(
     policy.model.eval()
     policy.to(device())
     codec.eval()
-    law = phases.law_of(policy.layout, Sampling(temperature=temperature, guidance_scale=guidance_scale))
+    unmasking = _unmasking(policy.layout, steps, order)
+    sampling = Sampling(temperature=temperature, guidance_scale=guidance_scale, unmasking=unmasking)
+    span = sampling.span(policy.layout)
     requests = [
         phases.request_for(
-            policy, codec, law, Example(prompt), str(p), [derive(seed, "sample", p, s) for s in range(samples)]
+            policy, codec, span.law, Example(prompt), str(p), [derive(seed, "sample", p, s) for s in range(samples)]
         )
         for p, prompt in enumerate(prompts)
     ]
-    made = phases.generate(build_engine(TorchEngineConfig(), policy), policy, law, requests, policy.model)
+    made = phases.generate(build_engine(TorchEngineConfig(), policy), span, requests, policy.model)
     return grid(phases.decode_images(codec, policy.layout, made), columns=samples)
+
+
+def _unmasking(layout: Layout, steps: int | None, order: str) -> UnmaskingConfig | None:
+    if layout.mask is None:
+        if steps is not None or order != "random":
+            raise ValueError("steps and order are of masked policies, and this one decides one token after the other")
+        return None
+    default = max(1, len(layout.grid.decided()) // 4)
+    return UnmaskingConfig.model_validate({"steps": steps or default, "order": order})
 
 
 def grid(images: Sequence[Image.Image], columns: int) -> Image.Image:

@@ -25,6 +25,12 @@ SCHEDULES: dict[Schedule, Callable[[float], float]] = {
     "cosine": lambda t: math.cos(math.pi / 2 * t),  # MaskGIT, arXiv 2202.04200, section 3.3
     "square": lambda t: 1 - t**2,
 }
+INVERSES: dict[Schedule, Callable[[float], float]] = {
+    # the time at which a share is still masked
+    "linear": lambda share: 1 - share,
+    "cosine": lambda share: math.acos(share) * 2 / math.pi,
+    "square": lambda share: math.sqrt(1 - share),
+}
 
 
 @dataclass(frozen=True)
@@ -126,7 +132,8 @@ def _row_steps(unmasking: Unmasking, count: int, luck: np.random.Generator) -> n
     block = unmasking.block or count
     runs = [range(at, min(at + block, count)) for at in range(0, count, block)]
     steps, first = np.zeros(count, dtype=np.int32), 0
-    for run, share in zip(runs, block_steps(unmasking.steps, [len(run) for run in runs]), strict=True):
+    shares = [unmasking.steps] if len(runs) == 1 else block_steps(unmasking.steps, [len(run) for run in runs])
+    for run, share in zip(runs, shares, strict=True):
         counts = [len(run), *masked_counts(unmasking.schedule, share, len(run))]
         revealed = np.diff(-np.array(counts))
         steps[luck.permutation(run)] = first + np.repeat(np.arange(share), revealed)

@@ -12,11 +12,11 @@ from pydantic import Field, ValidationError, model_validator
 from rlmm.config.base import Strict, nearest
 from rlmm.config.codec import CodecConfig
 from rlmm.config.data import Data
+from rlmm.config.families import check_family
 from rlmm.config.policy import CheckpointPolicy, NewPolicy, Policy
 from rlmm.config.rewards import Rewards
 from rlmm.config.stages import CodecStage, EvalStage, ExportStage, GrpoStage, SftStage, Stage
 from rlmm.installation import recipes_dir
-from rlmm.objectives.legality import LogProbKind, check_legal
 
 OWN_POLICY = "policy"
 """What `start_from` says for the recipe's own policy, whatever stages stand before."""
@@ -75,8 +75,7 @@ class Recipe(Strict):
                     f"stage {name!r} refers to {unknown[0]!r}, which is no policy stage before it."
                     f"{nearest(unknown[0], before)}"
                 )
-            if isinstance(stage, GrpoStage):
-                check_legal(stage.objective.objective().family, LogProbKind.EXACT)
+            check_family(name, stage, self.policy)
             if isinstance(stage, SftStage | GrpoStage):
                 before.append(name)
         return self

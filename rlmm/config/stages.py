@@ -7,9 +7,12 @@ from pydantic import Field, model_validator
 from rlmm.config.base import Strict
 from rlmm.config.codec import Perceptual
 from rlmm.config.engines import EngineConfig, TorchEngineConfig
+from rlmm.config.masked import EstimatorConfig, NoiseConfig, UnmaskingConfig
 from rlmm.config.objectives import ObjectiveConfig
 from rlmm.config.policy import Lora
+from rollouts.contract import Layout
 from rollouts.law import Law
+from rollouts.trajectory import Span
 
 
 class Optimization(Strict):
@@ -72,11 +75,15 @@ class SftStage(Optimization):
     """Share of rows that see the null prompt, which guidance needs."""
     image_weight: float = Field(1.0, ge=0)
     text_weight: float = Field(0.0, ge=0)
+    noise: NoiseConfig | None = None
+    """How images are masked, for a masked policy alone; its defaults where nothing is said."""
     lora: Lora | None = None
 
     @model_validator(mode="after")
     def _whole_batches(self) -> "SftStage":
         _divides(self.batch_size, self.micro_batch_size, "batch_size", "micro_batch_size")
+        if self.noise is not None and self.noise.complementary:
+            _divides(self.micro_batch_size, 2, "micro_batch_size", "the two masks of complementary noise")
         if self.image_weight + self.text_weight == 0:
             raise ValueError("image_weight and text_weight are both 0: nothing would be trained; raise one of them")
         return self
@@ -90,6 +97,8 @@ class Sampled(Strict):
     """Editing: a scale of its own for the source image (Brooks et al. 2023)."""
     top_k: int = Field(0, ge=0)
     top_p: float = Field(1.0, gt=0, le=1)
+    unmasking: UnmaskingConfig | None = None
+    """How images are revealed: a masked policy needs it, a next-token one has no use for it."""
 
 
 class Sampling(Sampled):
@@ -114,6 +123,11 @@ class Sampling(Sampled):
             top_k=self.top_k,
             top_p=self.top_p,
         )
+
+    def span(self, layout: Layout) -> Span:
+        """One image of the layout's grid, under the law and the unmasking."""
+        unmasking = None if self.unmasking is None else self.unmasking.record()
+        return Span("image", self.law(layout.image), layout.grid.length, unmasking=unmasking)
 
 
 class Gates(Strict):
@@ -141,6 +155,8 @@ class GrpoStage(Optimization):
     samples_per_prompt: int = Field(8, ge=2)
     micro_batch_size: int = Field(64, ge=1)
     sampling: Sampling = Sampling()
+    estimator: EstimatorConfig | None = None
+    """What a masked policy's log-probs are; along the trajectory where nothing is said."""
     engine: EngineConfig = TorchEngineConfig()
     gates: Gates = Gates()
     held_out_every: int = Field(10, ge=0)

@@ -142,18 +142,20 @@ def sample_held_out(
 ) -> tuple[Trajectory, list[Sample]]:
     """All held-out samples, prompt-major; a sample's seed depends on its prompt's place and its sampling seed alone."""
     engine = build_engine(TorchEngineConfig(max_rows=config.batch_prompts * config.sampling_seeds), policy)
-    law = phases.law_of(policy.layout, config.sampling(temperature))
+    span = config.sampling(temperature).span(policy.layout)
     seed = derive(context.recipe.seed, "evaluation")
     requests = [
-        phases.request_for(
-            policy, codec, law, example, f"eval/{p:05d}", [derive(seed, p, s) for s in range(config.sampling_seeds)]
-        )
+        phases.request_for(policy, codec, span.law, example, f"eval/{p:05d}", _seeds(seed, p, config.sampling_seeds))
         for p, example in enumerate(examples)
     ]
-    made = phases.generate(engine, policy, law, requests, policy.model)
+    made = phases.generate(engine, span, requests, policy.model)
     images = phases.decode_images(codec, policy.layout, made)
     rows = [example for example in examples for _ in range(config.sampling_seeds)]
     return made, phases.samples_of(made, rows, images)
+
+
+def _seeds(seed: int, place: int, count: int) -> list[int]:
+    return [derive(seed, place, s) for s in range(count)]
 
 
 def _metrics(column: Sequence[Score]) -> dict[str, list[float]]:

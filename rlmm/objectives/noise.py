@@ -19,6 +19,7 @@ from torch import Tensor
 
 from rlmm.objectives.legality import LogProbKind
 from rlmm.seeds import generator
+from rollouts.unmasking import INVERSES, Schedule
 
 Scheme = Literal["count", "stratified", "complement", "quadrature", "bernoulli", "truncated", "coupled", "mean_field"]
 LEAST = 1e-3
@@ -165,3 +166,42 @@ SCHEME_KINDS: dict[Scheme, LogProbKind] = {
     "coupled": LogProbKind.SURROGATE,
     "mean_field": LogProbKind.MEAN_FIELD,
 }
+
+Weighting = Literal["elbo", "mean"]
+
+
+def training_noise(
+    target_BT: Tensor,
+    seeds: Sequence[int],
+    schedule: Schedule,
+    weighting: Weighting,
+    *,
+    complement: Sequence[bool] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Which targets of supervised rows are masked [B, T], and what each masked one weighs [B, T] (float64).
+
+    A row's count is k = ceil(L r(u)), u ~ U(0, 1], with r the schedule. `complement`: rows come in pairs of one seed,
+    and those where it is True mask what the other does not; k = 0 is then possible, too: k = ceil((L + 1) r(u)) - 1.
+    `elbo`: a masked token weighs 1 / (masked x the count's chance), so that a row's expected sum is the ELBO whatever
+    the schedule. `mean`: weight 1.
+    """
+    masks, weights = np.zeros(target_BT.shape, dtype=bool), np.zeros(target_BT.shape)
+    paired = complement is not None
+    for row, (targets, seed) in enumerate(zip(target_BT.numpy(), seeds, strict=True)):
+        at = np.flatnonzero(targets)
+        if not len(at):
+            continue
+        luck, chance = generator("training noise", seed), count_chances(schedule, len(at) + paired)
+        drawn = int(np.searchsorted(chance.cumsum(), luck.random() * chance.sum()).clip(0, len(chance) - 1))
+        mask = _subset(len(at), drawn if paired else drawn + 1, luck)
+        mask = ~mask if complement is not None and complement[row] else mask
+        masks[row, at] = mask
+        weights[row, at] = 1.0 if weighting == "mean" else 1 / (max(1, mask.sum()) * chance[drawn])
+    return torch.from_numpy(masks), torch.from_numpy(weights * masks)
+
+
+def count_chances(schedule: Schedule, size: int) -> np.ndarray:
+    """Chance of each k = 1 .. L [L] of ceil(L r(u)), L = `size`: the schedule falls from 1 to 0, so it is the length of
+    the times at which the ratio is in ((k - 1) / L, k / L]."""
+    edges = np.array([INVERSES[schedule](k / size) for k in range(size + 1)])
+    return edges[:-1] - edges[1:]

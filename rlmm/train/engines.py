@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from rlmm.config.engines import EngineConfig, TorchEngineConfig, VllmEngineConfig, VllmServerConfig, VllmSizes
+from rlmm.policies.masked import MaskedPolicy
 from rlmm.policies.transformer import TransformerPolicy
 from rlmm.train.processes import world
 from rlmm.train.recovery import Recovering
@@ -17,6 +18,7 @@ from rollouts.contract import Engine
 from rollouts.law import Law
 from rollouts.torch_engine.causal import TorchEngine
 from rollouts.torch_engine.llama import Unsupported, llama_shape
+from rollouts.torch_engine.masked import MaskedTorchEngine
 from rollouts.torch_engine.packed import PackedLlama
 from rollouts.vllm_engine.plugin import STREAMS, two_stream_overrides
 
@@ -30,6 +32,8 @@ def build_engine(config: EngineConfig, policy: TransformerPolicy, law: Law | Non
 
 
 def _torch(config: TorchEngineConfig, policy: TransformerPolicy, law: Law | None) -> Engine:
+    if isinstance(policy, MaskedPolicy):
+        return MaskedTorchEngine(policy, max_rows=config.max_rows)
     layers, packed = policy.base.config.num_hidden_layers, packed_decoder(policy)
     return TorchEngine(policy, num_layers=layers, max_rows=config.max_rows, packed=packed)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from rewards.base import Sample
 from rewards.compose import Scored
 from rlmm.codecs import Codec, images_to_tensor, tensor_to_images
-from rlmm.config.stages import GrpoStage, Sampling
+from rlmm.config.stages import GrpoStage
 from rlmm.data import Dataset, Example
 from rlmm.evaluation.statistics import diversity, duplicate_share
 from rlmm.objectives.advantages import AdvantageResult, group_advantages
@@ -42,14 +42,6 @@ class Experience:
     kept_B: Tensor
     old_logp_BS: Tensor | None = None
     reference_logp_BS: Tensor | None = None
-
-
-def law_of(layout: Layout, sampling: Sampling) -> Law:
-    return sampling.law(layout.image)
-
-
-def image_span(layout: Layout, law: Law) -> Span:
-    return Span("image", law, layout.grid.length)
 
 
 def spell_sources(codec: Codec, layout: Layout, images: Sequence[Image.Image]) -> list[list[int]]:
@@ -282,13 +274,11 @@ class Timed:
         return {f"time/{name}": seconds for name, seconds in self.seconds.items()}
 
 
-def generate(
-    engine: Engine, policy: Policy, law: Law, requests: Sequence[Request], model: torch.nn.Module
-) -> Trajectory:
+def generate(engine: Engine, span: Span, requests: Sequence[Request], model: torch.nn.Module) -> Trajectory:
     """Sample in evaluation mode, and put the model back as it was."""
     training = model.training
     model.eval()
     try:
-        return engine.generate(requests, [image_span(policy.layout, law)])
+        return engine.generate(requests, [span])
     finally:
         model.train(training)

@@ -1,10 +1,12 @@
 """The GRPO stage: rollouts by an engine, scores by rewards, updates by a clipped policy gradient."""
 
+import torch
 from torch import Tensor, nn
 
 from rlmm.config.objectives import MismatchConfig, ObjectiveConfig
 from rlmm.config.stages import GrpoStage
 from rlmm.objectives.kl import kl_estimate, kl_loss
+from rlmm.objectives.legality import LogProbKind, check_legal
 from rlmm.objectives.mismatch import mismatch_weights
 from rlmm.objectives.policy_gradient import POLICY_LOSSES, policy_metrics
 from rlmm.objectives.token_weighting import TokenView, TokenWeighting, load_token_weighting
@@ -12,7 +14,7 @@ from rlmm.policies.base import LogProbs
 from rlmm.policies.transformer import TransformerPolicy
 from rlmm.train.context import StageContext, run_codec, starting_policy
 from rlmm.train.gates import check_mismatch, measure_mismatch
-from rlmm.train.grpo_source import GrpoBatch, GrpoSource, corrected
+from rlmm.train.grpo_source import GrpoBatch, GrpoSource, corrected, estimator_of
 from rlmm.train.judges import check_gold
 from rlmm.train.metrics import Meter
 from rlmm.train.processes import device
@@ -31,8 +33,10 @@ def grpo_loss(
     """sum(weight x (clipped policy loss + coefficient x KL - coefficient x entropy)) of a micro-batch; the mismatch
     gate stands before it. `weighting`: the user's factors on the weights."""
     objective, trajectory = config.objective, batch.trajectory
-    current = policy.log_probs(trajectory, model=model, entropy_gradient=batch.entropy_coefficient > 0)
-    _gate(current, config, batch, meter)
+    current = policy.log_probs(
+        trajectory, model=model, entropy_gradient=batch.entropy_coefficient > 0, estimator=estimator_of(config)
+    )
+    _gate(policy, current, config, batch, meter)
     # With one update a rollout the old policy is the current one: its log-probs are these, without gradient.
     old_BS = current.logp_BS.detach() if batch.old_logp_BS is None else batch.old_logp_BS
     loss = POLICY_LOSSES[objective.surrogate](
@@ -54,17 +58,22 @@ def grpo_loss(
     _meter_entropy(current, batch, meter)
     for name, total in policy_metrics(loss, trajectory.target_mask, batch.kept_B).items():
         meter.total(name, total)
-    weight_BS = batch.weight_BS
+    weight_BS = batch.weight_BS if current.scale_BS is None else batch.weight_BS * current.scale_BS
     if weighting is not None:
         weight_BS = weight_BS * _user_weights(weighting, current, old_BS, batch, meter)
     return (weight_BS * per_token_BS).sum()
 
 
-def _gate(current: LogProbs, config: GrpoStage, batch: GrpoBatch, meter: Meter) -> None:
+def _gate(policy: TransformerPolicy, current: LogProbs, config: GrpoStage, batch: GrpoBatch, meter: Meter) -> None:
     if not batch.gate:
         return
     trajectory = batch.trajectory
-    found = measure_mismatch(current.logp_BS, trajectory.sampler_logp, trajectory.target_mask)
+    if current.kind not in (LogProbKind.EXACT, LogProbKind.TRAJECTORY):
+        # An estimate of a likelihood is not what was sampled; the law still must be the sampler's.
+        with torch.no_grad():
+            current = policy.log_probs(trajectory)
+    checked_BS = trajectory.target_mask if current.scale_BS is None else current.scale_BS > 0
+    found = measure_mismatch(current.logp_BS, trajectory.sampler_logp, checked_BS)
     meter.add("mismatch/mean", found.total, found.count)
     meter.add("mismatch/max", found.largest)
     check_mismatch(found, config.gates, config.precision, corrected=corrected(config.objective, trajectory))
@@ -114,6 +123,18 @@ def _penalty(objective: ObjectiveConfig, logp_BS: Tensor, old_BS: Tensor, batch:
     return objective.kl.coefficient * penalty_BS
 
 
+def _warn(context: StageContext, policy: TransformerPolicy) -> None:
+    """Say where the objective uses a log-prob that is no likelihood, or one it cannot soundly use."""
+    config: GrpoStage = context.config
+    estimator = estimator_of(config)
+    kind = policy.log_prob_kind if estimator is None else estimator.kind
+    families = [config.objective.objective().family, *(["token_kl"] if config.objective.kl.coefficient > 0 else [])]
+    for family in families:
+        warning = check_legal(family, kind, force=config.estimator is not None and config.estimator.force)
+        if warning is not None:
+            context.say(f"warning: {warning}")
+
+
 def run_grpo(context: StageContext) -> None:
     """Train from the starting policy on the recipe's prompts; leaves model/ (and adapter/) in the stage's folder."""
     config: GrpoStage = context.config
@@ -124,6 +145,7 @@ def run_grpo(context: StageContext) -> None:
     if config.trains_image_rows:
         policy.to(device())
         policy.train_image_rows()
+    _warn(context, policy)
     given = config.objective.token_weighting
     weighting = None if given is None else load_token_weighting(given)
     check_gold(context)

@@ -10,6 +10,7 @@ from rlmm.codecs import Codec
 from rlmm.config.objectives import ObjectiveConfig
 from rlmm.config.stages import GrpoStage
 from rlmm.data import Dataset
+from rlmm.objectives.estimators import Estimator
 from rlmm.objectives.weights import Totals, count_totals, token_weights
 from rlmm.policies.transformer import TransformerPolicy
 from rlmm.rewarding import build_composite
@@ -57,14 +58,14 @@ class GrpoSource:
         self.seed = context.seed("rollouts")
         data: Dataset = load_split(context, "prompts", policy.spelling)
         self.held_out = build_composite(context.recipe.held_out)
-        law = phases.law_of(policy.layout, self.config.sampling)
+        span = self.config.sampling.span(policy.layout)
         self.roller = Roller(
             self.config,
             data,
             policy,
             codec,
-            build_engine(self.config.engine, policy, law),
-            law,
+            build_engine(self.config.engine, policy, span.law),
+            span,
             build_composite(context.recipe.rewards),
             context.recipe.rewards.invalid_output_penalty,
             self.seed,
@@ -158,8 +159,9 @@ class GrpoSource:
             old_BS = self._replay(made)
             experience = replace(experience, old_logp_BS=old_BS)
             # The gate of the first update sees only that update's rows; these are all of them.
-            found = measure_mismatch(old_BS, made.sampler_logp, made.target_mask)
-            check_mismatch(found, self.config.gates, self.config.precision, corrected=corrected(objective, made))
+            if estimator_of(self.config) in (None, Estimator()):
+                found = measure_mismatch(old_BS, made.sampler_logp, made.target_mask)
+                check_mismatch(found, self.config.gates, self.config.precision, corrected=corrected(objective, made))
         if objective.kl.coefficient > 0:
             with self.policy.reference():
                 experience = replace(experience, reference_logp_BS=self._replay(experience.trajectory))
@@ -167,11 +169,9 @@ class GrpoSource:
 
     @torch.no_grad()
     def _replay(self, trajectory: Trajectory) -> Tensor:
-        size, device = self.config.micro_batch_size, self.policy.base.device
-        parts = [
-            self.policy.log_probs(trajectory.rows(list(range(at, min(at + size, len(trajectory))))).to(device)).logp_BS
-            for at in range(0, len(trajectory), size)
-        ]
+        size, device, estimator = self.config.micro_batch_size, self.policy.base.device, estimator_of(self.config)
+        runs = [list(range(at, min(at + size, len(trajectory)))) for at in range(0, len(trajectory), size)]
+        parts = [self.policy.log_probs(trajectory.rows(rows).to(device), estimator=estimator).logp_BS for rows in runs]
         return torch.cat(parts).cpu().float()
 
     def _resume(self, rollout: int) -> Experience:
@@ -224,6 +224,11 @@ def spread(rows: Sequence[int], parts: int) -> list[list[int]]:
     """`rows` in `parts` runs whose lengths differ by at most one."""
     bounds = [len(rows) * i // parts for i in range(parts + 1)]
     return [list(rows[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
+
+
+def estimator_of(config: GrpoStage) -> Estimator | None:
+    """None: the policy's own exact log-prob, or its trajectory's."""
+    return None if config.estimator is None else config.estimator.record()
 
 
 def corrected(objective: ObjectiveConfig, trajectory: Trajectory) -> bool:

@@ -19,8 +19,7 @@ from rlmm.train import experience as phases
 from rlmm.train.experience import Timed
 from rlmm.train.processes import gather
 from rollouts.contract import Engine
-from rollouts.law import Law
-from rollouts.trajectory import Trajectory, concatenate
+from rollouts.trajectory import Span, Trajectory, concatenate
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class Roller:
     policy: TransformerPolicy
     codec: Codec
     engine: Engine
-    law: Law
+    span: Span
     reward: CompositeReward
     penalty: float
     seed: int
@@ -72,9 +71,9 @@ class Roller:
         config = self.config
         with timed("rollout"):
             requests = phases.rollout_requests(
-                self.policy, self.codec, self.law, prompts, config, rollout, self.seed, extra
+                self.policy, self.codec, self.span.law, prompts, config, rollout, self.seed, extra
             )
-            made = phases.generate(self.engine, self.policy, self.law, requests, self.policy.model)
+            made = phases.generate(self.engine, self.span, requests, self.policy.model)
         with timed("score"):
             examples = [example for _, example in prompts for _ in range(config.samples_per_prompt)]
             images = phases.decode_images(self.codec, self.policy.layout, made)

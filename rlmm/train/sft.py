@@ -1,18 +1,20 @@
 """The SFT stage: cross-entropy on image (and text) tokens under one set of weights that sum to 1 over a step."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from rlmm.codecs import Codec, images_to_tensor
+from rlmm.config.masked import NoiseConfig
 from rlmm.config.stages import SftStage
 from rlmm.data import Dataset
 from rlmm.data.base import Subset
+from rlmm.objectives.noise import training_noise
 from rlmm.objectives.weights import count_modalities, sft_token_weights
 from rlmm.policies.base import Policy, SequenceBatch
 from rlmm.policies.layout_io import supervised_batch
-from rlmm.seeds import epoch_indices, generator
+from rlmm.seeds import derive, epoch_indices, generator
 from rlmm.train.context import StageContext, load_split, run_codec, starting_policy
 from rlmm.train.experience import spell_sources
 from rlmm.train.metrics import Meter
@@ -47,7 +49,7 @@ class SftSource:
 
     def micro_batches(self, step: int) -> list[SftBatch]:
         config = self.config
-        picked = epoch_indices(len(self.prompts), step * config.batch_size, config.batch_size, self.seed)
+        picked = self._picked(step)
         luck = generator(self.seed, "prompt dropout", step).random(len(picked))
         dropped = luck < config.prompt_dropout
         prompts = [
@@ -58,20 +60,44 @@ class SftSource:
         bare = luck < config.prompt_dropout / 2
         sources = [[] if drop else self.rows.sources[i] for i, drop in zip(picked, bare, strict=True)]
         whole = supervised_batch(self.policy.layout, prompts, self.rows.codes_NT[picked].tolist(), sources)
-        totals = count_modalities(whole.target_BT, whole.modality_BT)
-        weight_BT = sft_token_weights(
-            whole.target_BT, whole.modality_BT, config.text_weight, config.image_weight, totals=totals
-        )
+        whole, weight_BT = self._weighed(whole, step)
         mine = range(len(picked))[share(config.batch_size, "batch_size")]
         order = sorted(mine, key=lambda row: (int(whole.mask_BT[row].sum()), row))
         size = config.micro_batch_size
         return [_cut(whole, weight_BT, order[at : at + size]) for at in range(0, len(order), size)]
 
+    def _picked(self, step: int) -> list[int]:
+        """Row numbers of a step; under complementary noise each twice in a row."""
+        noise, size = self.config.noise, self.config.batch_size
+        each = 2 if noise is not None and noise.complementary else 1
+        rows = epoch_indices(len(self.prompts), step * (size // each), size // each, self.seed)
+        return [row for row in rows for _ in range(each)]
+
+    def _weighed(self, whole: SequenceBatch, step: int) -> tuple[SequenceBatch, Tensor]:
+        """The step's sequences, masked where the policy learns so, and the weight of each target in its loss."""
+        config, count_BT, factor_BT = self.config, whole.target_BT, None
+        if self.policy.layout.mask is not None:
+            noise = config.noise or NoiseConfig()
+            taught_BT = whole.target_BT & ((whole.modality_BT == IMAGE) | (config.text_weight > 0))
+            taught_BT &= (whole.modality_BT == TEXT) | (config.image_weight > 0)
+            each = 2 if noise.complementary else 1
+            places = range(len(taught_BT))
+            noised_BT, factor_BT = training_noise(
+                taught_BT, [derive(self.seed, "noise", step, place // each) for place in places], noise.schedule,
+                noise.weighting, complement=[place % 2 == 1 for place in places] if each == 2 else None,
+            )  # fmt: skip
+            whole = replace(whole, noised_BT=noised_BT)
+            count_BT = noised_BT if noise.weighting == "mean" else whole.target_BT
+        totals = count_modalities(count_BT, whole.modality_BT)
+        weight_BT = sft_token_weights(
+            count_BT, whole.modality_BT, config.text_weight, config.image_weight, totals=totals
+        )
+        return whole, weight_BT if factor_BT is None else weight_BT * factor_BT.to(weight_BT)
+
 
 def _cut(whole: SequenceBatch, weight_BT: Tensor, rows: list[int]) -> SftBatch:
     width = int(whole.mask_BT[rows].sum(1).max())
-    parts = [getattr(whole, name)[rows, :width] for name in whole.__dataclass_fields__]
-    return SftBatch(SequenceBatch(*parts), weight_BT[rows, :width])
+    return SftBatch(whole.each(lambda value: value[rows, :width]), weight_BT[rows, :width])
 
 
 def sft_loss(policy: Policy, model: nn.Module, batch: SftBatch, meter: Meter) -> Tensor:
@@ -79,6 +105,8 @@ def sft_loss(policy: Policy, model: nn.Module, batch: SftBatch, meter: Meter) ->
     logp_BT = policy.sequence_log_probs(batch.sequences, model=model)
     for name, modality in (("text", TEXT), ("image", IMAGE)):
         where = batch.sequences.target_BT & (batch.sequences.modality_BT == modality)
+        if batch.sequences.noised_BT is not None:
+            where &= batch.sequences.noised_BT
         meter.add(f"loss/{name}", float(-logp_BT.detach()[where].sum()), float(where.sum()))
     return -(batch.weight_BT * logp_BT).sum()
 

@@ -19,9 +19,9 @@ def test_a_run_samples_trains_and_evaluates_on_the_device(tmp_path: Path, monkey
     devices: list[str] = []
     generate = phases.generate
 
-    def watched(engine, policy, law, requests, model):  # noqa: ANN001, ANN202 # pyrefly: ignore
-        devices.append(policy.base.device.type)
-        return generate(engine, policy, law, requests, model)
+    def watched(engine, span, requests, model):  # noqa: ANN001, ANN202 # pyrefly: ignore
+        devices.append(model.device.type)
+        return generate(engine, span, requests, model)
 
     monkeypatch.setattr(phases, "generate", watched)
     folder = run_recipe(read_recipe(TINY, [f"run_dir={tmp_path}"]), lambda line: None)

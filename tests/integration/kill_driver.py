@@ -1,4 +1,4 @@
-"""Runs the tiny recipe whole, and again with a kill at each of five places followed by a resume.
+"""Runs a tiny recipe whole, and again with a kill at each of some places followed by a resume.
 
 A program of its own: it imports once and forks a child for every run, and a child that is to die kills itself with
 SIGKILL at its place. Prints one JSON object: place -> digest of weights and metrics.
@@ -21,6 +21,7 @@ from rlmm.config.recipe import read_recipe
 from rlmm.run_folder import RunFolder
 from rlmm.train.trainer import StageTrainer
 from rollouts.torch_engine.causal import TorchEngine
+from rollouts.torch_engine.masked import MaskedTorchEngine
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "tiny.yaml"
 STAGES = ("codec", "sft", "grpo")
@@ -46,7 +47,8 @@ def dying(original: Callable[..., Any], call: int) -> Callable[..., Any]:
 
 
 def kill_in_rollout() -> None:
-    TorchEngine.generate = dying(TorchEngine.generate, 3)  # the third rollout, after a checkpoint inside the second
+    for engine in (TorchEngine, MaskedTorchEngine):
+        engine.generate = dying(engine.generate, 3)  # the third rollout, after a checkpoint inside the second
 
 
 def kill_in_scoring() -> None:
@@ -97,7 +99,7 @@ PLACES: dict[str, Callable[[], None]] = {
 }
 
 
-def run_in_child(folder: Path, prepare: Callable[[], None] | None, log: Path) -> int:
+def run_in_child(recipe: Path, folder: Path, prepare: Callable[[], None] | None, log: Path) -> int:
     """The child's exit status (negative: the signal that ended it)."""
     child = os.fork()
     if child == 0:
@@ -108,7 +110,7 @@ def run_in_child(folder: Path, prepare: Callable[[], None] | None, log: Path) ->
         try:
             if prepare:
                 prepare()
-            pipeline.run_recipe(read_recipe(RECIPE, [f"run_dir={folder}"]), print)
+            pipeline.run_recipe(read_recipe(recipe, [f"run_dir={folder}"]), print)
             code = 0
         finally:
             sys.stdout.flush()
@@ -136,20 +138,20 @@ def digest(folder: Path) -> dict[str, str]:
     return found
 
 
-def main(out: Path) -> None:
+def main(out: Path, recipe: Path, places: list[str]) -> None:
     whole = out / "whole"
-    status = run_in_child(whole, None, out / "whole.log")
+    status = run_in_child(recipe, whole, None, out / "whole.log")
     if status != 0:
         sys.exit(f"the uninterrupted run failed with {status}:\n{(out / 'whole.log').read_text()[-4000:]}")
     expected, report = digest(whole), {}
-    for place, prepare in PLACES.items():
+    for place in places:
         folder, log = out / place, out / f"{place}.log"
-        killed = run_in_child(folder, prepare, log)
-        resumed = run_in_child(folder, None, log)
+        killed = run_in_child(recipe, folder, PLACES[place], log)
+        resumed = run_in_child(recipe, folder, None, log)
         differing = [] if resumed else [k for k, v in digest(folder).items() if expected.get(k) != v]
         report[place] = {"killed": killed, "resumed": resumed, "differing": differing, "log": log.read_text()[-6000:]}
     print(json.dumps({"files": sorted(expected), "places": report}))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])

@@ -11,15 +11,31 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module")
-def report(tmp_path_factory: pytest.TempPathFactory) -> dict:
-    out = tmp_path_factory.mktemp("kills")
-    driver = ROOT / "tests" / "integration" / "kill_driver.py"
+PLACES = ["rollout", "scoring", "update", "save", "result", "between"]
+MASKED_PLACES = ["rollout", "update"]
+
+
+def killed_runs(out: Path, recipe: str, places: list[str]) -> dict:
+    driver, path = ROOT / "tests" / "integration" / "kill_driver.py", ROOT / "tests" / "recipes" / recipe
     answer = subprocess.run(
-        [sys.executable, str(driver), str(out)], cwd=ROOT, capture_output=True, text=True, timeout=600
+        [sys.executable, str(driver), str(out), str(path), *places],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
     assert answer.returncode == 0, answer.stderr[-6000:]
     return json.loads(answer.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    return killed_runs(tmp_path_factory.mktemp("kills"), "tiny.yaml", PLACES)
+
+
+@pytest.fixture(scope="module")
+def masked_report(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    return killed_runs(tmp_path_factory.mktemp("masked_kills"), "tiny_masked.yaml", MASKED_PLACES)
 
 
 def test_the_digest_covers_weights_metrics_and_evaluation(report: dict) -> None:
@@ -28,9 +44,17 @@ def test_the_digest_covers_weights_metrics_and_evaluation(report: dict) -> None:
         assert part in names
 
 
-@pytest.mark.parametrize("place", ["rollout", "scoring", "update", "save", "result", "between"])
+@pytest.mark.parametrize("place", PLACES)
 def test_resume_is_bit_identical(report: dict, place: str) -> None:
-    found = report["places"][place]
+    check(report["places"][place])
+
+
+@pytest.mark.parametrize("place", MASKED_PLACES)
+def test_resume_of_a_masked_policy_is_bit_identical(masked_report: dict, place: str) -> None:
+    check(masked_report["places"][place])
+
+
+def check(found: dict) -> None:
     assert found["killed"] == -signal.SIGKILL, found["log"]
     assert found["resumed"] == 0, found["log"]
     assert found["differing"] == [], found["log"]

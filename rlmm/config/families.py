@@ -1,0 +1,80 @@
+"""What a stage may ask of a policy's family: refused when the recipe is read, with the reason."""
+
+import json
+from pathlib import Path
+from typing import Literal
+
+from rlmm.config.engines import TorchEngineConfig
+from rlmm.config.policy import NewPolicy, Policy
+from rlmm.config.stages import EvalStage, GrpoStage, SftStage, Stage
+from rlmm.objectives.estimators import Estimator
+from rlmm.objectives.legality import LogProbKind, check_legal
+
+Family = Literal["next_token", "masked"]
+LAYOUT = "layout.json"
+
+
+def family_of(policy: Policy) -> Family:
+    """Of a recipe's policy. A checkpoint that cannot be read counts as next-token: its loading says what is wrong."""
+    if isinstance(policy, NewPolicy):
+        return policy.family
+    path = Path(policy.path) / LAYOUT
+    try:
+        return "masked" if json.loads(path.read_text()).get("mask") is not None else "next_token"
+    except (OSError, json.JSONDecodeError):
+        return "next_token"
+
+
+def check_family(name: str, stage: Stage, policy: Policy) -> None:
+    """Raises ValueError where the stage asks for what the policy's family has not, or lacks what it needs."""
+    family = family_of(policy)
+    if isinstance(stage, GrpoStage):
+        _check_grpo(name, stage, family)
+    elif isinstance(stage, EvalStage):
+        _check_unmasking(f"{name}.unmasking", stage.unmasking is not None, family)
+    elif isinstance(stage, SftStage) and stage.noise is not None and family == "next_token":
+        raise ValueError(f"stage {name!r}: noise is of masked policies, and this one is next-token; leave it out")
+
+
+def _check_unmasking(place: str, given: bool, family: Family) -> None:
+    if family == "masked" and not given:
+        raise ValueError(f"{place}: a masked policy needs it, e.g. {{steps: 8, order: random}}")
+    if family == "next_token" and given:
+        raise ValueError(f"{place}: a next-token policy decides one token after the other; leave it out")
+
+
+def _check_grpo(name: str, stage: GrpoStage, family: Family) -> None:
+    _check_unmasking(f"{name}.sampling.unmasking", stage.sampling.unmasking is not None, family)
+    if family == "next_token":
+        if stage.estimator is not None:
+            raise ValueError(f"stage {name!r}: a next-token policy's log-probs are exact; leave estimator out")
+        check_legal(stage.objective.objective().family, LogProbKind.EXACT)
+        return
+    if not isinstance(stage.engine, TorchEngineConfig):
+        raise ValueError(f"stage {name!r}: masked policies are sampled by engine.kind torch, not {stage.engine.kind}")
+    _check_estimator(name, stage, Estimator() if stage.estimator is None else stage.estimator.record())
+
+
+def _check_estimator(name: str, stage: GrpoStage, estimator: Estimator) -> None:
+    force = stage.estimator is not None and stage.estimator.force
+    unmasking, sampling = stage.sampling.unmasking, stage.sampling
+    check_legal(stage.objective.objective().family, estimator.kind, force=force)
+    if stage.objective.kl.coefficient > 0:
+        check_legal("token_kl", estimator.kind, force=force)
+    along = estimator.scheme == "trajectory"
+    cut = sampling.top_k > 0 or sampling.top_p < 1
+    if cut and (not along or (unmasking is not None and unmasking.order not in ("random", "blocks", "ancestral"))):
+        raise ValueError(
+            f"stage {name!r}: the supports that top_k and top_p leave are stored where a token was decided, and this "
+            "log-prob needs them elsewhere too; set top_k 0 and top_p 1, or use estimator trajectory with order random"
+        )
+    if unmasking is not None and unmasking.order == "noisy_confidence":
+        raise ValueError(
+            f"stage {name!r}: what noisy_confidence samples has no known log-prob, so nothing can tell if the loss "
+            "is of the law sampled from; train with order random, confidence or threshold, and evaluate with any"
+        )
+    if stage.objective.mismatch is not None and estimator != Estimator():
+        raise ValueError(
+            f"stage {name!r}: objective.mismatch compares log-probs with the sampler's, which this estimator does not "
+            "give; leave it out"
+        )

@@ -1,0 +1,163 @@
+"""The tiny recipe of a masked policy, run whole: what it leaves, and that cutting a step changes nothing."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from rlmm.config.policy import CheckpointPolicy
+from rlmm.config.recipe import Recipe, RecipeError, read_recipe, validate_recipe
+from rlmm.pipeline import run_recipe
+from rlmm.policies.families import llama
+from rlmm.policies.masked import MaskedPolicy
+from rlmm.run_folder import RunFolder
+from rlmm.sampling import sample_grid
+from rlmm.train.metrics import MetricsFile
+from rollouts.store import read_trajectory
+
+TINY = Path(__file__).parents[1] / "recipes" / "tiny_masked.yaml"
+COUNT = "stages.grpo.estimator={kind: count}"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    return run_recipe(read_recipe(TINY, [f"run_dir={tmp_path_factory.mktemp('masked') / 'run'}"]), lambda _: None)
+
+
+@pytest.fixture
+def variant(run: RunFolder, tmp_path: Path) -> Callable[..., Recipe]:
+    """Recipes of the GRPO stage alone, from the run's SFT."""
+
+    def make(*overrides: str, name: str = "run") -> Recipe:
+        start = CheckpointPolicy(path=str(run.stage("sft") / "model"))
+        recipe = read_recipe(TINY, [f"run_dir={tmp_path / name}", *overrides])
+        return recipe.model_copy(update={"policy": start, "stages": {"grpo": recipe.stages["grpo"]}})
+
+    return make
+
+
+def metrics(folder: RunFolder) -> list[dict[str, float]]:
+    return MetricsFile(folder.stage("grpo") / "metrics.jsonl").read()
+
+
+def test_every_stage_ends_and_trainer_and_sampler_agree(run: RunFolder) -> None:
+    assert (run.path / "report.html").is_file() and (run.path / "adapter" / "adapter_config.json").is_file()
+    rows = metrics(run)
+    assert len(rows) == 6 and all(row["mismatch/max"] < 1e-5 for row in rows if "mismatch/max" in row)
+    assert sum("mismatch/max" in row for row in rows) == 3
+    kept = json.loads(next(run.path.glob("stages/*/eval.json")).read_text())
+    assert {cell["arm"] for cell in kept["rows"]} == {"sft", "grpo"}
+
+
+def test_rollouts_keep_the_order_they_were_revealed_in(run: RunFolder) -> None:
+    made, _ = read_trajectory(sorted((run.stage("grpo") / "rollouts").glob("*.parquet"))[-1])
+    unmasking = made.spans[0].unmasking
+    assert unmasking is not None and unmasking.steps == 3
+    assert made.step.max() == 2 and all(len(row.unique()) == 3 for row in made.step)
+    policy = llama.load(run.stage("sft") / "model")
+    assert isinstance(policy, MaskedPolicy) and not (made.ids == policy.mask).any()
+
+
+def test_exports_are_bidirectional_in_plain_transformers_when_told_so(run: RunFolder) -> None:
+    policy = llama.load(run.path / "merged")
+    plain = AutoModelForCausalLM.from_pretrained(run.path / "merged")
+    ids = torch.tensor([[*policy.layout.prefix([9, 10]), *range(policy.layout.image[0], policy.layout.image[0] + 12)]])
+    with torch.no_grad():
+        hidden = policy.hidden(ids, torch.ones_like(ids, dtype=torch.bool))
+        wanted = policy.head(hidden[0], policy.layout.image)
+        found = plain(ids, is_causal=False).logits[0, :, slice(*policy.layout.image)]
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+
+
+def test_sampling_takes_steps_and_order(run: RunFolder, tmp_path: Path) -> None:
+    folder = run.path / "merged"
+    law = {"temperature": 1.0, "guidance_scale": 1.0, "seed": 0}
+    for steps, order in ((None, "random"), (4, "ancestral"), (12, "confidence")):
+        one, same = (sample_grid(folder, ["a"], 2, steps=steps, order=order, **law) for _ in "ab")  # pyrefly: ignore
+        assert one.tobytes() == same.tobytes()
+    with pytest.raises(ValueError, match="at most 12"):
+        sample_grid(folder, ["a"], 1, steps=13, **law)  # pyrefly: ignore
+
+
+def weights(folder: RunFolder) -> dict[str, torch.Tensor]:
+    return load_file(folder.stage("grpo") / "model" / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        [],
+        ["stages.grpo.estimator={kind: trajectory, steps: 2}"],
+        ["stages.grpo.sampling.unmasking={steps: 3, order: confidence}"],
+        [
+            "stages.grpo.estimator={kind: stratified, draws: 3}",
+            "stages.grpo.objective={name: gspo, clip_low: 0.2, clip_high: 0.2, updates_per_rollout: 2}",
+        ],
+    ],
+)
+def test_the_micro_batch_size_does_not_change_the_update(variant: Callable[..., Recipe], settings: list[str]) -> None:
+    made = [
+        run_recipe(variant(*settings, f"stages.grpo.micro_batch_size={size}", name=str(size)), lambda _: None)
+        for size in (1, 4)
+    ]
+    one, other = (weights(folder) for folder in made)
+    start = load_file(Path(variant().policy.path) / "model.safetensors")  # pyrefly: ignore
+    moved = max(float((one[name] - start[name]).abs().max()) for name in start)
+    apart = max(float((one[name] - other[name]).abs().max()) for name in start)
+    assert moved > 1e-4 and apart < 0.01 * moved
+    assert all(row["mismatch/max"] < 1e-5 for folder in made for row in metrics(folder) if "mismatch/max" in row)
+
+
+def test_a_baseline_that_is_no_likelihood_runs_when_forced_and_says_so(variant: Callable[..., Recipe]) -> None:
+    said: list[str] = []
+    estimator = "stages.grpo.estimator={kind: count, draws: 2, force: true}"
+    run_recipe(variant(estimator, "stages.grpo.objective={name: grpo}"), said.append)
+    assert any("warning: token_ratio on a log-prob of kind elbo" in line for line in said)
+    said.clear()
+    run_recipe(
+        variant("stages.grpo.estimator={kind: mean_field}", "stages.grpo.objective={name: grpo}", name="m"), said.append
+    )
+    assert any("no likelihood" in line for line in said)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ([COUNT], "use level: sequence"),
+        (
+            ["stages.grpo.estimator={kind: count}", "stages.grpo.objective={name: gspo, kl: {coefficient: 0.1}}"],
+            "token_kl",
+        ),
+        (["stages.grpo.estimator={kind: complement, draws: 3}"], "2 at a time"),
+        (["stages.grpo.estimator={kind: trajectory, draws: 2}"], "leave the other one out"),
+        (["stages.grpo.estimator={kind: truncated}"], "ratios belong to kind truncated"),
+        (["stages.grpo.sampling.unmasking=null"], "sampling.unmasking: a masked policy needs it"),
+        (["stages.evaluation.unmasking=null"], "evaluation.unmasking: a masked policy needs it"),
+        (["stages.grpo.sampling.unmasking={steps: 3, order: noisy_confidence, noise: 1}"], "no known log-prob"),
+        (["stages.grpo.sampling.unmasking={steps: 3, order: confidence}", "stages.grpo.sampling.top_k=5"], "supports"),
+        (["stages.grpo.engine={kind: vllm}"], "sampled by engine.kind torch"),
+        (["policy.family=next_token"], "noise is of masked policies"),
+        (["policy.family=next_token", "stages.sft.noise=null"], "decides one token after the other"),
+        (["policy.null=token"], "not sampled by vLLM"),
+        (["stages.sft.micro_batch_size=1"], "micro_batch_size"),
+    ],
+)
+def test_what_a_family_cannot_do_is_refused_when_the_recipe_is_read(settings: list[str], says: str) -> None:
+    with pytest.raises(RecipeError, match=says):
+        read_recipe(TINY, settings)
+
+
+def test_a_checkpoint_says_its_family(run: RunFolder) -> None:
+    checkpoint = {"kind": "checkpoint", "path": str(run.stage("sft") / "model")}
+    raw = yaml.safe_load(TINY.read_text()) | {"policy": checkpoint}
+    grpo = raw["stages"]["grpo"]
+    raw["stages"] = {"grpo": grpo | {"sampling": {}}}
+    with pytest.raises(RecipeError, match="a masked policy needs it"):
+        validate_recipe(raw, "a recipe")
+    raw["stages"] = {"grpo": grpo}
+    validate_recipe(raw, "a recipe")
