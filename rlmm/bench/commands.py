@@ -45,3 +45,16 @@ def step(
     names = tuple(problems.split(","))
     plan = step_plan(names, prompts, tokens, checkpointed=checkpointed, steps=steps, repeats=repeats, threads=threads)
     bench_step(plan, json_file)
+
+
+@bench_app.command("estimators")
+def estimators(
+    json_file: JsonFile = None,
+    policies: Annotated[int, typer.Option(min=1, help="Random policies")] = 12,
+    plans: Annotated[int, typer.Option(min=2, help="Noise plans an estimator")] = 20_000,
+) -> None:
+    """Bias, variance and gradient of every estimate of a masked policy's log-prob, on policies small enough to
+    enumerate."""
+    from rlmm.bench.estimators import bench_estimators
+
+    bench_estimators(policies, plans, json_file)

@@ -73,6 +73,11 @@ def _check_estimator(name: str, stage: GrpoStage, estimator: Estimator) -> None:
             f"stage {name!r}: what noisy_confidence samples has no known log-prob, so nothing can tell if the loss "
             "is of the law sampled from; train with order random, confidence or threshold, and evaluate with any"
         )
+    if estimator.upper is not None and (stage.objective.surrogate != "reinforce" or estimator.kind != LogProbKind.ELBO):
+        raise ValueError(
+            f"stage {name!r}: an upper estimate has no ratio to an older one, and pairs with an ELBO; use objective "
+            "reinforce and an estimator such as count or stratified, or leave upper out"
+        )
     if stage.objective.mismatch is not None and estimator != Estimator():
         raise ValueError(
             f"stage {name!r}: objective.mismatch compares log-probs with the sampler's, which this estimator does not "

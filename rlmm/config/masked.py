@@ -6,7 +6,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from rlmm.config.base import Strict
-from rlmm.objectives.estimators import Estimator
+from rlmm.objectives.estimators import Estimator, Upper
 from rlmm.objectives.noise import Scheme, Weighting, check_draws
 from rollouts.unmasking import Order, Schedule, Unmasking
 
@@ -51,6 +51,13 @@ class NoiseConfig(Strict):
     """Show each image twice, with a mask and with its complement, so that every token is learned from."""
 
 
+class UpperConfig(Strict):
+    """SPG's upper estimate, arXiv 2510.09541."""
+
+    beta: float = Field(1.5, ge=1)
+    share: float = Field(0.5, gt=0, le=1)
+
+
 class EstimatorConfig(Strict):
     """What a log-prob of a rollout is."""
 
@@ -63,6 +70,9 @@ class EstimatorConfig(Strict):
     """Range of the mask ratio, of kind truncated."""
     steps: int | None = Field(None, ge=1)
     """Of kind trajectory: how many of its steps are evaluated, drawn anew each rollout; null: all."""
+    upper: UpperConfig | None = None
+    """Samples with a negative advantage are pushed by an upper estimate, too (SPG): for objective reinforce, on an
+    ELBO."""
     force: bool = False
     """Run a baseline whose log-prob the objective cannot soundly use."""
 
@@ -80,4 +90,5 @@ class EstimatorConfig(Strict):
         return self
 
     def record(self) -> Estimator:
-        return Estimator(self.kind, self.draws, self.ratios, self.steps)
+        upper = None if self.upper is None else Upper(self.upper.beta, self.upper.share)
+        return Estimator(self.kind, self.draws, self.ratios, self.steps, upper)

@@ -108,7 +108,7 @@ class ObjectiveConfig(Strict):
     """The ratio is clipped above 1 + clip_high."""
     surrogate: Surrogate
     """clipped: a token whose ratio is past the clip has no gradient. cispo: the ratio is a bounded weight, and every
-    token keeps its gradient."""
+    token keeps its gradient. reinforce: no ratio."""
     advantage: AdvantageConfig
     kl: KLConfig = KLConfig()
     entropy: EntropyConfig = EntropyConfig()

@@ -13,14 +13,24 @@ from rollouts.trajectory import Trajectory
 
 
 @dataclass(frozen=True)
+class Upper:
+    """SPG's evidence upper estimate (arXiv 2510.09541, eq. 9) with exponent `beta`, of which samples with a negative
+    advantage get `share`, and the lower one the rest."""
+
+    beta: float = 1.5
+    share: float = 0.5
+
+
+@dataclass(frozen=True)
 class Estimator:
     """scheme: `trajectory`, or a noise scheme. draws: masks a row of a noise scheme. ratios: of `truncated`. steps: how
-    many steps of a trajectory are evaluated; None: all."""
+    many steps of a trajectory are evaluated; None: all. upper: the other side of a sandwich."""
 
     scheme: Scheme | Literal["trajectory"] = "trajectory"
     draws: int = 1
     ratios: tuple[float, float] | None = None
     steps: int | None = None
+    upper: "Upper | None" = None
 
     @property
     def kind(self) -> LogProbKind:
@@ -31,6 +41,20 @@ class Estimator:
         if self.scheme == "trajectory":
             raise ValueError("a trajectory's states are the sampled ones; only noise schemes have a plan")
         return noise_plan(self.scheme, trajectory.target_mask, trajectory.seed, self.draws, ratios=self.ratios)
+
+
+def upper_log_probs(logp_BnS: Tensor, weight_BnS: Tensor, beta: float) -> Tensor:
+    """(1 / beta) log sum_n weight_n p_n^beta [B, S], the weights 1/n times L/k where masked; 0 for positions no draw
+    masks. The log stands outside the mean over draws, and a constant is dropped: no upper bound of every sequence."""
+    scaled_BnS = torch.where(weight_BnS > 0, beta * logp_BnS + weight_BnS.clamp_min(1e-300).log(), -torch.inf)
+    seen_BS = (weight_BnS > 0).any(1)
+    return torch.where(seen_BS, torch.where(seen_BS[:, None], scaled_BnS, 0.0).logsumexp(1) / beta, 0.0)
+
+
+def sandwiched(lower_BS: Tensor, upper_BS: Tensor, advantage_B: Tensor, share: float) -> Tensor:
+    """The lower estimate where the advantage is not negative, else (1 - share) lower + share upper [B, S]: what is to
+    become likelier is pushed by a lower estimate, what is to become less likely partly by an upper one."""
+    return torch.where(advantage_B[:, None] < 0, (1 - share) * lower_BS + share * upper_BS, lower_BS)
 
 
 def step_weights(trajectory: Trajectory, steps: int | None) -> Tensor:

@@ -71,7 +71,29 @@ def cispo_policy_loss(
     return PolicyLoss(loss_BS, ratio_BS, bounded_BS != ratio_BS)
 
 
-POLICY_LOSSES: dict[Surrogate, Callable[..., PolicyLoss]] = {"clipped": clipped_policy_loss, "cispo": cispo_policy_loss}
+def reinforce_policy_loss(
+    logp_BS: Tensor,
+    old_logp_BS: Tensor,
+    advantage_B: Tensor,
+    *,
+    clip_low: float,
+    clip_high: float,
+    level: Level = "token",
+    target_mask_BS: Tensor | None = None,
+) -> PolicyLoss:
+    """-A logp, [B, S]: no ratio, so nothing to clip, and nothing that corrects for an older policy. Arguments as for
+    `clipped_policy_loss`; the ratio is given for the record."""
+    mask_BS = torch.ones_like(logp_BS, dtype=torch.bool) if target_mask_BS is None else target_mask_BS
+    gain_B1 = advantage_B.detach().to(logp_BS.dtype)[:, None]
+    ratio_BS = _ratio(logp_BS.detach(), old_logp_BS, mask_BS, level)
+    return PolicyLoss(-gain_B1 * torch.where(mask_BS, logp_BS, 0.0), ratio_BS, torch.zeros_like(mask_BS))
+
+
+POLICY_LOSSES: dict[Surrogate, Callable[..., PolicyLoss]] = {
+    "clipped": clipped_policy_loss,
+    "cispo": cispo_policy_loss,
+    "reinforce": reinforce_policy_loss,
+}
 
 
 def _ratio(logp_BS: Tensor, old_logp_BS: Tensor, mask_BS: Tensor, level: Level) -> Tensor:

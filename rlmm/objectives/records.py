@@ -8,7 +8,7 @@ Scale = Literal["group_std", "batch_std", "none"]
 FlatGroups = Literal["drop", "count"]
 WeightKind = Literal["grpo", "dr_grpo", "dapo", "rloo"]
 Level = Literal["token", "sequence"]
-Surrogate = Literal["clipped", "cispo"]
+Surrogate = Literal["clipped", "cispo", "reinforce"]
 KLKind = Literal["k1", "k2", "k3"]
 Correction = Literal["truncate", "mask", "reject"]
 Family = Literal["token_ratio", "sequence_ratio", "ratio_free", "dpo", "token_kl"]
@@ -38,6 +38,8 @@ class Objective:
     @property
     def family(self) -> Family:
         """The row of the legality table this objective stands in."""
+        if self.surrogate == "reinforce":
+            return "ratio_free"
         return "token_ratio" if self.level == "token" else "sequence_ratio"
 
 
@@ -79,6 +81,11 @@ OBJECTIVES: dict[str, Objective] = {
         clip_high=4.0,
         surrogate="cispo",
     ),  # fmt: skip
+    # REINFORCE (Williams 1992) with the group's advantages and no ratio: what a log-prob that is no likelihood, or a
+    # bound, may drive (wd1, arXiv 2507.08838; SPG, arXiv 2510.09541)
+    "reinforce": Objective(
+        "reinforce", baseline="mean", scale="group_std", weights="grpo", flat_groups="drop", surrogate="reinforce"
+    ),
     # REINFORCE++, arXiv 2501.03262: baseline and scale of the whole batch, so a group without spread teaches, too
     "reinforce++": Objective(
         "reinforce++", baseline="batch_mean", scale="batch_std", weights="grpo", flat_groups="count"

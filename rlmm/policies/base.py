@@ -20,13 +20,15 @@ class LogProbs:
     """Log-probs [B, S] of what a trajectory decided, 0 outside its targets, and what kind of quantity they are.
 
     `entropy_BS` is the entropy of each decision's law, in nats, without gradient unless that was asked for. `scale_BS`:
-    where only some decisions were evaluated, what each counts for in a sum over its row, 0 for the others.
+    where only some decisions were evaluated, what each counts for in a sum over its row, 0 for the others. `upper_BS`:
+    an upper estimate beside a lower one, where asked for.
     """
 
     kind: LogProbKind
     logp_BS: Tensor
     entropy_BS: Tensor
     scale_BS: Tensor | None = None
+    upper_BS: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlmm.objectives.estimators import Estimator, step_weights
+from rlmm.objectives.estimators import Estimator, step_weights, upper_log_probs
 from rlmm.objectives.legality import LogProbKind
 from rlmm.policies.base import LogProbs, SequenceBatch
 from rlmm.policies.head import decision_log_probs
@@ -70,9 +70,13 @@ class MaskedPolicy(TransformerPolicy):
         states = States(rows.repeat_interleave(estimator.draws).to(masks_RS.device), masks_RS, masks_RS)
         logp_RS, entropy_RS = self.read(trajectory, states, model=model, entropy_gradient=entropy_gradient)
         weight_BnS = plan.weight_BnS.to(logp_RS)
-        logp_BS = (weight_BnS * logp_RS.unflatten(0, (-1, estimator.draws))).sum(1)
+        logp_BnS = logp_RS.unflatten(0, (-1, estimator.draws))
+        logp_BS = (weight_BnS * logp_BnS).sum(1)
         entropy_BS = (weight_BnS * entropy_RS.unflatten(0, (-1, estimator.draws))).sum(1)
-        return LogProbs(estimator.kind, logp_BS, entropy_BS)
+        upper_BS = None
+        if estimator.upper is not None:
+            upper_BS = upper_log_probs(logp_BnS, weight_BnS, estimator.upper.beta)
+        return LogProbs(estimator.kind, logp_BS, entropy_BS, upper_BS=upper_BS)
 
     def read(
         self,

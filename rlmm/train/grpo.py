@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from rlmm.config.objectives import MismatchConfig, ObjectiveConfig
 from rlmm.config.stages import GrpoStage
+from rlmm.objectives.estimators import sandwiched
 from rlmm.objectives.kl import kl_estimate, kl_loss
 from rlmm.objectives.legality import LogProbKind, check_legal
 from rlmm.objectives.mismatch import mismatch_weights
@@ -40,7 +41,7 @@ def grpo_loss(
     # With one update a rollout the old policy is the current one: its log-probs are these, without gradient.
     old_BS = current.logp_BS.detach() if batch.old_logp_BS is None else batch.old_logp_BS
     loss = POLICY_LOSSES[objective.surrogate](
-        current.logp_BS,
+        _driving(current, config, batch),
         old_BS,
         batch.advantage_B,
         clip_low=objective.clip_low,
@@ -62,6 +63,14 @@ def grpo_loss(
     if weighting is not None:
         weight_BS = weight_BS * _user_weights(weighting, current, old_BS, batch, meter)
     return (weight_BS * per_token_BS).sum()
+
+
+def _driving(current: LogProbs, config: GrpoStage, batch: GrpoBatch) -> Tensor:
+    """The log-probs that the loss moves."""
+    estimator = estimator_of(config)
+    if current.upper_BS is None or estimator is None or estimator.upper is None:
+        return current.logp_BS
+    return sandwiched(current.logp_BS, current.upper_BS, batch.advantage_B, estimator.upper.share)
 
 
 def _gate(policy: TransformerPolicy, current: LogProbs, config: GrpoStage, batch: GrpoBatch, meter: Meter) -> None:

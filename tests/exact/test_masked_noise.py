@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlmm.objectives.estimators import Estimator
+from rlmm.objectives.estimators import Estimator, Upper, sandwiched, upper_log_probs
 from rlmm.objectives.legality import LogProbKind
 from rlmm.objectives.noise import SCHEME_KINDS, SCHEMES, Scheme, noise_plan
 from rlmm.policies.masked import MaskedPolicy
@@ -196,6 +196,38 @@ def test_at_the_old_policy_the_ratio_is_one_and_its_gradient_that_of_the_estimat
     for one, other in zip(found, wanted, strict=True):
         if one is not None and other is not None:
             torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+
+
+def test_the_upper_estimate_is_its_formula_and_no_bound_of_every_image(policy: MaskedPolicy, losses: Tensor) -> None:
+    estimator = Estimator("count", 4, upper=Upper(beta=1.5))
+    made = trajectory_of(policy, law_named("plain", policy), STEPWISE, IMAGES_NS, torch.zeros_like(IMAGES_NS))
+    plan = estimator.plan(made)
+    with torch.no_grad():
+        found = policy.log_probs(made, estimator=estimator).upper_BS
+    assert found is not None
+    number_Nn = (plan.masks_BnS * NUMBER_S).sum(-1)
+    for row, at in product(range(0, 64, 7), range(LENGTH)):
+        chances = [
+            float(plan.weight_BnS[row, draw, at]) * float(losses[row, number_Nn[row, draw], at].exp()) ** 1.5
+            for draw in range(4)
+            if plan.masks_BnS[row, draw, at]
+        ]
+        wanted = np.log(sum(chances)) / 1.5 if chances else 0.0
+        assert float(found[row, at]) == pytest.approx(wanted, abs=1e-9)
+    with torch.no_grad():
+        weight_M = torch.tensor(
+            [0.0 if k == 0 else 1 / comb(LENGTH, int(k)) / int(k) for k in MASKS_MS.sum(1).tolist()]
+        )
+        weight_NMS = (weight_M.double()[:, None] * MASKS_MS).expand(len(IMAGES_NS), -1, -1)
+        limit = upper_log_probs(losses, weight_NMS, 1.5).sum(1)
+        log_pi = image_log_probs(table(policy, law_named("plain", policy)))
+    violated = float((limit < log_pi).double().mean())
+    assert 0 < violated < 1
+
+
+def test_only_samples_to_be_made_less_likely_are_pushed_from_above() -> None:
+    lower, upper = torch.tensor([[-3.0], [-3.0]]), torch.tensor([[-1.0], [-1.0]])
+    assert sandwiched(lower, upper, torch.tensor([1.0, -1.0]), 0.25).tolist() == [[-3.0], [-2.5]]
 
 
 def test_draws_that_do_not_fit_a_scheme_are_refused() -> None:

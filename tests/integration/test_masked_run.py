@@ -88,10 +88,14 @@ def weights(folder: RunFolder) -> dict[str, torch.Tensor]:
     return load_file(folder.stage("grpo") / "model" / "model.safetensors")
 
 
+SANDWICH = "{kind: stratified, draws: 2, upper: {share: 0.5}}"
+
+
 @pytest.mark.parametrize(
     "settings",
     [
         [],
+        [f"stages.grpo.estimator={SANDWICH}", "stages.grpo.objective={name: reinforce, updates_per_rollout: 2}"],
         ["stages.grpo.estimator={kind: trajectory, steps: 2}"],
         ["stages.grpo.sampling.unmasking={steps: 3, order: confidence}"],
         [
@@ -133,6 +137,7 @@ def test_a_baseline_that_is_no_likelihood_runs_when_forced_and_says_so(variant: 
             ["stages.grpo.estimator={kind: count}", "stages.grpo.objective={name: gspo, kl: {coefficient: 0.1}}"],
             "token_kl",
         ),
+        ([f"stages.grpo.estimator={SANDWICH}", "stages.grpo.objective={name: gspo}"], "an upper estimate has no ratio"),
         (["stages.grpo.estimator={kind: complement, draws: 3}"], "2 at a time"),
         (["stages.grpo.estimator={kind: trajectory, draws: 2}"], "leave the other one out"),
         (["stages.grpo.estimator={kind: truncated}"], "ratios belong to kind truncated"),
