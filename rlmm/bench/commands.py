@@ -58,3 +58,19 @@ def estimators(
     from rlmm.bench.estimators import bench_estimators
 
     bench_estimators(policies, plans, json_file)
+
+
+@bench_app.command("unmasking")
+def unmasking(
+    json_file: JsonFile = None,
+    size: Annotated[str, typer.Option(help="Model, of tiny, quickstart, 5m and 50m")] = "5m",
+    samples: Annotated[int, typer.Option(min=1)] = 32,
+    tokens: Annotated[int, typer.Option(min=1, help="Image tokens a sample")] = 256,
+    steps: Annotated[int, typer.Option(min=1, help="Steps that reveal an image")] = 12,
+    repeats: Annotated[int, typer.Option(min=1, help="Interleaved repeats, of which medians are shown")] = 3,
+    threads: Threads = 1,
+) -> None:
+    """A masked policy's sampler against MaskGIT's loop as published, and what an exact trajectory's update costs."""
+    from rlmm.bench.unmasking import UnmaskingPlan, bench_unmasking
+
+    bench_unmasking(UnmaskingPlan(size, samples, tokens, steps, repeats, threads), json_file)

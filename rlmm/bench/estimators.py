@@ -53,7 +53,7 @@ ESTIMATORS: dict[str, Estimator] = {
 
 @dataclass(frozen=True)
 class Row:
-    """Means over the policies. bias: of the estimate against the ELBO, in nats an image; deviation: its standard one;
+    """Means over the policies. bias: the magnitude, against the ELBO, in nats an image; deviation: its standard one;
     cosine and least: of its policy gradient with that of the expected reward, mean and least over policies."""
 
     estimator: str
@@ -73,7 +73,7 @@ def bench_estimators(policies: int, plans: int, json_file: Path | None) -> None:
         table.add_column(column, justify="left" if column in ("estimator", "what it is") else "right")
     for row in rows:
         figures = (row.bias, row.deviation, row.cosine, row.least)
-        table.add_row(row.estimator, row.kind, f"{row.forwards:g}", *(f"{figure:+.3f}" for figure in figures))
+        table.add_row(row.estimator, row.kind, f"{row.forwards:g}", *(f"{figure:.3f}" for figure in figures))
     Console().print(table)
     if json_file is not None:
         plan = {"policies": policies, "plans": plans, "codes": CODES, "positions": LENGTH}
@@ -105,7 +105,7 @@ class Problem:
         self.exact = self._gradient((self.log_pi.exp() * self.reward_N).sum())
 
     def elbo_gap(self) -> tuple[float, float]:
-        return float((self.elbo - self.log_pi).detach().mean()), 0.0
+        return float((self.elbo - self.log_pi).detach().abs().mean()), 0.0
 
     def cosine(self, score_N: Tensor) -> float:
         """Of sum_x pi(x) R(x) grad score(x), the policy gradient with `score` in the log-prob's place, and the exact
@@ -146,7 +146,7 @@ def _noise_row(name: str, estimator: Estimator, problems: Sequence[Problem], pla
     def errors(problem: Problem) -> tuple[float, float]:
         estimates_PN = torch.einsum("pms,nms->pn", weight_PMS, problem.losses_NMS.detach())
         bias_N = estimates_PN.mean(0) - problem.elbo.detach()
-        return float(bias_N.mean()), float(estimates_PN.std(0).mean())
+        return float(bias_N.abs().mean()), float(estimates_PN.std(0).mean())
 
     def score(problem: Problem) -> Tensor:
         return torch.einsum("ms,nms->n", mean_MS, problem.losses_NMS)
