@@ -29,6 +29,16 @@ def one_image_span(spans: Sequence[Span], engine: str) -> Span:
     return spans[0]
 
 
+def refuse_given(requests: Sequence[Request], engine: str) -> None:
+    """Of an engine that decides one token after the other. Raises ValueError where a request has given tokens."""
+    for request in requests:
+        if request.given:
+            raise ValueError(
+                f"request {request.group_id} has given tokens, and the {engine} engine decides one token after the "
+                "other, so what comes before a given one could not see it; use a masked policy"
+            )
+
+
 def image_trajectory(
     layout: Layout,
     span: Span,
@@ -45,12 +55,14 @@ def image_trajectory(
     """The trajectory of one image span a row, one row a seed, in request order. `streams` has one row a sample.
     `step_BS`: when each position was decided; None: one after the other."""
     rows, length = ids_BS.shape
-    target_S = torch.zeros(length, dtype=torch.bool)
-    target_S[layout.grid.decided()] = True
+    target_BS = torch.zeros(rows, length, dtype=torch.bool)
+    target_BS[:, layout.grid.decided()] = True
+    for row, given in enumerate(request.given for request in requests for _ in request.seeds):
+        target_BS[row, [position for position, _ in given]] = False
     return Trajectory(
         ids=ids_BS,
         attention_mask=torch.ones(rows, length, dtype=torch.bool),
-        target_mask=target_S.expand(rows, -1).clone(),
+        target_mask=target_BS,
         modality=torch.full((rows, length), IMAGE, dtype=torch.int8),
         step=torch.arange(length, dtype=torch.int32).expand(rows, -1).clone() if step_BS is None else step_BS,
         span=torch.zeros(rows, length, dtype=torch.int8),

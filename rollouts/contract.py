@@ -105,7 +105,8 @@ class Layout:
 class Request:
     """One prompt and the samples wanted of it: its streams are prefilled once, whatever the number of seeds.
 
-    `streams` maps a stream's name to its prefix ids (the sequence up to and including begin-of-image).
+    `streams` maps a stream's name to its prefix ids (the sequence up to and including begin-of-image). `given`:
+    (position in the span, token id) pairs that are kept as they are (infilling), which masked families alone can do.
     """
 
     group_id: str
@@ -113,6 +114,7 @@ class Request:
     seeds: tuple[int, ...]
     sample_ids: tuple[str, ...]
     sources: tuple[str, ...] = ()
+    given: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.seeds) != len(self.sample_ids):

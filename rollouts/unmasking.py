@@ -8,7 +8,7 @@ Shapes: B rows, S positions of the span, D positions that are decided, T steps, 
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -113,13 +113,20 @@ def noise_scale(unmasking: Unmasking, step: int, steps: int) -> float:
     return unmasking.noise * (1 - (step + 1) / steps)
 
 
-def planned_steps(unmasking: Unmasking, decided: Sequence[int], length: int, seeds: Sequence[int]) -> Tensor:
-    """The step [B, S] (int32) at which a policy-free order reveals each position; 0 for positions not `decided`."""
-    step_BS = torch.zeros(len(seeds), length, dtype=torch.int32)
+def planned_steps(unmasking: Unmasking, masked_BS: Tensor, seeds: Sequence[int], decided: int) -> Tensor:
+    """The step [B, S] (int32) at which a policy-free order reveals each masked position; 0 for the others.
+
+    A row with fewer masked positions than the grid's `decided` (some of its tokens are given) takes as many steps as it
+    can.
+    """
+    step_BS = torch.zeros(masked_BS.shape, dtype=torch.int32)
     for row, seed in enumerate(seeds):
         # The second word of the key sets these draws apart from the tokens' own.
         luck = np.random.Generator(np.random.Philox(key=seed + (1 << 64)))
-        step_BS[row, list(decided)] = torch.from_numpy(_row_steps(unmasking, len(decided), luck))
+        at = masked_BS[row].nonzero().squeeze(1)
+        if len(at):
+            fitted = replace(unmasking, steps=min(unmasking.steps, len(at))) if len(at) < decided else unmasking
+            step_BS[row, at] = torch.from_numpy(_row_steps(fitted, len(at), luck))
     return step_BS
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from rollouts.assembly import image_trajectory, one_image_span, request_stream
+from rollouts.assembly import image_trajectory, one_image_span, refuse_given, request_stream
 from rollouts.contract import CausalDecoder, Request
 from rollouts.fingerprint import weights_fingerprint
 from rollouts.law import Law, draw, law_log_probs, pack_support, row_uniforms
@@ -55,6 +55,7 @@ class TorchEngine:
         span = one_image_span(spans, "torch")
         if not requests:
             raise ValueError("no requests to generate from; pass at least one prompt")
+        refuse_given(requests, "torch")
         parts = [self._generate_batch(batch, span) for batch in self._batches(requests, span.law)]
         return concatenate(parts, self.decoder.layout.pad)
 

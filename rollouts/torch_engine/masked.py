@@ -66,8 +66,9 @@ class MaskedTorchEngine:
         seeds = [request.seeds[0] for request in requests]
         prefixes = join_prefixes(list(streams.values()), torch.arange(len(requests)), layout.pad)
         made = _Reveal(self.decoder, law, prefixes, seeds, unmasking)
+        made.give([request.given for request in requests])
         if unmasking.policy_free:
-            made.planned(planned_steps(unmasking, layout.grid.decided(), layout.grid.length, seeds))
+            made.planned(planned_steps(unmasking, made.masked_BS, seeds, len(layout.grid.decided())))
         else:
             made.confident()
         return image_trajectory(
@@ -86,7 +87,7 @@ class MaskedTorchEngine:
 
 def _each_seed(request: Request) -> list[Request]:
     return [
-        Request(request.group_id, request.streams, (seed,), (name,), request.sources)
+        Request(request.group_id, request.streams, (seed,), (name,), request.sources, request.given)
         for seed, name in zip(request.seeds, request.sample_ids, strict=True)
     ]
 
@@ -125,6 +126,18 @@ class _Reveal:
         self.order_BT = torch.zeros(rows, unmasking.steps, dtype=torch.float64)
         width = law.vocabulary[1] - law.vocabulary[0]
         self.support_BSV = torch.zeros(rows, grid.length, width, dtype=torch.bool) if law.truncated else None
+
+    def give(self, given: Sequence[tuple[tuple[int, int], ...]]) -> None:
+        """Tokens that are there from the start. Raises ValueError for a position or token that is no image code's."""
+        low, high = self.decoder.layout.image
+        for row, pairs in enumerate(given):
+            for position, token in pairs:
+                if not (0 <= position < self.ids_BS.shape[1] and self.masked_BS[row, position] and low <= token < high):
+                    raise ValueError(
+                        f"given token {token} at position {position}: positions are the grid's decided ones, each at most "
+                        f"once, and tokens image codes in [{low}, {high}); mend Request.given"
+                    )
+                self.ids_BS[row, position], self.masked_BS[row, position] = token, False
 
     def planned(self, step_BS: Tensor) -> None:
         """Reveal in an order that was made beforehand; one uniform a position."""

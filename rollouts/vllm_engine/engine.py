@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rollouts.assembly import image_trajectory, one_image_span, request_stream
+from rollouts.assembly import image_trajectory, one_image_span, refuse_given, request_stream
 from rollouts.contract import Layout, Request
 from rollouts.law import Law
 from rollouts.trajectory import Span, Trajectory, pad_left
@@ -48,6 +48,7 @@ class VllmEngine:
         span = one_image_span(spans, "vllm")
         if not requests:
             raise ValueError("no requests to generate from; pass at least one prompt")
+        refuse_given(requests, "vllm")
         if span.law.vocabulary[1] > self.layout.vocab_size:
             raise ValueError(
                 f"the law's slice {span.law.vocabulary} ends past the vocabulary, {self.layout.vocab_size}"

@@ -11,7 +11,11 @@ from torch import Tensor, nn
 from rlmm.objectives.estimators import Estimator
 from rlmm.policies.masked import MaskedPolicy
 from rollouts.law import Law
+from rollouts.torch_engine.causal import TorchEngine
+from rollouts.torch_engine.masked import MaskedTorchEngine
+from rollouts.trajectory import Span
 from rollouts.unmasking import Unmasking, masked_counts
+from tests.exact import enumerable as next_token
 from tests.exact.masked_enumerable import (
     IMAGES_NS,
     LAWS,
@@ -23,6 +27,7 @@ from tests.exact.masked_enumerable import (
     image_log_probs,
     law_named,
     make_policy,
+    request_for,
     sample,
     state,
     step_log_prob,
@@ -208,6 +213,33 @@ def test_padding_batch_size_and_the_other_rows_change_nothing(policy: MaskedPoli
         single = torch.cat([policy.log_probs(whole.rows([i])).logp_BS for i in range(12)])
     torch.testing.assert_close(padded, wide, rtol=0, atol=1e-12)
     torch.testing.assert_close(single, wide, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("ordering", ORDERINGS)
+def test_given_tokens_are_kept_and_seen_and_are_no_decisions(policy: MaskedPolicy, ordering: str) -> None:
+    law, low = law_named("guidance", policy), policy.layout.image[0]
+    span = Span("image", law, LENGTH, unmasking=ORDERINGS[ordering])
+    request = replace(request_for(policy, range(40)), given=((1, low + 2),))
+    made = MaskedTorchEngine(policy).generate([request], [span])
+    assert (made.ids[:, 1] == low + 2).all() and made.target_mask.tolist() == [[True, False, True]] * 40
+    assert (made.sampler_logp[:, 1] == 0).all()
+    with torch.no_grad():
+        torch.testing.assert_close(policy.log_probs(made).logp_BS, made.sampler_logp, rtol=0, atol=1e-10)
+        first = table(policy, law)[state([0, 2, 0], [1])]
+    if ordering == "one by one":
+        alone = made.step[:, 0] == 0
+        wanted = first[0].gather(0, made.ids[alone, 0] - low)
+        torch.testing.assert_close(made.sampler_logp[alone, 0], wanted, rtol=0, atol=1e-10)
+    for given in (((1, low + 2), (1, low)), ((3, low),), ((0, policy.mask),)):
+        with pytest.raises(ValueError, match="positions are the grid's decided ones"):
+            MaskedTorchEngine(policy).generate([replace(request, given=given)], [span])
+
+
+def test_an_engine_that_goes_from_left_to_right_takes_no_given_tokens() -> None:
+    causal = next_token.make_policy()
+    request = replace(next_token.request_for(causal, "a", [1]), given=((1, causal.layout.image[0]),))
+    with pytest.raises(ValueError, match="use a masked policy"):
+        TorchEngine(causal, num_layers=2).generate([request], [next_token.span_of(Law(causal.layout.image))])
 
 
 def test_the_first_position_sees_the_last(policy: MaskedPolicy) -> None:

@@ -17,6 +17,19 @@ from rollouts.unmasking import (
 )
 
 
+def everywhere(rows: int, length: int) -> torch.Tensor:
+    return torch.ones(rows, length, dtype=torch.bool)
+
+
+def test_a_row_with_given_tokens_takes_as_many_steps_as_it_can() -> None:
+    masked = torch.tensor([[True] * 6, [False, True, False, False, True, False], [False] * 6])
+    steps = planned_steps(Unmasking(4, schedule="linear"), masked, [1, 2, 3], 6)
+    assert sorted(steps[1, [1, 4]].tolist()) == [0, 1] and steps[2].tolist() == [0] * 6
+    assert len(steps[0].unique()) == 4
+    with pytest.raises(ValueError, match="at most 6"):
+        planned_steps(Unmasking(7), masked, [1, 2, 3], 6)
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize(("steps", "length"), [(1, 1), (1, 24), (8, 24), (12, 256), (24, 24), (7, 9)])
 def test_every_step_reveals_something_and_the_last_leaves_nothing(schedule: Schedule, steps: int, length: int) -> None:
@@ -39,8 +52,10 @@ def test_counts_follow_the_schedule() -> None:
 )
 def test_a_plan_is_a_function_of_the_rows_seed_and_decides_each_position_once(unmasking: Unmasking) -> None:
     decided = [i for i in range(26) if i % 13 != 12]
-    whole = planned_steps(unmasking, decided, 26, [5, 1 << 62, 7])
-    assert whole[[1, 2]].equal(planned_steps(unmasking, decided, 26, [1 << 62, 7]))
+    masked = torch.zeros(3, 26, dtype=torch.bool)
+    masked[:, decided] = True
+    whole = planned_steps(unmasking, masked, [5, 1 << 62, 7], 24)
+    assert whole[[1, 2]].equal(planned_steps(unmasking, masked[:2], [1 << 62, 7], 24))
     assert (whole[:, [12, 25]] == 0).all()
     assert whole.min() >= 0 and whole.max() < unmasking.steps
     assert not whole[0].equal(whole[2])
@@ -51,7 +66,7 @@ def test_a_plan_is_a_function_of_the_rows_seed_and_decides_each_position_once(un
 
 
 def test_blocks_come_one_after_the_other() -> None:
-    steps = planned_steps(Unmasking(6, "blocks", block=4, schedule="linear"), range(12), 12, [1, 2])
+    steps = planned_steps(Unmasking(6, "blocks", block=4, schedule="linear"), everywhere(2, 12), [1, 2], 12)
     assert steps.view(2, 3, 4).sort(-1).values.tolist() == [[[0, 0, 1, 1], [2, 2, 3, 3], [4, 4, 5, 5]]] * 2
     assert block_steps(7, [4, 4, 4]) == [2, 3, 2]
     with pytest.raises(ValueError, match="between 3 and 12 steps"):
@@ -59,7 +74,7 @@ def test_blocks_come_one_after_the_other() -> None:
 
 
 def test_the_ancestral_order_masks_each_position_with_the_schedules_chance() -> None:
-    steps = planned_steps(Unmasking(4, "ancestral", schedule="cosine"), range(50), 50, range(400))
+    steps = planned_steps(Unmasking(4, "ancestral", schedule="cosine"), everywhere(400, 50), range(400), 50)
     for step in range(3):
         wanted = SCHEDULES["cosine"]((step + 1) / 4)
         found = float((steps > step).double().mean())
@@ -67,7 +82,7 @@ def test_the_ancestral_order_masks_each_position_with_the_schedules_chance() -> 
 
 
 def test_orders_of_rows_are_uniform() -> None:
-    steps = planned_steps(Unmasking(3, schedule="linear"), range(3), 3, range(6000))
+    steps = planned_steps(Unmasking(3, schedule="linear"), everywhere(6000, 3), range(6000), 3)
     counts = torch.bincount((steps * torch.tensor([9, 3, 1])).sum(1))
     assert sorted(counts[counts > 0].tolist()) and len(counts[counts > 0]) == 6
     assert float((counts[counts > 0] - 1000).abs().max()) < 4 * (1000 * 5 / 6) ** 0.5
