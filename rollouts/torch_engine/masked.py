@@ -134,8 +134,8 @@ class _Reveal:
             for position, token in pairs:
                 if not (0 <= position < self.ids_BS.shape[1] and self.masked_BS[row, position] and low <= token < high):
                     raise ValueError(
-                        f"given token {token} at position {position}: positions are the grid's decided ones, each at most "
-                        f"once, and tokens image codes in [{low}, {high}); mend Request.given"
+                        f"given token {token} at position {position}: positions are decided ones of the grid, each at "
+                        f"most once, and tokens image codes in [{low}, {high}); mend Request.given"
                     )
                 self.ids_BS[row, position], self.masked_BS[row, position] = token, False
 

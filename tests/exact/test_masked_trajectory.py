@@ -231,7 +231,7 @@ def test_given_tokens_are_kept_and_seen_and_are_no_decisions(policy: MaskedPolic
         wanted = first[0].gather(0, made.ids[alone, 0] - low)
         torch.testing.assert_close(made.sampler_logp[alone, 0], wanted, rtol=0, atol=1e-10)
     for given in (((1, low + 2), (1, low)), ((3, low),), ((0, policy.mask),)):
-        with pytest.raises(ValueError, match="positions are the grid's decided ones"):
+        with pytest.raises(ValueError, match="positions are decided ones of the grid"):
             MaskedTorchEngine(policy).generate([replace(request, given=given)], [span])
 
 

@@ -52,7 +52,7 @@ def commands() -> list[list[str]]:
 @pytest.mark.slow
 def test_the_commands_run_with_a_smoke_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert [command[0] for command in commands()][:3] == ["run", "run", "check"]
+    assert [command[0] for command in commands()][:4] == ["run", "run", "run", "check"]
     for command in commands():
         budget = [*SMOKE, "stages.grpo.steps=2"] if command[0] == "run" else SMALL.get(" ".join(command[:2]), [])
         answer = CliRunner().invoke(app, [*command, *budget], catch_exceptions=False)
