@@ -8,6 +8,7 @@ from pathlib import Path
 import yaml
 
 from rlmm.codecs import load_codec
+from rlmm.config.families import family_of
 from rlmm.config.recipe import Recipe, validate_recipe
 from rlmm.config.stages import EvalStage, ExportStage, GrpoStage
 from rlmm.export_card import CardInfo, HeldOut, model_card
@@ -28,6 +29,12 @@ def export_stage(run_dir: Path, stage: str, say: Callable[[str], None]) -> None:
         raise ValueError(f"{run_dir} is no run folder: it has no config.yaml; give a folder that `rlmm run` made")
     recipe = validate_recipe(yaml.safe_load(config.read_text()), str(config))
     write_export(recipe, RunFolder(run_dir, tuple(recipe.stages)), stage, say)
+
+
+BIDIRECTIONAL = (
+    "It is a masked-diffusion policy: every position sees every other. In plain transformers Llama's attention is "
+    "causal unless each call says `is_causal=False`, whatever the config says; `rlmm` says it."
+)
 
 
 def write_export(recipe: Recipe, run: RunFolder, stage: str, say: Callable[[str], None]) -> None:
@@ -78,6 +85,7 @@ def _card(recipe: Recipe, run: RunFolder, stage: str, *, adapter: bool) -> CardI
         held_out=_held_out(run, stage),
         versions={name: version for name, version in environment()["packages"].items() if version},
         seed=recipe.seed,
+        limitations=(BIDIRECTIONAL,) if family_of(recipe.policy) == "masked" else (),
     )
 
 

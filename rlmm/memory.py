@@ -72,7 +72,7 @@ def _plan(name: str, stage: SftStage | GrpoStage, shape: NewPolicy, total: int, 
     trained = _trained(stage, shape, total, layout)
     streams = len(stage.sampling.law(layout.image).streams()) if isinstance(stage, GrpoStage) else 1
     length = layout.grid.length + PROMPT_TOKENS
-    rows = stage.micro_batch_size * streams
+    rows = stage.micro_batch_size * streams * (_states(stage) if isinstance(stage, GrpoStage) else 1)
     frozen = isinstance(stage, GrpoStage) and stage.objective.kl.coefficient > 0 and stage.lora is None
     width = layout.image[1] - layout.image[0]
     return MemoryPlan(
@@ -86,6 +86,16 @@ def _plan(name: str, stage: SftStage | GrpoStage, shape: NewPolicy, total: int, 
         kv_cache=_sampling(stage, shape, streams, length) if isinstance(stage, GrpoStage) else 0,
         engine=_engine_copy(stage, total) if isinstance(stage, GrpoStage) else 0,
     )
+
+
+def _states(stage: GrpoStage) -> int:
+    """Partly masked sequences that a sample's log-prob reads at once; 1 for a next-token policy."""
+    if stage.sampling.unmasking is None:
+        return 1
+    steps = stage.sampling.unmasking.steps
+    if stage.estimator is None:
+        return steps
+    return min(steps, stage.estimator.steps or steps) if stage.estimator.kind == "trajectory" else stage.estimator.draws
 
 
 def _trained(stage: SftStage | GrpoStage, shape: NewPolicy, total: int, layout: Layout) -> int:
@@ -106,11 +116,13 @@ def _engine_copy(stage: GrpoStage, total: int) -> int:
 
 
 def _sampling(stage: GrpoStage, shape: NewPolicy, streams: int, length: int) -> int:
-    """Keys and values of the torch engine's widest batch, or what vLLM reserves."""
+    """Keys and values of the torch engine's widest batch, or what vLLM reserves; of a masked policy, a forward's."""
     if isinstance(stage.engine, VllmSizes):
         servers = stage.engine.started if isinstance(stage.engine, VllmServerConfig) else 1
         return servers * (stage.engine.kv_megabytes << 20)
     rows = min(stage.rollouts * streams, stage.engine.max_rows)
+    if stage.sampling.unmasking is not None:  # no cache: one layer's activations at a time
+        return _activations(shape, rows, length, stage) // shape.num_layers
     return rows * length * shape.num_layers * 2 * shape.hidden_size * FLOAT_BYTES
 
 

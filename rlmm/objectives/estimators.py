@@ -57,6 +57,30 @@ def sandwiched(lower_BS: Tensor, upper_BS: Tensor, advantage_B: Tensor, share: f
     return torch.where(advantage_B[:, None] < 0, (1 - share) * lower_BS + share * upper_BS, lower_BS)
 
 
+def plan_figures(plan: NoisePlan, target_BS: Tensor, logp_BnS: Tensor) -> dict[str, tuple[float, float]]:
+    """noise/masked_q1 .. q4: the share of draws that mask up to a quarter of a row's targets, up to a half, and so on;
+    noise/deviation: the standard deviation of a row's estimate over its draws, as if they were independent (nats; with
+    two draws or more)."""
+    rows, draws, _ = plan.masks_BnS.shape
+    share_Bn = plan.masks_BnS.sum(-1) / target_BS.sum(1).clamp(min=1).cpu()[:, None]
+    quarter_Bn = (share_Bn * 4).ceil().clamp(1, 4)
+    figures = {
+        f"noise/masked_q{quarter}": (float((quarter_Bn == quarter).sum()), float(rows * draws))
+        for quarter in range(1, 5)
+    }
+    if draws > 1:
+        estimate_Bn = (plan.weight_BnS.to(logp_BnS) * logp_BnS).sum(-1) * draws
+        figures["noise/deviation"] = (float((estimate_Bn.var(1) / draws).sqrt().sum()), float(rows))
+    return figures
+
+
+def order_figures(trajectory: Trajectory) -> dict[str, tuple[float, float]]:
+    """order/share: what part of the trajectories' log-prob is that of the order the policy's confidence chose."""
+    assert trajectory.order_logp is not None, "called only where the order has one"
+    whole = float(trajectory.sampler_logp[trajectory.target_mask].sum())
+    return {"order/share": (float(trajectory.order_logp.sum()), whole)}
+
+
 def step_weights(trajectory: Trajectory, steps: int | None) -> Tensor:
     """What each decision [B, S] (float64) of a trajectory weighs where only `steps` of its T steps are evaluated:
     T / `steps` in as many, drawn from the row's seed without replacement, 0 in the others; 1 everywhere for None.

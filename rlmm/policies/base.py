@@ -1,8 +1,8 @@
 """The contract every policy family keeps: logits, log-probs that say what they are, and weights one at a time."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -21,7 +21,8 @@ class LogProbs:
 
     `entropy_BS` is the entropy of each decision's law, in nats, without gradient unless that was asked for. `scale_BS`:
     where only some decisions were evaluated, what each counts for in a sum over its row, 0 for the others. `upper_BS`:
-    an upper estimate beside a lower one, where asked for.
+    an upper estimate beside a lower one, where asked for. `figures`: sums over rows that say how good the estimate is,
+    by the name they are logged under, each with what to divide it by.
     """
 
     kind: LogProbKind
@@ -29,6 +30,7 @@ class LogProbs:
     entropy_BS: Tensor
     scale_BS: Tensor | None = None
     upper_BS: Tensor | None = None
+    figures: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlmm.objectives.estimators import Estimator, step_weights, upper_log_probs
+from rlmm.objectives.estimators import Estimator, order_figures, plan_figures, step_weights, upper_log_probs
 from rlmm.objectives.legality import LogProbKind
 from rlmm.policies.base import LogProbs, SequenceBatch
 from rlmm.policies.head import decision_log_probs
@@ -76,7 +76,8 @@ class MaskedPolicy(TransformerPolicy):
         upper_BS = None
         if estimator.upper is not None:
             upper_BS = upper_log_probs(logp_BnS, weight_BnS, estimator.upper.beta)
-        return LogProbs(estimator.kind, logp_BS, entropy_BS, upper_BS=upper_BS)
+        figures = plan_figures(plan, trajectory.target_mask, logp_BnS.detach())
+        return LogProbs(estimator.kind, logp_BS, entropy_BS, upper_BS=upper_BS, figures=figures)
 
     def read(
         self,
@@ -129,7 +130,8 @@ class MaskedPolicy(TransformerPolicy):
         logp_BS = blank_BS.index_add(0, states.row_R, logp_RS)
         entropy_BS = blank_BS.index_add(0, states.row_R, entropy_RS)
         scale_BS = None if estimator.steps is None else weight_BS.to(logp_BS)
-        return LogProbs(LogProbKind.TRAJECTORY, logp_BS, entropy_BS, scale_BS)
+        figures = {} if trajectory.order_logp is None else order_figures(trajectory)
+        return LogProbs(LogProbKind.TRAJECTORY, logp_BS, entropy_BS, scale_BS, figures=figures)
 
     def _confident(
         self, trajectory: Trajectory, states: States, span: Span, unmasking: Unmasking, model: nn.Module | None

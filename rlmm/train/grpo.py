@@ -57,6 +57,8 @@ def grpo_loss(
     if batch.entropy_coefficient:
         per_token_BS = per_token_BS - batch.entropy_coefficient * current.entropy_BS
     _meter_entropy(current, batch, meter)
+    for name, (total, count) in current.figures.items():
+        meter.add(name, total, count)
     for name, total in policy_metrics(loss, trajectory.target_mask, batch.kept_B).items():
         meter.total(name, total)
     weight_BS = batch.weight_BS if current.scale_BS is None else batch.weight_BS * current.scale_BS

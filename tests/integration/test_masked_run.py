@@ -117,6 +117,17 @@ def test_the_micro_batch_size_does_not_change_the_update(variant: Callable[..., 
     assert all(row["mismatch/max"] < 1e-5 for folder in made for row in metrics(folder) if "mismatch/max" in row)
 
 
+def test_the_log_says_how_good_an_estimate_is(variant: Callable[..., Recipe]) -> None:
+    settings = "stages.grpo.estimator={kind: stratified, draws: 4}", "stages.grpo.objective={name: gspo, clip_low: 0.2}"
+    (first, *_) = metrics(run_recipe(variant(*settings), lambda _: None))
+    quarters = [first[f"noise/masked_q{q}"] for q in range(1, 5)]
+    assert quarters == pytest.approx([0.25] * 4, abs=1e-6)  # one draw in each quarter of 12 counts
+    assert 0 < first["noise/deviation"] < 20
+    order = "stages.grpo.sampling.unmasking={steps: 3, order: confidence}"
+    (first, *_) = metrics(run_recipe(variant(order, name="order"), lambda _: None))
+    assert 0 < first["order/share"] < 1
+
+
 def test_a_baseline_that_is_no_likelihood_runs_when_forced_and_says_so(variant: Callable[..., Recipe]) -> None:
     said: list[str] = []
     estimator = "stages.grpo.estimator={kind: count, draws: 2, force: true}"
