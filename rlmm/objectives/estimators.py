@@ -64,10 +64,8 @@ def plan_figures(plan: NoisePlan, target_BS: Tensor, logp_BnS: Tensor) -> dict[s
     rows, draws, _ = plan.masks_BnS.shape
     share_Bn = plan.masks_BnS.sum(-1) / target_BS.sum(1).clamp(min=1).cpu()[:, None]
     quarter_Bn = (share_Bn * 4).ceil().clamp(1, 4)
-    figures = {
-        f"noise/masked_q{quarter}": (float((quarter_Bn == quarter).sum()), float(rows * draws))
-        for quarter in range(1, 5)
-    }
+    counts = {quarter: float((quarter_Bn == quarter).sum()) for quarter in range(1, 5)}
+    figures = {f"noise/masked_q{quarter}": (count, float(rows * draws)) for quarter, count in counts.items()}
     if draws > 1:
         estimate_Bn = (plan.weight_BnS.to(logp_BnS) * logp_BnS).sum(-1) * draws
         figures["noise/deviation"] = (float((estimate_Bn.var(1) / draws).sqrt().sum()), float(rows))
@@ -77,8 +75,8 @@ def plan_figures(plan: NoisePlan, target_BS: Tensor, logp_BnS: Tensor) -> dict[s
 def order_figures(trajectory: Trajectory) -> dict[str, tuple[float, float]]:
     """order/share: what part of the trajectories' log-prob is that of the order the policy's confidence chose."""
     assert trajectory.order_logp is not None, "called only where the order has one"
-    whole = float(trajectory.sampler_logp[trajectory.target_mask].sum())
-    return {"order/share": (float(trajectory.order_logp.sum()), whole)}
+    whole = -float(trajectory.sampler_logp[trajectory.target_mask].sum())
+    return {"order/share": (-float(trajectory.order_logp.sum()), whole)}
 
 
 def step_weights(trajectory: Trajectory, steps: int | None) -> Tensor:
