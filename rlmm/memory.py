@@ -74,7 +74,6 @@ def _plan(name: str, stage: SftStage | GrpoStage, shape: NewPolicy, total: int, 
     length = layout.grid.length + PROMPT_TOKENS
     rows = stage.micro_batch_size * streams * (_states(stage) if isinstance(stage, GrpoStage) else 1)
     frozen = isinstance(stage, GrpoStage) and stage.objective.kl.coefficient > 0 and stage.lora is None
-    width = layout.image[1] - layout.image[0]
     return MemoryPlan(
         stage=name,
         weights=(total + (trained if stage.lora else 0)) * FLOAT_BYTES,
@@ -82,10 +81,18 @@ def _plan(name: str, stage: SftStage | GrpoStage, shape: NewPolicy, total: int, 
         optimizer=trained * ADAM_BYTES,
         reference=total * FLOAT_BYTES if frozen else 0,
         activations=_activations(shape, rows, length, stage),
-        logits=3 * min(rows * length * width * FLOAT_BYTES, LOGIT_BYTES),
+        logits=_logits(stage, rows, layout),
         kv_cache=_sampling(stage, shape, streams, length) if isinstance(stage, GrpoStage) else 0,
         engine=_engine_copy(stage, total) if isinstance(stage, GrpoStage) else 0,
     )
+
+
+def _logits(stage: SftStage | GrpoStage, rows: int, layout: Layout) -> int:
+    """A few copies of a chunk; under an order of confidence those of every masked position at once."""
+    size = rows * (layout.grid.length + PROMPT_TOKENS) * (layout.image[1] - layout.image[0]) * FLOAT_BYTES
+    unmasking = stage.sampling.unmasking if isinstance(stage, GrpoStage) else None
+    whole = unmasking is not None and unmasking.order in ("confidence", "threshold")
+    return 3 * (size if whole else min(size, LOGIT_BYTES))
 
 
 def _states(stage: GrpoStage) -> int:

@@ -44,6 +44,10 @@ def server_config(settings: Sequence[str]) -> VllmServerConfig:
 def server_plan(model: Path, host: str, config: VllmServerConfig) -> ServerPlan:
     """How to serve the policy in a folder: in the dtype it was saved in, unless the settings name another."""
     found, layout = llama.load_config(model), load_layout(model)
+    if layout.mask is not None:
+        raise ValueError(
+            f"{model} is a masked policy, and vLLM would decide one token after the other; use engine.kind torch"
+        )
     return ServerPlan(
         model,
         max_length=found.max_position_embeddings,

@@ -32,7 +32,7 @@ def sample_grid(
     order: str = "random",
 ) -> Image.Image:
     """One row a prompt, one column a sample. The same seed draws the same images. `steps` and `order`: how a masked
-    policy reveals them; a quarter of its positions a step, by default.
+    policy reveals them; by default in a quarter as many steps as there are positions.
 
     Raises ValueError on an empty prompt and on a folder that is no checkpoint.
     """

@@ -20,11 +20,17 @@ def request_stream(request: Request, name: str) -> tuple[int, ...]:
 
 
 def one_image_span(spans: Sequence[Span], engine: str) -> Span:
-    """The span of an engine that samples images alone. Raises ValueError on anything else."""
+    """The span of an engine that samples images alone. Raises ValueError on anything else, and where a span that is to
+    be unmasked meets an engine that goes from left to right."""
     if len(spans) != 1 or spans[0].kind != "image":
         raise ValueError(
             f"the {engine} engine samples one image span, and got {[span.kind for span in spans]}; "
             "pass exactly one span of kind 'image'"
+        )
+    if spans[0].unmasking is not None and not engine.startswith("masked"):
+        raise ValueError(
+            f"the {engine} engine decides one token after the other, and the span has an unmasking; sample a masked "
+            "policy with MaskedTorchEngine, or leave the unmasking out"
         )
     return spans[0]
 

@@ -8,7 +8,7 @@ Shapes: B rows, S positions of the span, D positions that are decided, T steps, 
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -33,6 +33,9 @@ INVERSES: dict[Schedule, Callable[[float], float]] = {
 }
 
 
+GRID_PER_NAT = 8192
+
+
 @dataclass(frozen=True)
 class Unmasking:
     """`steps` reveal a span.
@@ -43,7 +46,8 @@ class Unmasking:
         the likeliest proposals are kept (MaskGIT). `noisy_confidence`: the same with Gumbel noise on log-probs, of
         scale `noise` at the first step and linearly less, 0 at the last. `threshold`: all proposals at least as likely
         as `threshold` are kept, or the likeliest one.
-    schedule: share still masked over time; a step reveals at least one position.
+    schedule: share still masked over time; a step reveals at least one position, but for `ancestral`, where chance
+        decides, and samples with given tokens.
     """
 
     steps: int
@@ -66,6 +70,8 @@ class Unmasking:
                     f"unmasking: order {self.order!r} {'needs' if wanted else 'has no use for'} {name}; "
                     f"{'give it' if wanted else 'leave it out'}"
                 )
+        if self.order == "threshold" and self.schedule != "cosine":
+            raise ValueError("unmasking: order 'threshold' reveals what is sure, whatever the schedule; leave it out")
         if self.threshold is not None and not 0 < self.threshold <= 1:
             raise ValueError(f"unmasking: threshold {self.threshold} is a probability; give one in (0, 1]")
         if self.block is not None and self.block < 1:
@@ -108,57 +114,79 @@ def masked_counts(schedule: Schedule, steps: int, length: int) -> list[int]:
 
 
 def noise_scale(unmasking: Unmasking, step: int, steps: int) -> float:
-    """Of the Gumbel noise at a step: linear from `noise` to 0. A factor of the step alone: published samplers multiply
-    it up over the steps by mistake, and so anneal far too fast."""
-    return unmasking.noise * (1 - (step + 1) / steps)
+    """Of the Gumbel noise at a step: linear from `noise` at the first to 0 at the last. A function of the step alone:
+    published samplers multiply it up over the steps by mistake, and so anneal far too fast."""
+    return unmasking.noise * (1 - step / (steps - 1)) if steps > 1 else 0.0
 
 
-def planned_steps(unmasking: Unmasking, masked_BS: Tensor, seeds: Sequence[int], decided: int) -> Tensor:
+def planned_steps(
+    unmasking: Unmasking, masked_BS: Tensor, seeds: Sequence[int], decided: Sequence[int] | None = None
+) -> Tensor:
     """The step [B, S] (int32) at which a policy-free order reveals each masked position; 0 for the others.
 
-    A row with fewer masked positions than the grid's `decided` (some of its tokens are given) takes as many steps as it
-    can.
+    `decided`: the grid's positions that a policy decides, all by default. A row in which some of them are given already
+    takes as many steps as it can.
     """
+    places = list(range(masked_BS.shape[1])) if decided is None else list(decided)
     step_BS = torch.zeros(masked_BS.shape, dtype=torch.int32)
     for row, seed in enumerate(seeds):
         # The second word of the key sets these draws apart from the tokens' own.
         luck = np.random.Generator(np.random.Philox(key=seed + (1 << 64)))
-        at = masked_BS[row].nonzero().squeeze(1)
-        if len(at):
-            fitted = replace(unmasking, steps=min(unmasking.steps, len(at))) if len(at) < decided else unmasking
-            step_BS[row, at] = torch.from_numpy(_row_steps(fitted, len(at), luck))
+        open_S = masked_BS[row, places].numpy()
+        step_BS[row, places] = torch.from_numpy(_row_steps(unmasking, open_S, luck))
     return step_BS
 
 
-def _row_steps(unmasking: Unmasking, count: int, luck: np.random.Generator) -> np.ndarray:
+def _row_steps(unmasking: Unmasking, open_S: np.ndarray, luck: np.random.Generator) -> np.ndarray:
+    """Of the places that are open; 0 for the others."""
+    steps, count = np.zeros(len(open_S), dtype=np.int32), len(open_S)
     if unmasking.order == "ancestral":
         levels = [SCHEDULES[unmasking.schedule](step / unmasking.steps) for step in range(1, unmasking.steps + 1)]
         levels[-1] = 0.0
         # Still masked after a step while the level is above a uniform of the position's own.
-        return (np.array(levels)[None, :] > luck.random(count)[:, None]).sum(1).astype(np.int32)
+        return np.where(open_S, (np.array(levels)[None, :] > luck.random(count)[:, None]).sum(1), 0).astype(np.int32)
     block = unmasking.block or count
-    runs = [range(at, min(at + block, count)) for at in range(0, count, block)]
-    steps, first = np.zeros(count, dtype=np.int32), 0
-    shares = [unmasking.steps] if len(runs) == 1 else block_steps(unmasking.steps, [len(run) for run in runs])
-    for run, share in zip(runs, shares, strict=True):
-        counts = [len(run), *masked_counts(unmasking.schedule, share, len(run))]
-        revealed = np.diff(-np.array(counts))
-        steps[luck.permutation(run)] = first + np.repeat(np.arange(share), revealed)
-        first += share
+    runs = [at + np.flatnonzero(open_S[at : at + block]) for at in range(0, count, block)]
+    sizes = [len(run) for run in runs if len(run)]
+    total = unmasking.steps if open_S.all() else min(max(unmasking.steps, len(sizes)), sum(sizes))
+    shares, first = iter(block_steps(total, sizes) if len(runs) > 1 else [total]), 0
+    for run in runs:
+        if len(run):
+            share = next(shares)
+            revealed = np.diff(-np.array([len(run), *masked_counts(unmasking.schedule, share, len(run))]))
+            steps[luck.permutation(run)] = first + np.repeat(np.arange(share), revealed)
+            first += share
     return steps
 
 
 def block_steps(steps: int, sizes: Sequence[int]) -> list[int]:
-    """The steps of each block, as even as can be. Raises ValueError where a block would have none, or more than it has
-    positions."""
-    bounds = [round(steps * i / len(sizes)) for i in range(len(sizes) + 1)]
-    shares = [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
-    if any(not 1 <= share <= size for share, size in zip(shares, sizes, strict=True)):
+    """The steps of each block: one each, and the rest where a step would reveal most. Raises ValueError where there are
+    fewer than blocks, or more than positions."""
+    if sizes and not len(sizes) <= steps <= sum(sizes):
         raise ValueError(
             f"unmasking: {steps} steps over blocks of {list(sizes)} positions; give each block at least one step and "
             f"at most one a position, so between {len(sizes)} and {sum(sizes)} steps in all"
         )
+    shares = [1] * len(sizes)
+    for _ in range(steps - len(sizes)):
+        open_blocks = [i for i, size in enumerate(sizes) if shares[i] < size]
+        shares[max(open_blocks, key=lambda i: (sizes[i] / shares[i], -i))] += 1
     return shares
+
+
+def check_steps(unmasking: Unmasking, positions: int) -> None:
+    """Raises ValueError where a grid of `positions` decided positions cannot be revealed so."""
+    if unmasking.order == "blocks":
+        block = unmasking.block or positions
+        block_steps(unmasking.steps, [min(block, positions - at) for at in range(0, positions, block)])
+    elif unmasking.order != "ancestral":
+        masked_counts(unmasking.schedule, unmasking.steps, positions)
+
+
+def ranks(logp: Tensor) -> Tensor:
+    """Confidences as they are compared: on a grid of 1/8192 nat, ties to the first position. Two tokens that are both
+    all but certain are then as likely, whatever rounding says, in the sampler and in the trainer."""
+    return (logp.double() * GRID_PER_NAT).round()
 
 
 def keep_confident(
@@ -166,11 +194,11 @@ def keep_confident(
 ) -> Tensor:
     """Which masked positions [B, S] a confidence order reveals. `confidence_BS`: log-probs of the proposals, noise
     added; `counts`: positions that stay masked after each step."""
-    ranked_BS = confidence_BS.masked_fill(~masked_BS, -torch.inf)
+    ranked_BS = ranks(confidence_BS).masked_fill(~masked_BS, -torch.inf)
     left_B = masked_BS.sum(1)
     if unmasking.threshold is not None:
         last = step == len(counts) - 1
-        sure_BS = masked_BS & (confidence_BS >= math.log(unmasking.threshold))
+        sure_BS = masked_BS & (ranked_BS >= _sure(unmasking.threshold))
         many_B = torch.where(sure_BS.any(1), sure_BS.sum(1), left_B.clamp(max=1))
         many_B = left_B if last else many_B
     else:
@@ -186,20 +214,31 @@ def order_log_probs(
     unmasking: Unmasking, logp_NV: Tensor, tokens_N: Tensor, row_N: Tensor, kept_N: Tensor, rows: int
 ) -> Tensor:
     """Log-prob [rows] that the positions not kept in a step proposed nothing better: sum over them of
-    log sum_{u: p(u) < c} p(u), c the least likely kept proposal, or the threshold where all kept ones reach it.
+    log sum_{u: p(u) < c} p(u), c the least likely kept proposal, or the threshold where all kept ones reach it. A
+    proposal as likely as c (`ranks`) is no better where its position comes after the last kept one at c.
 
     With the kept tokens' log-probs this is the step's whole transition, exactly (Mask-GRPO, arXiv 2510.13418, the first
-    candidate). The N masked positions of all states come flat: law log-probs [N, V], token (index in the slice; any
-    where not kept), state, and whether it was kept. The floor c is a value of the policy, but which tokens are under it
-    changes at isolated points only, so it has no gradient.
+    candidate). The N masked positions of all states come flat, in the order of their positions: law log-probs [N, V],
+    token (index in the slice; any where not kept), state, and whether it was kept. The floor c is a value of the
+    policy, but which tokens are under it changes at isolated points only, so it has no gradient.
     """
-    chosen_N = logp_NV.detach().gather(1, tokens_N[:, None]).squeeze(1)
-    floor_R = logp_NV.new_full((rows,), torch.inf).scatter_reduce(
-        0, row_N, chosen_N.masked_fill(~kept_N, torch.inf), "amin"
-    )
+    rank_NV = ranks(logp_NV.detach())
+    chosen_N = rank_NV.gather(1, tokens_N[:, None]).squeeze(1)
+    floor_R = chosen_N.new_full((rows,), torch.inf)
+    floor_R = floor_R.scatter_reduce(0, row_N, chosen_N.masked_fill(~kept_N, torch.inf), "amin")
+    place_N = torch.arange(len(row_N), device=row_N.device)
+    at_floor_N = kept_N & (chosen_N == floor_R[row_N])
+    last_R = torch.full((rows,), -1, device=row_N.device)
+    last_R = last_R.scatter_reduce(0, row_N, place_N.masked_fill(~at_floor_N, -1), "amax")
     if unmasking.threshold is not None:
-        sure = math.log(unmasking.threshold)
-        floor_R = torch.where(floor_R >= sure, sure, floor_R)
-    under_NV = logp_NV.detach() < floor_R[row_N][:, None]
+        sure = floor_R >= _sure(unmasking.threshold)
+        floor_R = torch.where(sure, _sure(unmasking.threshold), floor_R)
+        last_R = torch.where(sure, len(row_N), last_R)  # all that reach the threshold are kept, wherever they are
+    floor_N1, after_N1 = floor_R[row_N][:, None], (place_N > last_R[row_N])[:, None]
+    under_NV = (rank_NV < floor_N1) | ((rank_NV == floor_N1) & after_N1)
     mass_N = logp_NV.masked_fill(~under_NV, -torch.inf).logsumexp(1)
     return logp_NV.new_zeros(rows).index_add(0, row_N[~kept_N], mass_N[~kept_N])
+
+
+def _sure(threshold: float) -> float:
+    return float(round(math.log(threshold) * GRID_PER_NAT))

@@ -7,7 +7,7 @@ sign, not how large it is in practice.
 Shapes: N = 64 images, M = 8 masks, S = 3 positions.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import permutations, product
 from pathlib import Path
@@ -54,7 +54,7 @@ ESTIMATORS: dict[str, Estimator] = {
 @dataclass(frozen=True)
 class Row:
     """Means over the policies. bias: the magnitude, against the ELBO, in nats an image; deviation: its standard one;
-    cosine and least: of its policy gradient with that of the expected reward, mean and least over policies."""
+    cosine and least: of the policy gradient it gives with that of the expected reward, mean and least over policies."""
 
     estimator: str
     kind: str
@@ -69,8 +69,9 @@ def bench_estimators(policies: int, plans: int, json_file: Path | None) -> None:
     """Print the table; write it where asked."""
     rows = measure(policies, plans)
     table = Table(title=f"{policies} random policies, {plans} plans each; log-probs in nats an image")
-    for column in ("estimator", "what it is", "forwards", "bias", "deviation", "gradient cosine", "least"):
-        table.add_column(column, justify="left" if column in ("estimator", "what it is") else "right")
+    names = ("estimator", "what it is", "forwards", "bias", "deviation", "gradient cosine", "least")
+    for column in names:
+        table.add_column(column, justify="left" if column in names[:2] else "right")
     for row in rows:
         figures = (row.bias, row.deviation, row.cosine, row.least)
         table.add_row(row.estimator, row.kind, f"{row.forwards:g}", *(f"{figure:.3f}" for figure in figures))
@@ -83,11 +84,10 @@ def bench_estimators(policies: int, plans: int, json_file: Path | None) -> None:
 def measure(policies: int, plans: int) -> list[Row]:
     """The gap of the bound first, then every estimator, then trajectories."""
     problems = [Problem(seed) for seed in range(policies)]
-    rows = [_noise_row(name, estimator, problems, plans) for name, estimator in ESTIMATORS.items()]
-    bound = [(problem.elbo_gap(), problem.cosine(problem.elbo)) for problem in problems]
-    sampled = [((0.0, 0.0), problem.trajectory_cosine()) for problem in problems]
-    first = _row("the ELBO itself, against log pi", "elbo", 0, bound)
-    return [first, *rows, _row("trajectory, all steps", "trajectory", LENGTH, sampled)]
+    bound = _row("the ELBO itself, against log pi", "elbo", 0, problems, Problem.elbo_gap, _along_elbo)
+    rows = [_noise_row(name, one, problems, plans) for name, one in ESTIMATORS.items()]
+    exact = _row("trajectory, all steps", "trajectory", LENGTH, problems, lambda _: (0.0, 0.0), _along_paths)
+    return [bound, *rows, exact]
 
 
 class Problem:
@@ -97,33 +97,30 @@ class Problem:
         self.policy = random_policy(seed)
         generator = torch.Generator().manual_seed(1000 + seed)
         self.reward_N = torch.rand(len(IMAGES_NS), generator=generator, dtype=torch.float64)
+        self.look()
+
+    def look(self) -> None:
+        """Sum over everything with the present weights."""
         self.losses_NMS = masked_log_probs(self.policy)
-        orders = torch.stack([self._order(order) for order in permutations(range(LENGTH))])
-        self.orders_ON = orders
-        self.log_pi = orders.logsumexp(0) - torch.tensor(float(len(orders))).log()
-        self.elbo = orders.mean(0)
-        self.exact = self._gradient((self.log_pi.exp() * self.reward_N).sum())
+        self.orders_ON = torch.stack([self._order(order) for order in permutations(range(LENGTH))])
+        self.chance_ON = (self.orders_ON.exp() / len(self.orders_ON)).detach()
+        self.log_pi = self.orders_ON.logsumexp(0) - torch.tensor(float(len(self.orders_ON))).log()
+        self.elbo = self.orders_ON.mean(0)
+        self.chance_N = self.log_pi.detach().exp()
+        self.expected = float((self.chance_N * self.reward_N).sum())
+        self.advantage_N = self.reward_N - self.expected
 
     def elbo_gap(self) -> tuple[float, float]:
         return float((self.elbo - self.log_pi).detach().abs().mean()), 0.0
 
-    def cosine(self, score_N: Tensor) -> float:
-        """Of sum_x pi(x) R(x) grad score(x), the policy gradient with `score` in the log-prob's place, and the exact
-        one."""
-        return self._compare((self.log_pi.detach().exp() * self.reward_N * score_N).sum())
+    def gradient(self, value: Tensor) -> list[Tensor]:
+        """By every weight; zeros where one has no part in it."""
+        found = torch.autograd.grad(value, self.weights, retain_graph=True, allow_unused=True)
+        return [torch.zeros_like(w) if g is None else g for w, g in zip(self.weights, found, strict=True)]
 
-    def trajectory_cosine(self) -> float:
-        """The same over images and orders, each with its own log-prob."""
-        chance_ON = self.orders_ON.detach().exp() / len(self.orders_ON)
-        return self._compare((chance_ON * self.reward_N * self.orders_ON).sum())
-
-    def _compare(self, surrogate: Tensor) -> float:
-        return float(torch.nn.functional.cosine_similarity(self._gradient(surrogate), self.exact, dim=0))
-
-    def _gradient(self, value: Tensor) -> Tensor:
-        parameters = [p for p in self.policy.model.parameters() if p.requires_grad]
-        found = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
-        return torch.cat([g.flatten() for g in found if g is not None])
+    @property
+    def weights(self) -> list[Tensor]:
+        return list(self.policy.model.parameters())
 
     def _order(self, order: Sequence[int]) -> Tensor:
         """Log-probs [N] of all images, decided in this order."""
@@ -132,6 +129,29 @@ class Problem:
             terms.append(self.losses_NMS[:, _number(masked), at])
             masked[at] = False
         return torch.stack(terms).sum(0)
+
+
+Surrogate = Callable[[Problem], Tensor]
+"""The scalar whose gradient an estimator's policy gradient is on average: sum_x pi(x) (R(x) - E R) score(x)."""
+
+
+def _along_elbo(problem: Problem) -> Tensor:
+    return (problem.chance_N * problem.advantage_N * problem.elbo).sum()
+
+
+def _along_paths(problem: Problem) -> Tensor:
+    """Over images and orders, each with its own log-prob."""
+    return (problem.chance_ON * problem.advantage_N * problem.orders_ON).sum()
+
+
+def _cosine(problem: Problem, surrogate: Surrogate) -> float:
+    exact = problem.gradient((problem.log_pi.exp() * problem.reward_N).sum())
+    found = problem.gradient(surrogate(problem))
+    return float(torch.nn.functional.cosine_similarity(_flat(found), _flat(exact), dim=0))
+
+
+def _flat(parts: Sequence[Tensor]) -> Tensor:
+    return torch.cat([part.flatten() for part in parts])
 
 
 def _noise_row(name: str, estimator: Estimator, problems: Sequence[Problem], plans: int) -> Row:
@@ -148,22 +168,28 @@ def _noise_row(name: str, estimator: Estimator, problems: Sequence[Problem], pla
         bias_N = estimates_PN.mean(0) - problem.elbo.detach()
         return float(bias_N.abs().mean()), float(estimates_PN.std(0).mean())
 
-    def score(problem: Problem) -> Tensor:
-        return torch.einsum("ms,nms->n", mean_MS, problem.losses_NMS)
+    def surrogate(problem: Problem) -> Tensor:
+        score_N = torch.einsum("ms,nms->n", mean_MS, problem.losses_NMS)
+        return (problem.chance_N * problem.advantage_N * score_N).sum()
 
-    found = [(errors(problem), problem.cosine(score(problem))) for problem in problems]
-    return _row(name, str(estimator.kind), estimator.draws, found)
+    return _row(name, str(estimator.kind), estimator.draws, problems, errors, surrogate)
 
 
-def _row(name: str, kind: str, forwards: float, found: Sequence[tuple[tuple[float, float], float]]) -> Row:
-    """`found`: of each policy ((bias, deviation), cosine)."""
-    cosines = [cosine for _, cosine in found]
-    bias, deviation = (sum(column) / len(found) for column in zip(*[errors for errors, _ in found], strict=True))
+def _row(
+    name: str,
+    kind: str,
+    forwards: float,
+    problems: Sequence[Problem],
+    errors: Callable[[Problem], tuple[float, float]],
+    surrogate: Surrogate,
+) -> Row:
+    cosines = [_cosine(problem, surrogate) for problem in problems]
+    bias, deviation = (sum(column) / len(problems) for column in zip(*map(errors, problems), strict=True))
     return Row(name, kind, forwards, bias, deviation, sum(cosines) / len(cosines), min(cosines))
 
 
 def random_policy(seed: int) -> MaskedPolicy:
-    """Far from uniform."""
+    """Its next-code laws are far from uniform."""
     config = NewPolicy(
         family="masked", hidden_size=16, num_layers=2, num_heads=2, intermediate_size=24, max_positions=64
     )

@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import Literal
 
 from rlmm.config.engines import TorchEngineConfig
+from rlmm.config.masked import UnmaskingConfig
 from rlmm.config.policy import NewPolicy, Policy
-from rlmm.config.stages import EvalStage, GrpoStage, SftStage, Stage
+from rlmm.config.stages import GrpoStage, Sampled, SftStage, Stage
 from rlmm.objectives.estimators import Estimator
-from rlmm.objectives.legality import LogProbKind, check_legal
+from rlmm.objectives.legality import IllegalObjective, LogProbKind, check_legal
+from rollouts.unmasking import check_steps
 
 Family = Literal["next_token", "masked"]
 LAYOUT = "layout.json"
@@ -25,26 +27,30 @@ def family_of(policy: Policy) -> Family:
         return "next_token"
 
 
-def check_family(name: str, stage: Stage, policy: Policy) -> None:
-    """Raises ValueError where the stage asks for what the policy's family has not, or lacks what it needs."""
+def check_family(name: str, stage: Stage, policy: Policy, positions: int) -> None:
+    """Raises ValueError where the stage asks for what the policy's family has not, or lacks what it needs.
+    `positions`: of a new policy's image."""
     family = family_of(policy)
+    sampled = stage.sampling if isinstance(stage, GrpoStage) else stage
+    if isinstance(sampled, Sampled):
+        place = f"{name}.sampling.unmasking" if isinstance(stage, GrpoStage) else f"{name}.unmasking"
+        _check_unmasking(place, sampled.unmasking, family, positions if isinstance(policy, NewPolicy) else None)
     if isinstance(stage, GrpoStage):
         _check_grpo(name, stage, family)
-    elif isinstance(stage, EvalStage):
-        _check_unmasking(f"{name}.unmasking", stage.unmasking is not None, family)
     elif isinstance(stage, SftStage) and stage.noise is not None and family == "next_token":
         raise ValueError(f"stage {name!r}: noise is of masked policies, and this one is next-token; leave it out")
 
 
-def _check_unmasking(place: str, given: bool, family: Family) -> None:
-    if family == "masked" and not given:
+def _check_unmasking(place: str, given: UnmaskingConfig | None, family: Family, positions: int | None) -> None:
+    if family == "masked" and given is None:
         raise ValueError(f"{place}: a masked policy needs it, e.g. {{steps: 8, order: random}}")
-    if family == "next_token" and given:
+    if family == "next_token" and given is not None:
         raise ValueError(f"{place}: a next-token policy decides one token after the other; leave it out")
+    if given is not None and positions is not None:
+        check_steps(given.record(), positions)
 
 
 def _check_grpo(name: str, stage: GrpoStage, family: Family) -> None:
-    _check_unmasking(f"{name}.sampling.unmasking", stage.sampling.unmasking is not None, family)
     if family == "next_token":
         if stage.estimator is not None:
             raise ValueError(f"stage {name!r}: a next-token policy's log-probs are exact; leave estimator out")
@@ -55,12 +61,31 @@ def _check_grpo(name: str, stage: GrpoStage, family: Family) -> None:
     _check_estimator(name, stage, Estimator() if stage.estimator is None else stage.estimator.record())
 
 
+def _check_log_prob(name: str, stage: GrpoStage, kind: LogProbKind, force: bool) -> None:
+    """The table of legality, and that `force` is there for something."""
+    families = [stage.objective.objective().family, *(["token_kl"] if stage.objective.kl.coefficient > 0 else [])]
+    try:
+        for family in families:
+            check_legal(family, kind)
+    except IllegalObjective:
+        if not force:
+            raise
+        return
+    if force:
+        raise ValueError(
+            f"stage {name!r}: the objective may use this log-prob, so estimator.force does nothing; leave it out"
+        )
+
+
 def _check_estimator(name: str, stage: GrpoStage, estimator: Estimator) -> None:
     force = stage.estimator is not None and stage.estimator.force
     unmasking, sampling = stage.sampling.unmasking, stage.sampling
-    check_legal(stage.objective.objective().family, estimator.kind, force=force)
-    if stage.objective.kl.coefficient > 0:
-        check_legal("token_kl", estimator.kind, force=force)
+    _check_log_prob(name, stage, estimator.kind, force)
+    if stage.objective.level == "sequence" and (estimator.steps is not None or estimator.scheme == "truncated"):
+        raise ValueError(
+            f"stage {name!r}: a ratio of level sequence needs every decision, and this estimator weighs a part of "
+            "them; use level: token, or leave steps out"
+        )
     along = estimator.scheme == "trajectory"
     cut = sampling.top_k > 0 or sampling.top_p < 1
     if cut and (not along or (unmasking is not None and unmasking.order not in ("random", "blocks", "ancestral"))):

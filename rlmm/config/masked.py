@@ -15,7 +15,7 @@ class UnmaskingConfig(Strict):
     """How an image is revealed."""
 
     steps: int = Field(..., ge=1)
-    """Forward passes an image; each reveals at least one position."""
+    """Forward passes an image; each reveals at least one position (under ancestral, as chance has it)."""
     order: Order = "random"
     """random, blocks and ancestral say nothing about the policy, so a sample's log-prob is its tokens' own: the default
     for RL. confidence and threshold reveal what the policy is surest of, and that choice is part of the log-prob.
@@ -85,6 +85,10 @@ class EstimatorConfig(Strict):
             raise ValueError("draws are of noise schemes, and steps of kind trajectory; leave the other one out")
         if (self.kind == "truncated") != (self.ratios is not None):
             raise ValueError("ratios belong to kind truncated, which needs them, and to no other")
+        if self.upper is not None and self.draws < 2:
+            raise ValueError(
+                "upper is a mean over draws inside a logarithm, which one draw leaves empty; give draws >= 2"
+            )
         if self.ratios is not None and not 0 <= self.ratios[0] < self.ratios[1] <= 1:
             raise ValueError(f"ratios {self.ratios} is no range within [0, 1]")
         return self

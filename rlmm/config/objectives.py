@@ -136,6 +136,16 @@ class ObjectiveConfig(Strict):
             filled["advantage"] = parts | given
         return filled
 
+    @model_validator(mode="after")
+    def _no_ratio_has_no_settings(self) -> "ObjectiveConfig":
+        named = OBJECTIVES[self.name]
+        own = (self.level, self.clip_low, self.clip_high) != (named.level, named.clip_low, named.clip_high)
+        if self.surrogate == "reinforce" and own:
+            raise ValueError(
+                "surrogate reinforce has no ratio, so level, clip_low and clip_high do nothing; leave them out"
+            )
+        return self
+
     def objective(self) -> Objective:
         """The named objective with this config's values in it."""
         return replace(

@@ -1,5 +1,6 @@
 """A recipe: everything a run is made of. YAML in, overrides on top, unknown key = error."""
 
+import math
 import re
 from pathlib import Path
 from typing import Any, Literal
@@ -75,7 +76,7 @@ class Recipe(Strict):
                     f"stage {name!r} refers to {unknown[0]!r}, which is no policy stage before it."
                     f"{nearest(unknown[0], before)}"
                 )
-            check_family(name, stage, self.policy)
+            check_family(name, stage, self.policy, math.prod(self.codec.grid))
             if isinstance(stage, SftStage | GrpoStage):
                 before.append(name)
         return self

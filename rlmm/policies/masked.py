@@ -71,13 +71,17 @@ class MaskedPolicy(TransformerPolicy):
         logp_RS, entropy_RS = self.read(trajectory, states, model=model, entropy_gradient=entropy_gradient)
         weight_BnS = plan.weight_BnS.to(logp_RS)
         logp_BnS = logp_RS.unflatten(0, (-1, estimator.draws))
-        logp_BS = (weight_BnS * logp_BnS).sum(1)
+        logp_BS, scale_BS = (weight_BnS * logp_BnS).sum(1), None
         entropy_BS = (weight_BnS * entropy_RS.unflatten(0, (-1, estimator.draws))).sum(1)
+        if estimator.scheme == "truncated":
+            # The published ratio is of the log-prob itself; the weight stands before the loss, not in the exponent.
+            scale_BS = weight_BnS.sum(1)
+            logp_BS, entropy_BS = (value / scale_BS.clamp_min(1e-12) for value in (logp_BS, entropy_BS))
         upper_BS = None
         if estimator.upper is not None:
             upper_BS = upper_log_probs(logp_BnS, weight_BnS, estimator.upper.beta)
         figures = plan_figures(plan, trajectory.target_mask, logp_BnS.detach())
-        return LogProbs(estimator.kind, logp_BS, entropy_BS, upper_BS=upper_BS, figures=figures)
+        return LogProbs(estimator.kind, logp_BS, entropy_BS, scale_BS, upper_BS, figures)
 
     def read(
         self,
@@ -126,6 +130,7 @@ class MaskedPolicy(TransformerPolicy):
             logp_RS, entropy_RS = self.read(trajectory, states, model=model, entropy_gradient=entropy_gradient)
         else:
             logp_RS, entropy_RS = self._confident(trajectory, states, span, span.unmasking, model)
+            entropy_RS = entropy_RS if entropy_gradient else entropy_RS.detach()
         blank_BS = logp_RS.new_zeros(trajectory.ids.shape)
         logp_BS = blank_BS.index_add(0, states.row_R, logp_RS)
         entropy_BS = blank_BS.index_add(0, states.row_R, entropy_RS)
@@ -156,7 +161,7 @@ class MaskedPolicy(TransformerPolicy):
         blank_RS = chosen_N.new_zeros(states.read_RS.shape)
         logp_RS = blank_RS.masked_scatter(states.masked_RS, chosen_N) + share_R1
         entropy_N = -(logp_NV.exp() * logp_NV).sum(1)
-        entropy_RS = blank_RS.masked_scatter(states.masked_RS, entropy_N.detach())
+        entropy_RS = blank_RS.masked_scatter(states.masked_RS, entropy_N)
         return torch.where(states.read_RS, logp_RS, 0.0), torch.where(states.read_RS, entropy_RS, 0.0)
 
     def _hidden_at(self, trajectory: Trajectory, states: States, span: Span, model: nn.Module | None) -> Tensor:

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from rlmm.config.objectives import MismatchConfig, ObjectiveConfig
 from rlmm.config.stages import GrpoStage
-from rlmm.objectives.estimators import sandwiched
+from rlmm.objectives.estimators import Estimator, sandwiched
 from rlmm.objectives.kl import kl_estimate, kl_loss
 from rlmm.objectives.legality import LogProbKind, check_legal
 from rlmm.objectives.mismatch import mismatch_weights
@@ -21,6 +21,9 @@ from rlmm.train.metrics import Meter
 from rlmm.train.processes import device
 from rlmm.train.results import save_result
 from rlmm.train.running import train
+
+ONE_STEP = Estimator(steps=1)
+"""What the mismatch gate replays of a sample where the loss reads none of its trajectory."""
 
 
 def grpo_loss(
@@ -53,13 +56,13 @@ def grpo_loss(
     if objective.mismatch is not None:
         per_token_BS = per_token_BS * _correction(objective.mismatch, old_BS, batch, meter)
     if batch.reference_logp_BS is not None:
-        per_token_BS = per_token_BS + _penalty(objective, current.logp_BS, old_BS, batch, meter)
+        per_token_BS = per_token_BS + _penalty(objective, current, old_BS, batch, meter)
     if batch.entropy_coefficient:
         per_token_BS = per_token_BS - batch.entropy_coefficient * current.entropy_BS
     _meter_entropy(current, batch, meter)
     for name, (total, count) in current.figures.items():
         meter.add(name, total, count)
-    for name, total in policy_metrics(loss, trajectory.target_mask, batch.kept_B).items():
+    for name, total in policy_metrics(loss, evaluated(current, trajectory.target_mask), batch.kept_B).items():
         meter.total(name, total)
     weight_BS = batch.weight_BS if current.scale_BS is None else batch.weight_BS * current.scale_BS
     if weighting is not None:
@@ -82,8 +85,8 @@ def _gate(policy: TransformerPolicy, current: LogProbs, config: GrpoStage, batch
     if current.kind not in (LogProbKind.EXACT, LogProbKind.TRAJECTORY):
         # An estimate of a likelihood is not what was sampled; the law still must be the sampler's.
         with torch.no_grad():
-            current = policy.log_probs(trajectory)
-    checked_BS = trajectory.target_mask if current.scale_BS is None else current.scale_BS > 0
+            current = policy.log_probs(trajectory, estimator=ONE_STEP)
+    checked_BS = evaluated(current, trajectory.target_mask)
     found = measure_mismatch(current.logp_BS, trajectory.sampler_logp, checked_BS)
     meter.add("mismatch/mean", found.total, found.count)
     meter.add("mismatch/max", found.largest)
@@ -96,13 +99,18 @@ def _user_weights(
     factor_BS = weighting(
         TokenView(batch.trajectory, current.logp_BS.detach(), old_BS, current.entropy_BS.detach(), batch.advantage_B)
     )
-    counted = batch.trajectory.target_mask & batch.kept_B[:, None]
+    counted = evaluated(current, batch.trajectory.target_mask) & batch.kept_B[:, None]
     meter.add("token_weight", float(factor_BS[counted].sum()), float(counted.sum()))
     return factor_BS
 
 
+def evaluated(current: LogProbs, target_BS: Tensor) -> Tensor:
+    """The decisions [B, S] that the log-probs are of, without those that were not evaluated."""
+    return target_BS if current.scale_BS is None else target_BS & (current.scale_BS > 0)
+
+
 def _meter_entropy(current: LogProbs, batch: GrpoBatch, meter: Meter) -> None:
-    counted = batch.trajectory.target_mask & batch.kept_B[:, None]
+    counted = evaluated(current, batch.trajectory.target_mask) & batch.kept_B[:, None]
     meter.add("entropy", float(current.entropy_BS.detach()[counted].sum()), float(counted.sum()))
     meter.put({"entropy_coefficient": batch.entropy_coefficient} if batch.entropy_coefficient else {})
 
@@ -123,13 +131,13 @@ def _correction(mismatch: MismatchConfig, old_BS: Tensor, batch: GrpoBatch, mete
     return weight_BS
 
 
-def _penalty(objective: ObjectiveConfig, logp_BS: Tensor, old_BS: Tensor, batch: GrpoBatch, meter: Meter) -> Tensor:
-    reference, target = batch.reference_logp_BS, batch.trajectory.target_mask
+def _penalty(objective: ObjectiveConfig, current: LogProbs, old_BS: Tensor, batch: GrpoBatch, meter: Meter) -> Tensor:
+    reference, target = batch.reference_logp_BS, evaluated(current, batch.trajectory.target_mask)
     assert reference is not None, "called only with a reference"
     old = old_BS if objective.kl.importance_weighted else None
-    penalty_BS = kl_loss(objective.kl.kind, logp_BS, reference, old_logp_BS=old, target_mask_BS=target)
+    penalty_BS = kl_loss(objective.kl.kind, current.logp_BS, reference, old_logp_BS=old, target_mask_BS=target)
     counted = target & batch.kept_B[:, None]
-    estimate = kl_estimate("k3", logp_BS.detach(), reference, target_mask_BS=target)
+    estimate = kl_estimate("k3", current.logp_BS.detach(), reference, target_mask_BS=target)
     meter.add("kl", float(estimate[counted].sum()), float(counted.sum()))
     return objective.kl.coefficient * penalty_BS
 

@@ -47,10 +47,16 @@ class SftSource:
         mine = share(config.batch_size, "batch_size")
         self.micro_batches_per_step = _whole(mine.stop - mine.start, config.micro_batch_size)
 
+    @property
+    def each(self) -> int:
+        """Rows of a picture."""
+        return 2 if self.config.noise is not None and self.config.noise.complementary else 1
+
     def micro_batches(self, step: int) -> list[SftBatch]:
         config = self.config
         picked = self._picked(step)
-        luck = generator(self.seed, "prompt dropout", step).random(len(picked))
+        # Both masks of one picture have one prompt, or what one leaves the other would not fill.
+        luck = generator(self.seed, "prompt dropout", step).random(len(picked) // self.each).repeat(self.each)
         dropped = luck < config.prompt_dropout
         prompts = [
             list(self.policy.layout.null(self.prompts[i])) if drop else self.prompts[i]
@@ -68,10 +74,9 @@ class SftSource:
 
     def _picked(self, step: int) -> list[int]:
         """Row numbers of a step; under complementary noise each twice in a row."""
-        noise, size = self.config.noise, self.config.batch_size
-        each = 2 if noise is not None and noise.complementary else 1
-        rows = epoch_indices(len(self.prompts), step * (size // each), size // each, self.seed)
-        return [row for row in rows for _ in range(each)]
+        size = self.config.batch_size // self.each
+        rows = epoch_indices(len(self.prompts), step * size, size, self.seed)
+        return [row for row in rows for _ in range(self.each)]
 
     def _weighed(self, whole: SequenceBatch, step: int) -> tuple[SequenceBatch, Tensor]:
         """The step's sequences, masked where the policy learns so, and the weight of each target in its loss."""
@@ -80,11 +85,10 @@ class SftSource:
             noise = config.noise or NoiseConfig()
             taught_BT = whole.target_BT & ((whole.modality_BT == IMAGE) | (config.text_weight > 0))
             taught_BT &= (whole.modality_BT == TEXT) | (config.image_weight > 0)
-            each = 2 if noise.complementary else 1
             places = range(len(taught_BT))
             noised_BT, factor_BT = training_noise(
-                taught_BT, [derive(self.seed, "noise", step, place // each) for place in places], noise.schedule,
-                noise.weighting, complement=[place % 2 == 1 for place in places] if each == 2 else None,
+                taught_BT, [derive(self.seed, "noise", step, place // self.each) for place in places], noise.schedule,
+                noise.weighting, complement=[place % 2 == 1 for place in places] if self.each == 2 else None,
             )  # fmt: skip
             whole = replace(whole, noised_BT=noised_BT)
             count_BT = noised_BT if noise.weighting == "mean" else whole.target_BT

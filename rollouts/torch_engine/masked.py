@@ -68,7 +68,7 @@ class MaskedTorchEngine:
         made = _Reveal(self.decoder, law, prefixes, seeds, unmasking)
         made.give([request.given for request in requests])
         if unmasking.policy_free:
-            made.planned(planned_steps(unmasking, made.masked_BS, seeds, len(layout.grid.decided())))
+            made.planned(planned_steps(unmasking, made.masked_BS, seeds, layout.grid.decided()))
         else:
             made.confident()
         return image_trajectory(
@@ -181,10 +181,11 @@ class _Reveal:
         row_N, at_N = made.row_N, made.at_N
         self._take(made, step, kept_N)
         if self.unmasking.exact:
+            device = made.logp_NV.device
             order_B = order_log_probs(
-                self.unmasking, made.logp_NV.cpu(), made.token_N.cpu(), row_N, kept_N, len(self.seeds)
+                self.unmasking, made.logp_NV, made.token_N, row_N.to(device), kept_N.to(device), len(self.seeds)
             )
-            self.order_BT[:, step] = order_B.double()
+            self.order_BT[:, step] = order_B.double().cpu()
             kept_B = torch.zeros(len(self.seeds), dtype=torch.float64).index_add(0, row_N, kept_N.double())
             share_B = self.order_BT[:, step] / kept_B.clamp_min(1)
             self.logp_BS[row_N[kept_N], at_N[kept_N]] += share_B[row_N[kept_N]]

@@ -7,7 +7,7 @@ empty header ends the pass. The group is apart from the trainer's own and from t
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -23,6 +23,8 @@ T = TypeVar("T")
 ROOT = 0
 SECONDS = 600
 """How long either side waits for the other before it gives up."""
+ANSWER_SECONDS = 5
+"""How long a server's answer may take after its connection broke."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,13 @@ def _beside(hosts: Sequence[ServerHost], calls: Sequence[tuple[str, ...]], own: 
     pool = ThreadPoolExecutor(len(hosts))
     try:
         theirs = [pool.submit(host.call, *call) for host, call in zip(hosts, calls, strict=True)]
-        made = own()
+        try:
+            made = own()
+        except EngineLost:
+            # What a server says itself is worth more than that its connection broke, and comes a moment later.
+            for one in wait(theirs, timeout=ANSWER_SECONDS).done:
+                one.result()
+            raise
         for one in theirs:
             one.result()
     finally:

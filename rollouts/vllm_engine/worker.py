@@ -57,8 +57,12 @@ class RolloutWorker:
         self.rollouts_group = join(address, int(port), int(first) + self.rank, int(size), backend, device)
 
     def rollouts_receive(self) -> None:
-        """Take the weights that the trainer broadcasts."""
-        self._take(self.rollouts_group.receive())
+        """Take the weights that the trainer broadcasts. After an error the group is left: nobody waits for us."""
+        try:
+            self._take(self.rollouts_group.receive())
+        except BaseException:
+            del self.rollouts_group
+            raise
 
     def rollouts_fingerprint(self) -> str:
         return running_fingerprint(self.model_runner.get_model())

@@ -6,6 +6,7 @@ prompt. The definitions use the bare model, one prompt at a time, and none of th
 Shapes: N = 64 images, C = 125 states (each position a code, or masked), S = 3 positions, V = 4 codes.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import permutations, product
@@ -171,11 +172,11 @@ def _reveal(
         return
     here_SV = table_CSV[state(image, [i for i in range(LENGTH) if image[i] != MASKED])]
     for proposal in product(range(CODES), repeat=len(masked)):
-        sure = {i: float(here_SV[i, code].detach()) for i, code in zip(masked, proposal, strict=True)}
+        sure = {i: round(float(here_SV[i, code].detach()) * 8192) for i, code in zip(masked, proposal, strict=True)}
         ranked = sorted(masked, key=lambda i: -sure[i])
         keep = len(masked) - counts[step]
         if threshold is not None and step < len(counts) - 1:
-            bound = torch.tensor(threshold).double().log()
+            bound = round(math.log(threshold) * 8192)
             keep = max(1, sum(value >= bound for value in sure.values()))
         chosen = ranked[: keep if step < len(counts) - 1 else len(masked)]
         codes = dict(zip(masked, proposal, strict=True))

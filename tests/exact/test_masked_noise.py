@@ -143,7 +143,14 @@ def test_the_policys_estimate_is_the_weighed_sum_of_its_plan(
     wanted = (plan.weight_BnS * losses[torch.arange(len(IMAGES_NS))[:, None], number_Nn]).sum(1)
     with torch.no_grad():
         found = policy.log_probs(made, estimator=estimator)
-    torch.testing.assert_close(found.logp_BS, wanted, rtol=0, atol=1e-10)
+    whole = found.logp_BS if found.scale_BS is None else found.logp_BS * found.scale_BS
+    torch.testing.assert_close(whole.sum(1), wanted.sum(1), rtol=0, atol=1e-10)
+    if scheme == "truncated":  # one draw's log-probs come as they are, to be weighed outside of a ratio
+        single = Estimator("truncated", 1, ratios=(0.5, 1.0))
+        with torch.no_grad():
+            plain, masks = policy.log_probs(made, estimator=single), single.plan(made).masks_BnS[:, 0]
+        number = (masks * NUMBER_S).sum(-1)
+        torch.testing.assert_close(plain.logp_BS, losses[torch.arange(len(IMAGES_NS)), number], rtol=0, atol=1e-10)
     assert found.kind == SCHEME_KINDS[scheme]
 
 
@@ -182,13 +189,14 @@ def test_at_the_old_policy_the_ratio_is_one_and_its_gradient_that_of_the_estimat
     """Catches a ratio of a value with its own detached copy used as if it could be clipped, and a lost gradient."""
     from rlmm.objectives.policy_gradient import clipped_policy_loss
 
+    level = "token" if scheme == "truncated" else "sequence"
     estimator = Estimator(scheme, DRAWS.get(scheme, 1), ratios=(0.5, 1.0) if scheme == "truncated" else None)
     made = sample(policy, law_named("guidance", policy), STEPWISE, 5)
     with torch.no_grad():
         old = policy.log_probs(made, estimator=estimator).logp_BS
     now = policy.log_probs(made, estimator=estimator).logp_BS
     advantage_B = torch.tensor([1.0, -2.0, 0.5, 0.0, -1.0]).double()
-    loss = clipped_policy_loss(now, old, advantage_B, clip_low=0.2, clip_high=0.2, level="sequence")
+    loss = clipped_policy_loss(now, old, advantage_B, clip_low=0.2, clip_high=0.2, level=level)
     assert torch.equal(loss.ratio_BS, torch.ones_like(loss.ratio_BS))
     weights = list(policy.model.parameters())
     found = torch.autograd.grad(loss.loss_BS.mean(1).sum(), weights, retain_graph=True, allow_unused=True)

@@ -92,8 +92,8 @@ def test_the_policy_gradient_over_trajectories_is_that_of_the_expected_reward(po
     [
         Unmasking(2, order="confidence", schedule="linear"),
         Unmasking(3, order="confidence", schedule="cosine"),
-        Unmasking(3, order="threshold", schedule="linear", threshold=0.4),
-        Unmasking(2, order="threshold", schedule="linear", threshold=0.3),
+        Unmasking(3, order="threshold", threshold=0.4),
+        Unmasking(2, order="threshold", threshold=0.3),
     ],
 )
 @pytest.mark.parametrize("name", ["plain", "guidance"])
@@ -115,6 +115,34 @@ def test_confident_decoding_has_the_log_prob_of_all_proposals_that_lead_there(
     wanted = gradient(policy, (chance_P * reward_P).sum())
     found = gradient(policy, (logp_P.detach().exp() * reward_P * logp_P).sum())
     torch.testing.assert_close(found, wanted, rtol=1e-8, atol=1e-11)
+
+
+def test_saturated_proposals_tie_and_the_chances_still_sum_to_one() -> None:
+    """Of a policy that is all but certain everywhere; the sampler's samples have the log-prob of what happened."""
+    policy = make_policy(3)
+    with torch.no_grad():
+        cast(nn.Module, policy.base.get_output_embeddings()).get_parameter("weight").mul_(40)
+    law, unmasking = Law(policy.layout.image, temperature=0.2), Unmasking(2, order="confidence", schedule="linear")
+    with torch.no_grad():
+        paths = confident_paths(table(policy, law), masked_counts("linear", 2, LENGTH))
+        paths = [path for path in paths if float(path.chance) > 0]
+        made = trajectory_of(
+            policy, law, unmasking, torch.tensor([p.image for p in paths]), torch.tensor([p.steps for p in paths])
+        )
+        chance_P = torch.stack([path.chance for path in paths])
+        torch.testing.assert_close(policy.log_probs(made).logp_BS.sum(1), chance_P.log(), rtol=1e-9, atol=1e-8)
+        likely = sample(policy, law, unmasking, 64).sampler_logp.sum(1)
+    assert float(chance_P.sum()) == pytest.approx(1, abs=1e-9) and float(likely.min()) > -10
+
+
+def test_entropies_have_a_gradient_under_every_order_where_it_is_asked_for(policy: MaskedPolicy) -> None:
+    for name in ("random", "confidence", "threshold"):
+        made = sample(policy, law_named("guidance", policy), ORDERINGS[name], 6)
+        with_gradient = policy.log_probs(made, entropy_gradient=True).entropy_BS
+        without = policy.log_probs(made).entropy_BS
+        assert with_gradient.requires_grad and not without.requires_grad
+        torch.testing.assert_close(with_gradient.detach(), without)
+        assert float(gradient(policy, with_gradient.sum()).abs().sum()) > 0
 
 
 def test_without_the_order_term_confident_decoding_would_have_another_gradient(policy: MaskedPolicy) -> None:

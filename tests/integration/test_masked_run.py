@@ -10,15 +10,21 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from rlmm.config.engines import VllmServerConfig
 from rlmm.config.policy import CheckpointPolicy
 from rlmm.config.recipe import Recipe, RecipeError, read_recipe, validate_recipe
 from rlmm.pipeline import run_recipe
 from rlmm.policies.families import llama
 from rlmm.policies.masked import MaskedPolicy
+from rlmm.rollout_server import server_plan
 from rlmm.run_folder import RunFolder
 from rlmm.sampling import sample_grid
 from rlmm.train.metrics import MetricsFile
+from rollouts.assembly import one_image_span
+from rollouts.law import Law
 from rollouts.store import read_trajectory
+from rollouts.trajectory import Span
+from rollouts.unmasking import Unmasking
 
 TINY = Path(__file__).parents[1] / "recipes" / "tiny_masked.yaml"
 COUNT = "stages.grpo.estimator={kind: count}"
@@ -156,6 +162,13 @@ def test_a_baseline_that_is_no_likelihood_runs_when_forced_and_says_so(variant: 
         (["stages.evaluation.unmasking=null"], "evaluation.unmasking: a masked policy needs it"),
         (["stages.grpo.sampling.unmasking={steps: 3, order: noisy_confidence, noise: 1}"], "no known log-prob"),
         (["stages.grpo.sampling.unmasking={steps: 3, order: confidence}", "stages.grpo.sampling.top_k=5"], "supports"),
+        (["stages.grpo.sampling.unmasking.steps=500"], "at most 12"),
+        (["stages.evaluation.unmasking={steps: 500}"], "at most 12"),
+        (["stages.grpo.sampling.unmasking={steps: 1, order: blocks, block: 8}"], "between 2 and 12"),
+        (["stages.grpo.estimator={kind: trajectory, force: true}"], "force does nothing"),
+        (["stages.grpo.estimator={steps: 1}", "stages.grpo.objective={name: gspo}"], "needs every decision"),
+        (["stages.grpo.estimator={kind: count, upper: {share: 0.5}}"], "give draws >= 2"),
+        (["stages.grpo.objective={name: reinforce, clip_low: 0.01}"], "reinforce has no ratio"),
         (["stages.grpo.engine={kind: vllm}"], "sampled by engine.kind torch"),
         (["policy.family=next_token"], "noise is of masked policies"),
         (["policy.family=next_token", "stages.sft.noise=null"], "decides one token after the other"),
@@ -166,6 +179,22 @@ def test_a_baseline_that_is_no_likelihood_runs_when_forced_and_says_so(variant: 
 def test_what_a_family_cannot_do_is_refused_when_the_recipe_is_read(settings: list[str], says: str) -> None:
     with pytest.raises(RecipeError, match=says):
         read_recipe(TINY, settings)
+
+
+def test_left_to_right_engines_refuse_a_masked_policy(run: RunFolder) -> None:
+    path = run.stage("sft") / "model"
+    with pytest.raises(ValueError, match="is a masked policy"):
+        server_plan(path, "127.0.0.1", VllmServerConfig())
+    span = Span("image", Law((0, 4)), 12, unmasking=Unmasking(3))
+    with pytest.raises(ValueError, match="the span has an unmasking"):
+        one_image_span([span], "torch")
+
+
+def test_figures_are_of_the_decisions_that_were_evaluated(variant: Callable[..., Recipe]) -> None:
+    plain = "stages.grpo.objective={name: grpo}"
+    whole = metrics(run_recipe(variant(plain, name="whole"), lambda _: None))[0]["entropy"]
+    part = variant(plain, "stages.grpo.estimator={steps: 1}", name="part")
+    assert metrics(run_recipe(part, lambda _: None))[0]["entropy"] == pytest.approx(whole, rel=0.05)
 
 
 def test_a_checkpoint_says_its_family(run: RunFolder) -> None:

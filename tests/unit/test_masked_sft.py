@@ -108,20 +108,25 @@ def test_text_is_masked_where_it_is_weighed() -> None:
     assert not (words.sequences.noised_BT & (words.sequences.modality_BT == IMAGE)).any()
 
 
-def test_complementary_masks_come_in_pairs_of_one_picture() -> None:
-    policy = policy_of()
-    (batch,) = source(policy, noise={"complementary": True}).micro_batches(0)
-    one = batch.sequences
-    assert one.noised_BT is not None
-    image = one.modality_BT == IMAGE
-    seen: dict[str, torch.Tensor] = {}
-    for row in range(8):
-        codes, mask = str(one.ids_BT[row, image[row]].tolist()), one.noised_BT[row, image[row]]
-        if codes in seen:
-            assert (seen.pop(codes) ^ mask).all()
-        else:
-            seen[codes] = mask
-    assert not seen
+@pytest.mark.parametrize("settings", [{}, {"prompt_dropout": 0.5, "text_weight": 0.5}])
+def test_complementary_masks_come_in_pairs_of_one_picture_and_prompt(settings: dict[str, object]) -> None:
+    policy, pairs = policy_of(), 0
+    data = source(policy, noise={"complementary": True}, **settings)
+    for step in range(8):
+        (batch,) = data.micro_batches(step)
+        one = batch.sequences
+        assert one.noised_BT is not None
+        taught = one.target_BT if settings else one.target_BT & (one.modality_BT == IMAGE)
+        masks: dict[str, list[torch.Tensor]] = {}
+        for row in range(8):
+            sequence = str(one.ids_BT[row, one.mask_BT[row]].tolist())
+            masks.setdefault(sequence, []).append(one.noised_BT[row, taught[row]])
+        for found in masks.values():
+            assert len(found) % 2 == 0
+            if len(found) == 2:
+                assert (found[0] ^ found[1]).all()
+                pairs += 1
+    assert pairs > 20
 
 
 def test_a_step_is_the_same_however_it_is_cut() -> None:

@@ -13,6 +13,7 @@ from rollouts.unmasking import (
     keep_confident,
     masked_counts,
     noise_scale,
+    order_log_probs,
     planned_steps,
 )
 
@@ -23,11 +24,30 @@ def everywhere(rows: int, length: int) -> torch.Tensor:
 
 def test_a_row_with_given_tokens_takes_as_many_steps_as_it_can() -> None:
     masked = torch.tensor([[True] * 6, [False, True, False, False, True, False], [False] * 6])
-    steps = planned_steps(Unmasking(4, schedule="linear"), masked, [1, 2, 3], 6)
+    steps = planned_steps(Unmasking(4, schedule="linear"), masked, [1, 2, 3])
     assert sorted(steps[1, [1, 4]].tolist()) == [0, 1] and steps[2].tolist() == [0] * 6
     assert len(steps[0].unique()) == 4
     with pytest.raises(ValueError, match="at most 6"):
-        planned_steps(Unmasking(7), masked, [1, 2, 3], 6)
+        planned_steps(Unmasking(7), masked, [1, 2, 3])
+
+
+def test_given_tokens_leave_the_blocks_where_they_are() -> None:
+    masked = torch.tensor([[True, False, True, True, True, True]])
+    steps = planned_steps(Unmasking(4, "blocks", block=4, schedule="linear"), masked, [1])[0]
+    assert steps[[0, 2, 3]].max() < steps[[4, 5]].min() and len(steps[masked[0]].unique()) == 4
+    full = torch.tensor([[True, False, False, False, False, True]])
+    assert planned_steps(Unmasking(4, "blocks", block=4), full, [1])[0].tolist() == [0, 0, 0, 0, 0, 1]
+
+
+def test_what_is_as_likely_as_the_floor_is_worse_only_after_it() -> None:
+    """Two positions that are all but certain, of which the first was kept: nothing had to happen at the other."""
+    certain = torch.tensor([[0.0, -17.0], [-1e-7, -17.0]])
+    how, rows = Unmasking(2, "confidence"), torch.zeros(2, dtype=torch.long)
+    tokens = torch.zeros(2, dtype=torch.long)
+    first = order_log_probs(how, certain, tokens, rows, torch.tensor([True, False]), 1)
+    second = order_log_probs(how, certain, tokens, rows, torch.tensor([False, True]), 1)
+    assert float(first) == pytest.approx(0, abs=1e-6) and float(second) == pytest.approx(-17, abs=1e-6)
+    assert keep_confident(how, torch.tensor([[-1e-7, 0.0]]), everywhere(1, 2), 0, [1, 0]).tolist() == [[True, False]]
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -54,8 +74,8 @@ def test_a_plan_is_a_function_of_the_rows_seed_and_decides_each_position_once(un
     decided = [i for i in range(26) if i % 13 != 12]
     masked = torch.zeros(3, 26, dtype=torch.bool)
     masked[:, decided] = True
-    whole = planned_steps(unmasking, masked, [5, 1 << 62, 7], 24)
-    assert whole[[1, 2]].equal(planned_steps(unmasking, masked[:2], [1 << 62, 7], 24))
+    whole = planned_steps(unmasking, masked, [5, 1 << 62, 7], decided)
+    assert whole[[1, 2]].equal(planned_steps(unmasking, masked[:2], [1 << 62, 7], decided))
     assert (whole[:, [12, 25]] == 0).all()
     assert whole.min() >= 0 and whole.max() < unmasking.steps
     assert not whole[0].equal(whole[2])
@@ -66,15 +86,16 @@ def test_a_plan_is_a_function_of_the_rows_seed_and_decides_each_position_once(un
 
 
 def test_blocks_come_one_after_the_other() -> None:
-    steps = planned_steps(Unmasking(6, "blocks", block=4, schedule="linear"), everywhere(2, 12), [1, 2], 12)
+    steps = planned_steps(Unmasking(6, "blocks", block=4, schedule="linear"), everywhere(2, 12), [1, 2])
     assert steps.view(2, 3, 4).sort(-1).values.tolist() == [[[0, 0, 1, 1], [2, 2, 3, 3], [4, 4, 5, 5]]] * 2
-    assert block_steps(7, [4, 4, 4]) == [2, 3, 2]
+    assert block_steps(7, [4, 4, 4]) == [3, 2, 2] and block_steps(5, [4, 2]) == [3, 2]
+    assert block_steps(6, [4, 2]) == [4, 2] and block_steps(2, [4, 1]) == [1, 1]
     with pytest.raises(ValueError, match="between 3 and 12 steps"):
         block_steps(2, [4, 4, 4])
 
 
 def test_the_ancestral_order_masks_each_position_with_the_schedules_chance() -> None:
-    steps = planned_steps(Unmasking(4, "ancestral", schedule="cosine"), everywhere(400, 50), range(400), 50)
+    steps = planned_steps(Unmasking(4, "ancestral", schedule="cosine"), everywhere(400, 50), range(400))
     for step in range(3):
         wanted = SCHEDULES["cosine"]((step + 1) / 4)
         found = float((steps > step).double().mean())
@@ -82,7 +103,7 @@ def test_the_ancestral_order_masks_each_position_with_the_schedules_chance() -> 
 
 
 def test_orders_of_rows_are_uniform() -> None:
-    steps = planned_steps(Unmasking(3, schedule="linear"), everywhere(6000, 3), range(6000), 3)
+    steps = planned_steps(Unmasking(3, schedule="linear"), everywhere(6000, 3), range(6000))
     counts = torch.bincount((steps * torch.tensor([9, 3, 1])).sum(1))
     assert sorted(counts[counts > 0].tolist()) and len(counts[counts > 0]) == 6
     assert float((counts[counts > 0] - 1000).abs().max()) < 4 * (1000 * 5 / 6) ** 0.5
@@ -90,7 +111,8 @@ def test_orders_of_rows_are_uniform() -> None:
 
 def test_noise_falls_linearly_to_zero_and_is_not_multiplied_up() -> None:
     unmasking = Unmasking(4, "noisy_confidence", noise=2.0)
-    assert [noise_scale(unmasking, step, 4) for step in range(4)] == [1.5, 1.0, 0.5, 0.0]
+    assert [noise_scale(unmasking, step, 4) for step in range(4)] == pytest.approx([2.0, 4 / 3, 2 / 3, 0.0])
+    assert noise_scale(unmasking, 0, 1) == 0
 
 
 def test_the_surest_are_kept_and_ties_go_to_the_first() -> None:
@@ -115,6 +137,7 @@ def test_the_surest_are_kept_and_ties_go_to_the_first() -> None:
         ({"steps": 2, "order": "threshold"}, "needs threshold"),
         ({"steps": 2, "order": "threshold", "threshold": 1.5}, "probability"),
         ({"steps": 2, "order": "noisy_confidence"}, "needs noise"),
+        ({"steps": 2, "order": "threshold", "threshold": 0.5, "schedule": "linear"}, "whatever the schedule"),
         ({"steps": 2, "order": "blocks", "block": 0}, "at least 1"),
     ],
 )

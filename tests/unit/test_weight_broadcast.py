@@ -87,6 +87,25 @@ def test_a_server_that_does_not_follow_is_lost() -> None:
         load(WEIGHTS * 50)
 
 
+class Refusing(Workers):
+    """Takes one weight, and fails in the second."""
+
+    def _receive(self, k: int) -> None:
+        next(self.groups.pop(k).receive())
+
+    def call(self, method: str, *arguments: str) -> Any:
+        super().call(method, *arguments)
+        if method == "rollouts_receive":
+            raise RuntimeError("the weight has another shape")
+        return self.count
+
+
+def test_what_a_server_says_of_its_own_fault_is_what_is_raised() -> None:
+    load = transfer(Refusing(1))
+    with pytest.raises(RuntimeError, match="another shape"):
+        load(WEIGHTS * 50)
+
+
 def test_the_trainers_own_error_is_its_own_and_the_server_waits_no_longer_than_it_lives() -> None:
     server = Workers(1)
     load = transfer(server)
