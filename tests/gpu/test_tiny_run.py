@@ -11,11 +11,21 @@ from rlmm.sampling import sample_grid
 from rlmm.train import experience as phases
 from rlmm.train.metrics import MetricsFile
 from tests.integration.conftest import TINY
+from tests.integration.test_masked_run import TINY as MASKED
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 
-def test_a_run_samples_trains_and_evaluates_on_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+CONFIDENCE = "stages.grpo.sampling.unmasking={steps: 3, order: confidence}"
+ESTIMATE = ["stages.grpo.estimator={kind: stratified, draws: 2}", "stages.grpo.objective={name: gspo}"]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides"), [(TINY, []), (MASKED, []), (MASKED, [CONFIDENCE]), (MASKED, ESTIMATE)]
+)
+def test_a_run_samples_trains_and_evaluates_on_the_device(
+    recipe: Path, overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     devices: list[str] = []
     generate = phases.generate
 
@@ -24,7 +34,7 @@ def test_a_run_samples_trains_and_evaluates_on_the_device(tmp_path: Path, monkey
         return generate(engine, span, requests, model)
 
     monkeypatch.setattr(phases, "generate", watched)
-    folder = run_recipe(read_recipe(TINY, [f"run_dir={tmp_path}"]), lambda line: None)
+    folder = run_recipe(read_recipe(recipe, [f"run_dir={tmp_path}", *overrides]), lambda line: None)
     sample_grid(tmp_path / "merged", ["a"], 1, temperature=1.0, guidance_scale=1.0, seed=0)
     assert set(devices) == {"cuda"} and len(devices) > 3
     rows = MetricsFile(folder.stage("grpo") / "metrics.jsonl").read()
