@@ -32,8 +32,8 @@ def export_stage(run_dir: Path, stage: str, say: Callable[[str], None]) -> None:
 
 
 BIDIRECTIONAL = (
-    "It is a masked-diffusion policy: every position sees every other. In plain transformers Llama's attention is "
-    "causal unless each call says `is_causal=False`, whatever the config says; `rlmm` says it."
+    "It is a masked-diffusion policy: every position sees every other. transformers takes that from `is_causal` in the "
+    "config; a version that does not know the key runs the model causally, without a word."
 )
 
 

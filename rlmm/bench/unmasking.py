@@ -127,9 +127,9 @@ class Problem:
         ids = torch.full((plan.samples, plan.tokens), mask)
         model: Any = self.policy.model
         for step, left in enumerate(masked_counts("cosine", plan.steps, plan.tokens)):
-            logits = model(_after(self.prefix, ids), is_causal=False).logits[:, -plan.tokens :]
+            logits = model(_after(self.prefix, ids)).logits[:, -plan.tokens :]
             if scale != 1:
-                null = model(_after(self.null, ids), is_causal=False).logits[:, -plan.tokens :]
+                null = model(_after(self.null, ids)).logits[:, -plan.tokens :]
                 logits = null + scale * (logits - null)
             probs = logits[..., low : self.layout.image[1]].softmax(-1)
             drawn = torch.multinomial(probs.flatten(0, 1), 1).view(ids.shape)
@@ -161,7 +161,7 @@ class Problem:
         model: Any = self.policy.model
 
         def work() -> None:
-            body = model.model(_after(self.prefix, ids), is_causal=False).last_hidden_state[:, -ids.shape[1] :]
+            body = model.model(_after(self.prefix, ids)).last_hidden_state[:, -ids.shape[1] :]
             logits = body[states.read_RS] @ model.lm_head.weight[slice(*self.layout.image)].T
             torch.nn.functional.cross_entropy(logits, targets, reduction="sum").backward()
 

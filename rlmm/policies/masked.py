@@ -5,7 +5,6 @@ states the same way. Shapes: B rows, S response positions, P prefix positions, K
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
 
 import torch
 from peft import PeftModel
@@ -40,7 +39,6 @@ class MaskedPolicy(TransformerPolicy):
     Raises ValueError for a layout without a mask token, and for a model whose attention is causal.
     """
 
-    attention: ClassVar[dict[str, Any]] = {"is_causal": False}
     log_prob_kind = LogProbKind.TRAJECTORY
 
     def __init__(self, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, layout: Layout) -> None:

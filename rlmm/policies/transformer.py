@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -32,9 +32,6 @@ class TransformerPolicy(ABC):
     """A Llama-style transformers model whose vocabulary holds text and image codes."""
 
     log_prob_kind: LogProbKind
-
-    attention: ClassVar[dict[str, Any]] = {}
-    """What the model's forward is told of its attention."""
 
     def __init__(self, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, layout: Layout) -> None:
         self.model, self.tokenizer, self.layout = model, tokenizer, layout
@@ -74,7 +71,6 @@ class TransformerPolicy(ABC):
             "attention_mask": mask_BT.to(device),
             "position_ids": position_BT,
         }
-        inputs |= self.attention
         # The body alone is cast, here, for sampler and trainer alike: the head and the softmax stay in full precision.
         with torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
             if model is None:

@@ -94,7 +94,7 @@ def two_spans(made: Trajectory) -> Trajectory:
 def config_of(name: str) -> GrpoStage:
     return stage(
         {"name": name, "kl": {"coefficient": KL}, "mismatch": {"kind": "truncate", "low": 0, "high": HIGH}}
-        | ({} if name in ("gspo", "cispo") else {"clip_low": 0.1, "clip_high": 0.1})
+        | ({} if name in ("gspo", "cispo", "reinforce") else {"clip_low": 0.1, "clip_high": 0.1})
     )
 
 
@@ -153,6 +153,8 @@ def losses_by_hand(name: str, log: list[dict[str, Tensor]], advantage: float) ->
         bounded = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
         if config.surrogate == "cispo":
             value = -bounded.detach() * advantage * at["new"]
+        elif config.surrogate == "reinforce":
+            value = -advantage * at["new"]
         else:
             value = -torch.minimum(ratio * advantage, bounded * advantage)
         value = value * (at["old"] - at["sampler"]).exp().clamp(max=HIGH).detach()

@@ -69,14 +69,14 @@ def test_rollouts_keep_the_order_they_were_revealed_in(run: RunFolder) -> None:
     assert isinstance(policy, MaskedPolicy) and not (made.ids == policy.mask).any()
 
 
-def test_exports_are_bidirectional_in_plain_transformers_when_told_so(run: RunFolder) -> None:
+def test_exports_are_bidirectional_in_plain_transformers(run: RunFolder) -> None:
     policy = llama.load(run.path / "merged")
     plain = AutoModelForCausalLM.from_pretrained(run.path / "merged")
     ids = torch.tensor([[*policy.layout.prefix([9, 10]), *range(policy.layout.image[0], policy.layout.image[0] + 12)]])
     with torch.no_grad():
         hidden = policy.hidden(ids, torch.ones_like(ids, dtype=torch.bool))
         wanted = policy.head(hidden[0], policy.layout.image)
-        found = plain(ids, is_causal=False).logits[0, :, slice(*policy.layout.image)]
+        found = plain(ids).logits[0, :, slice(*policy.layout.image)]
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
 
 

@@ -79,7 +79,7 @@ def test_the_loss_is_the_weighed_cross_entropy_of_plain_transformers_at_the_mask
     low, high = policy.layout.image
     ids = torch.where(one.noised_BT, policy.mask, one.ids_BT)
     with torch.no_grad():
-        logits = policy.model(ids, attention_mask=one.mask_BT, is_causal=False).logits[..., low:high]
+        logits = policy.model(ids, attention_mask=one.mask_BT).logits[..., low:high]
     losses = torch.nn.functional.cross_entropy(logits[one.noised_BT], one.ids_BT[one.noised_BT] - low, reduction="none")
     if noise.get("weighting") == "mean":
         wanted = losses.mean()
