@@ -70,6 +70,7 @@ def test_a_sync_that_one_of_two_missed_shows(engine: Recovering, policy: CausalP
     assert not agrees(engine, policy) and first.fingerprint() != second.fingerprint()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("engine", ["two servers"], indirect=True)
 def test_one_server_killed_is_every_server_built_again(engine: Recovering, policy: CausalPolicy) -> None:
     before = inner(engine)
