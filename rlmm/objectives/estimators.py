@@ -46,7 +46,8 @@ class Estimator:
 def upper_log_probs(logp_BnS: Tensor, weight_BnS: Tensor, beta: float) -> Tensor:
     """(1 / beta) log sum_n weight_n p_n^beta [B, S], the weights 1/n times L/k where masked; 0 for positions no draw
     masks. The log stands outside the mean over draws, and a constant is dropped: no upper bound of every sequence."""
-    scaled_BnS = torch.where(weight_BnS > 0, beta * logp_BnS + weight_BnS.clamp_min(1e-300).log(), -torch.inf)
+    log_weight_BnS = weight_BnS.clamp_min(torch.finfo(weight_BnS.dtype).tiny).log()
+    scaled_BnS = torch.where(weight_BnS > 0, beta * logp_BnS + log_weight_BnS, -torch.inf)
     seen_BS = (weight_BnS > 0).any(1)
     return torch.where(seen_BS, torch.where(seen_BS[:, None], scaled_BnS, 0.0).logsumexp(1) / beta, 0.0)
 

@@ -106,7 +106,7 @@ class MaskedPolicy(TransformerPolicy):
         """Log-probs [B, T] of the supervised targets that are masked, each over its own modality's slice."""
         if batch.noised_BT is None:
             raise ValueError(
-                "a masked policy learns from masked sequences, and the batch says of none where it is masked"
+                "a masked policy learns from masked sequences, and the batch does not say where; noise it first"
             )
         hidden_BTH = self.hidden(batch.ids_BT.masked_fill(batch.noised_BT, self.mask), batch.mask_BT, model=model)
         logp_BT = hidden_BTH.new_zeros(batch.ids_BT.shape, dtype=torch.promote_types(hidden_BTH.dtype, torch.float32))

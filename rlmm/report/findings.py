@@ -45,7 +45,8 @@ def headline(run: Run, evaluation: Evaluation | None, rl_stages: Sequence[Stage]
         return Headline(_before_evaluation(rl_stages), "open", ())
     first = contrasts[0]
     findings = tuple(_finding(contrast, roles.get(contrast.judge, "")) for contrast in contrasts[:4])
-    return Headline(_sentence(first, evaluation, roles.get(first.judge, "")), tone(first), findings)
+    text = _sentence(first, evaluation, roles.get(first.judge, "")) + _unbeaten(first, contrasts)
+    return Headline(text, tone(first), findings)
 
 
 def leading(contrasts: Sequence[Contrast], roles: Mapping[str, JudgeRole]) -> Contrast | None:
@@ -140,6 +141,17 @@ def _sentence(contrast: Contrast, evaluation: Evaluation, role: JudgeRole) -> st
         "open": f"no difference between {contrast.arm} and {contrast.baseline} is shown",
     }[tone(contrast)]
     return f"On prompts kept out of training, {verdict} by {judge}{figures}."
+
+
+def _unbeaten(first: Contrast, contrasts: Sequence[Contrast]) -> str:
+    """An arm that beats its start says little where another arm, such as the same SFT given more compute, does as
+    well: those it was compared with alike and does not beat."""
+    if tone(first) != "better":
+        return ""
+    alike = (first.arm, first.judge, first.metric, first.at)
+    rivals = [c for c in contrasts if (c.arm, c.judge, c.metric, c.at) == alike and tone(c) != "better"]
+    told = [f"{c.baseline} ({signed(c.difference)} {interval(c.low, c.high, difference=True)})" for c in rivals]
+    return f" It is not shown to be better than {' or '.join(told)}." if told else ""
 
 
 def _finding(contrast: Contrast, role: JudgeRole) -> Finding:

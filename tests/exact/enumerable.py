@@ -51,13 +51,18 @@ def make_policy(seed: int = 0) -> CausalPolicy:
     config = NewPolicy(hidden_size=16, num_layers=LAYERS, num_heads=2, intermediate_size=24, max_positions=64)
     policy = build(config, num_codes=CODES, grid=(1, LENGTH), seed=seed)
     assert isinstance(policy, CausalPolicy)
+    randomise(policy, seed)
+    return policy
+
+
+def randomise(policy: TransformerPolicy, seed: int) -> None:
+    """In float64, with laws far from uniform."""
     in_float64(policy)
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in policy.model.named_parameters():
         if "norm" not in name:
             parameter.data.normal_(std=0.35, generator=generator)
     policy.model.eval()
-    return policy
 
 
 def perturbed(policy: CausalPolicy, *, scale: float = 0.05, seed: int = 1) -> CausalPolicy:

@@ -24,7 +24,7 @@ from rollouts.law import COND, UNCOND, Law
 from rollouts.torch_engine.masked import MaskedTorchEngine
 from rollouts.trajectory import Span, Trajectory, pad_left
 from rollouts.unmasking import Unmasking
-from tests.exact.enumerable import in_float64
+from tests.exact.enumerable import randomise
 
 CODES, LENGTH, MASKED = 4, 3, 4
 IMAGES_NS = torch.tensor(list(product(range(CODES), repeat=LENGTH)))
@@ -45,12 +45,7 @@ def make_policy(seed: int = 0) -> MaskedPolicy:
     )
     policy = build(config, num_codes=CODES, grid=(1, LENGTH), seed=seed)
     assert isinstance(policy, MaskedPolicy)
-    in_float64(policy)
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in policy.model.named_parameters():
-        if "norm" not in name:
-            parameter.data.normal_(std=0.35, generator=generator)
-    policy.model.eval()
+    randomise(policy, seed)
     return policy
 
 

@@ -15,7 +15,7 @@ from rlmm.train.recovery import Recovering
 from rollouts.vllm_engine.broadcast import GroupTransfer
 from rollouts.vllm_engine.engine import VllmEngine
 from rollouts.vllm_engine.server import ServerHost
-from tests.integration.vllm_requests import agrees, change, gap, make_policy, sample, under_laws
+from tests.integration.vllm_requests import agrees, change, check_laws, check_sync, gap, make_policy, sample
 
 pytestmark = [
     pytest.mark.slow,
@@ -47,18 +47,11 @@ def inner(engine: Recovering) -> VllmEngine:
 
 
 def test_trainer_and_torch_engine_agree(engine: Recovering, policy: CausalPolicy) -> None:
-    for law, facts in under_laws(engine, policy).items():
-        assert facts.pop("gap") < 1e-4, law
-        assert all(facts.values()), (law, facts)
+    check_laws(engine, policy)
 
 
 def test_a_sync_reaches_every_device_and_a_skipped_one_shows(engine: Recovering, policy: CausalPolicy) -> None:
-    assert agrees(engine, policy)
-    change(policy, 2)
-    assert not agrees(engine, policy) and gap(policy, sample(engine, policy, {})) > 0.01
-    engine.sync(policy.named_weights(), 7)
-    made = sample(engine, policy, {})
-    assert agrees(engine, policy) and gap(policy, made) < 1e-4 and made.weights_version == 7
+    check_sync(engine, policy)
 
 
 @pytest.mark.parametrize("engine", ["two servers"], indirect=True)

@@ -20,7 +20,7 @@ from rollouts.vllm_engine.engine import VllmEngine
 from rollouts.vllm_engine.launch import Server
 from rollouts.vllm_engine.server import ServerHost
 from rollouts.vllm_engine.transfer import FolderTransfer
-from tests.integration.vllm_requests import LAWS, agrees, change, gap, make_policy, sample, under_laws
+from tests.integration.vllm_requests import change, check_laws, check_sync, gap, make_policy, sample
 
 pytestmark = [
     pytest.mark.slow,
@@ -56,20 +56,11 @@ def server_of(engine: Recovering) -> Server:
 
 
 def test_trainer_and_torch_engine_agree(engine: Recovering, policy: CausalPolicy) -> None:
-    found = under_laws(engine, policy)
-    assert set(found) == set(LAWS)
-    for law, facts in found.items():
-        assert facts.pop("gap") < 1e-4, law
-        assert all(facts.values()), (law, facts)
+    check_laws(engine, policy)
 
 
 def test_a_sync_reaches_the_weights_that_run_and_a_skipped_one_shows(engine: Recovering, policy: CausalPolicy) -> None:
-    assert agrees(engine, policy)
-    change(policy, 2)
-    assert not agrees(engine, policy) and gap(policy, sample(engine, policy, {})) > 0.01
-    engine.sync(policy.named_weights(), 7)
-    made = sample(engine, policy, {})
-    assert agrees(engine, policy) and gap(policy, made) < 1e-4 and made.weights_version == 7
+    check_sync(engine, policy)
     assert isinstance(engine.engine, VllmEngine) and isinstance(engine.engine.load, FolderTransfer)
     assert not list(engine.engine.load.folder.glob("*/*.safetensors"))
 

@@ -89,6 +89,25 @@ def agrees(engine: Any, policy: CausalPolicy) -> bool:
     return engine.fingerprint() == weights_fingerprint(policy.named_weights())
 
 
+def check_laws(engine: Any, policy: CausalPolicy) -> None:
+    """The trainer's log-probs within 1e-4 and the torch engine's samples, under every law."""
+    found = under_laws(engine, policy)
+    assert set(found) == set(LAWS)
+    for law, facts in found.items():
+        assert facts.pop("gap") < 1e-4, law
+        assert all(facts.values()), (law, facts)
+
+
+def check_sync(engine: Any, policy: CausalPolicy) -> None:
+    """A skipped sync shows, in the fingerprint and in the log-probs; one that is made reaches what runs."""
+    assert agrees(engine, policy)
+    change(policy, 2)
+    assert not agrees(engine, policy) and gap(policy, sample(engine, policy, {})) > 0.01
+    engine.sync(policy.named_weights(), 7)
+    made = sample(engine, policy, {})
+    assert agrees(engine, policy) and gap(policy, made) < 1e-4 and made.weights_version == 7
+
+
 def under_laws(engine: Any, policy: CausalPolicy) -> dict[str, Any]:
     """For each law: the gap to the trainer, and in what the torch engine's trajectory is the same."""
     found, reference = {}, TorchEngine(policy, num_layers=2)

@@ -12,7 +12,7 @@ import pytest
 from rlmm.report import write_report
 from rlmm.report.comparison import scores
 from rlmm.report.data import read_metrics, read_run
-from rlmm.report.findings import divergence, headline, judge_roles, tone
+from rlmm.report.findings import _unbeaten, divergence, headline, judge_roles, tone
 from rlmm.report.galleries import comparisons, first_middle_last, groups
 from rlmm.report.images import picture
 from rlmm.report.page import batch_equations
@@ -82,6 +82,19 @@ def test_headline_names_the_held_out_judge_and_its_interval(page: Page) -> None:
     assert "[+0.170, +0.290]" in page.text
     assert "16 prompts × 8 samples = 128 rollouts a step = 2 updates × 64 rollouts" in page.text
     assert "Not there yet" not in page.text
+
+
+def test_the_headline_says_which_rival_its_winner_does_not_beat() -> None:
+    def contrast(arm: str, baseline: str, difference: float, judge: str = "tesseract") -> Contrast:
+        low, high = difference - 0.03, difference + 0.03
+        given = {"arm": arm, "baseline": baseline, "judge": judge, "metric": "exact", "at": "best"}
+        return Contrast.model_validate(given | {"difference": difference, "low": low, "high": high})
+
+    won, level = contrast("grpo", "sft", 0.05), contrast("grpo", "sft_more", -0.01)
+    assert _unbeaten(won, [won, level]) == " It is not shown to be better than sft_more (−0.010 [−0.040, +0.020])."
+    assert _unbeaten(won, [won, contrast("grpo", "sft_more", 0.04)]) == ""
+    assert _unbeaten(won, [won, contrast("sft_more", "sft", 0.01), contrast("grpo", "sft_more", 0, "ocr")]) == ""
+    assert _unbeaten(level, [won, level]) == ""
 
 
 def test_running_run_shows_what_there_is(tmp_path: Path) -> None:
