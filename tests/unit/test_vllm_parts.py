@@ -378,4 +378,5 @@ def test_a_refused_row_is_one_error_and_the_others_are_given_up(status: int, err
             host.run([Row((1, 2), {}, 3)] * 3, ["a", "b", "c"])
         host.close()
         served.shutdown()
-    assert type(caught.value) is error and Answering.asked[-1] == "/abort_requests"
+    assert type(caught.value) is error
+    assert Answering.asked.count("/abort_requests") == 1  # a row given up may still arrive after it
