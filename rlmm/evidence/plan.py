@@ -13,6 +13,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from rlmm.config.base import Strict
+from rlmm.config.masked import UnmaskingConfig
 
 START = "sft"
 PlanT = TypeVar("PlanT", bound="Plan")
@@ -53,6 +54,8 @@ class Plan(Strict):
     judge: str
     """The held-out reward's label, e.g. tesseract."""
     metric: str = "exact"
+    unmasking: UnmaskingConfig | None = None
+    """How a masked policy is evaluated."""
     validation: Prompts
 
 

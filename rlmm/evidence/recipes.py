@@ -62,6 +62,7 @@ def _recipe(plan: Plan, folder: Path, seed: int, stages: Mapping[str, Any], prom
         "kind": "eval",
         "arms": list(stages),
         "temperatures": list(plan.temperatures),
+        "unmasking": plan.unmasking and plan.unmasking.model_dump(),
         **prompts.model_dump(),
     }
     return validate_recipe(raw, f"plan {plan.name}, {folder.name}")
