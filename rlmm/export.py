@@ -9,11 +9,13 @@ import yaml
 
 from rlmm.codecs import load_codec
 from rlmm.config.families import family_of
+from rlmm.config.policy import CheckpointPolicy
 from rlmm.config.recipe import Recipe, validate_recipe
 from rlmm.config.stages import EvalStage, ExportStage, GrpoStage
 from rlmm.export_card import CardInfo, HeldOut, model_card
+from rlmm.policies.families.loading import model_class_name
 from rlmm.run_folder import RunFolder, environment
-from rlmm.train.context import StageContext, parent
+from rlmm.train.context import StageContext, parent, published_base
 
 
 def run_export(context: StageContext) -> None:
@@ -38,13 +40,16 @@ BIDIRECTIONAL = (
 
 
 def write_export(recipe: Recipe, run: RunFolder, stage: str, say: Callable[[str], None]) -> None:
-    """merged/: the stage's full model; adapter/ and base/: its adapter and the model that belongs under it."""
+    """merged/: the stage's full model; adapter/ and base/: its adapter and the model that belongs under it, unless that
+    is a published one, which the adapter names."""
     if stage not in run.stages or not run.done(stage):
         raise ValueError(f"stage {stage!r} of {run.path} is not finished; its stages are {', '.join(run.stages)}")
     source = run.stage(stage)
     targets = {"merged": source / "model"}
     if (source / "adapter").is_dir():
-        targets |= {"adapter": source / "adapter", "base": _base_folder(recipe, run, stage)}
+        targets |= {"adapter": source / "adapter"}
+        if published_base(_context(recipe, run, stage)) is None:
+            targets |= {"base": _base_folder(recipe, run, stage)}
     for name, folder in targets.items():
         _replace(folder, run.path / name)
     if "adapter" in targets:
@@ -56,14 +61,20 @@ def write_export(recipe: Recipe, run: RunFolder, stage: str, say: Callable[[str]
 
 
 def _base_folder(recipe: Recipe, run: RunFolder, stage: str) -> Path:
-    config = recipe.stages[stage]
-    context = StageContext(recipe, run, stage, config, lambda line: None)
-    start = parent(context)
+    start = parent(_context(recipe, run, stage))
     if start is not None:
         return run.stage(start) / "model"
     if recipe.policy.kind == "checkpoint":
         return Path(recipe.policy.path)
     raise ValueError(f"stage {stage!r} trained an adapter on a fresh random model that nobody else has; train it whole")
+
+
+def _origin(recipe: Recipe) -> str:
+    return recipe.policy.path if isinstance(recipe.policy, CheckpointPolicy) else recipe.policy.kind
+
+
+def _context(recipe: Recipe, run: RunFolder, stage: str) -> StageContext:
+    return StageContext(recipe, run, stage, recipe.stages[stage], lambda line: None)
 
 
 def _card(recipe: Recipe, run: RunFolder, stage: str, *, adapter: bool) -> CardInfo:
@@ -74,7 +85,8 @@ def _card(recipe: Recipe, run: RunFolder, stage: str, *, adapter: bool) -> CardI
     return CardInfo(
         name=f"{recipe.name}-{stage}",
         kind="adapter" if adapter else "merged",
-        base="../base" if adapter else recipe.policy.kind,
+        base=(published_base(_context(recipe, run, stage)) or "../base") if adapter else _origin(recipe),
+        model_class=model_class_name(run.stage(stage) / "model"),
         recipe=recipe.name,
         stages=[(n, f"{recipe.stages[n].kind}, {getattr(recipe.stages[n], 'steps', 0)} steps") for n in trained],
         objective=config.objective.name if isinstance(config, GrpoStage) else "cross-entropy",

@@ -5,18 +5,16 @@ Weights, gradients and Adam's moments are counted; activations are the estimate 
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from rlmm.config.engines import TorchEngineConfig, VllmServerConfig, VllmSizes
 from rlmm.config.policy import NewPolicy
 from rlmm.config.recipe import Recipe
 from rlmm.config.stages import GrpoStage, SftStage
 from rlmm.policies.families import llama
+from rlmm.policies.families.loading import empty_model, layout_of, load_config
 from rlmm.policies.head import LOGIT_BYTES
-from rlmm.policies.layout_io import load_layout
 from rollouts.contract import Layout
 
 ADAM_BYTES = 8
@@ -51,12 +49,14 @@ def memory_plans(recipe: Recipe) -> list[MemoryPlan]:
     """A plan for each policy stage. Raises ValueError where the recipe's checkpoint cannot be read."""
     with torch.device("meta"):  # shapes alone
         if isinstance(recipe.policy, NewPolicy):
+            assert recipe.codec is not None, "the recipe lets no new policy be without"
             size = recipe.policy
             policy = llama.build(size, num_codes=recipe.codec.num_codes, grid=recipe.codec.grid, seed=0)
             layout, total = policy.layout, sum(parameter.numel() for parameter in policy.model.parameters())
         else:
-            layout, config = load_layout(Path(recipe.policy.path)), llama.load_config(Path(recipe.policy.path))
-            total = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
+            layout, whole = layout_of(recipe.policy.path, recipe.policy), load_config(recipe.policy.path)
+            total = sum(parameter.numel() for parameter in empty_model(whole).parameters())
+            config = whole.get_text_config()
             size = NewPolicy(
                 hidden_size=config.hidden_size,
                 num_layers=config.num_hidden_layers,

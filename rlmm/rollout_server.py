@@ -8,7 +8,7 @@ import yaml
 from pydantic import ValidationError
 
 from rlmm.config.engines import VllmServerConfig
-from rlmm.policies.families import llama
+from rlmm.policies.families.loading import load_config
 from rlmm.policies.layout_io import load_layout
 from rollouts.vllm_engine.launch import ServerPlan, serve
 from rollouts.vllm_engine.plugin import two_stream_overrides
@@ -43,14 +43,14 @@ def server_config(settings: Sequence[str]) -> VllmServerConfig:
 
 def server_plan(model: Path, host: str, config: VllmServerConfig) -> ServerPlan:
     """How to serve the policy in a folder: in the dtype it was saved in, unless the settings name another."""
-    found, layout = llama.load_config(model), load_layout(model)
+    found, layout = load_config(model), load_layout(model)
     if layout.mask is not None:
         raise ValueError(
             f"{model} is a masked policy, and vLLM would decide one token after the other; use engine.kind torch"
         )
     return ServerPlan(
         model,
-        max_length=found.max_position_embeddings,
+        max_length=found.get_text_config().max_position_embeddings,
         dtype=config.dtype or str(found.dtype or "float32").removeprefix("torch."),
         max_rows=config.max_rows,
         max_prompt_tokens=config.max_prompt_tokens,

@@ -10,7 +10,7 @@ from rlmm.config.engines import TorchEngineConfig
 from rlmm.config.masked import UnmaskingConfig
 from rlmm.config.stages import Sampling
 from rlmm.data import Example
-from rlmm.policies.families import llama
+from rlmm.policies.families.loading import load_policy
 from rlmm.seeds import derive
 from rlmm.train import experience as phases
 from rlmm.train.engines import build_engine
@@ -39,7 +39,7 @@ def sample_grid(
     empty = [i for i, prompt in enumerate(prompts) if not prompt.strip()]
     if empty or not prompts:
         raise ValueError(f"prompt {empty[0] + 1 if empty else 1} is empty; give each prompt some text")
-    policy, codec = llama.load(folder), load_codec(folder / "codec").to(device())
+    policy, codec = load_policy(folder), load_codec(folder / "codec").to(device())
     policy.model.eval()
     policy.to(device())
     codec.eval()

@@ -5,7 +5,7 @@ a `Trajectory`, hands it new weights, and compares fingerprints. Neither side kn
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -51,10 +51,12 @@ class Grid:
 class Layout:
     """Where text and image live in one vocabulary, and how a prompt and an image are spelled.
 
-    `text` and `image` are half-open slices of token ids; code c of the codec is token `image[0] + c`. The unconditional
-    stream's prompt is `null_prompt` (without `bos` and `boi`), or, where there is a `null_token`, the prompt with every
-    token of it replaced by that one, as Janus does: then the stream is a function of the tokens alone. `mask` stands
-    for a position that is not decided yet; only masked families have one, in neither slice, so it is never drawn.
+    `text` and `image` are half-open slices of token ids; code c of the codec is token `image[0] + c`. `template` says
+    how a prompt's text is written before it is tokenized; `boi` are the tokens that announce an image (its size too,
+    where a family writes it), `after_source` those that follow a source image. The unconditional stream's prompt is
+    `null_prompt` (without `bos` and `boi`), or, where there is a `null_token`, the prompt with every token of it
+    replaced by that one, as Janus does: then the stream is a function of the tokens alone. `mask` stands for a position
+    that is not decided yet; only masked families have one, in neither slice, so it is never drawn.
     """
 
     vocab_size: int
@@ -62,18 +64,21 @@ class Layout:
     image: tuple[int, int]
     bos: int
     pad: int
-    boi: int
+    boi: tuple[int, ...]
     grid: Grid
     null_prompt: tuple[int, ...] = ()
     null_token: int | None = None
     mask: int | None = None
-    extra: Mapping[str, Any] = field(default_factory=dict)
+    template: str = "{prompt}"
+    after_source: tuple[int, ...] = ()
+    family: str = "llama"
+    """Who reads the checkpoint: a name of `rlmm.policies.families`, or file.py:NAME."""
 
     def prefix(self, prompt_ids: Sequence[int], sources: Sequence[Sequence[int]] = ()) -> tuple[int, ...]:
         """The conditioning ids before an image span: bos, source images (each with its begin-of-image), prompt,
         begin-of-image. `sources` are spelled images: token ids, forced ones included."""
-        images = [token for source in sources for token in (self.boi, *source)]
-        return (self.bos, *images, *prompt_ids, self.boi)
+        images = [token for source in sources for token in (*self.boi, *source, *self.after_source)]
+        return (self.bos, *images, *prompt_ids, *self.boi)
 
     def null(self, prompt_ids: Sequence[int]) -> tuple[int, ...]:
         """The prompt of the unconditional stream beside a prompt."""
@@ -88,7 +93,7 @@ class Layout:
 
     def given(self) -> tuple[int, ...]:
         """Tokens of the text slice that belong to no prompt: both streams have them."""
-        return tuple(sorted({self.bos, self.boi, *self.grid.forced().values()}))
+        return tuple(sorted({self.bos, *self.boi, *self.after_source, *self.grid.forced().values()}))
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -96,8 +101,10 @@ class Layout:
     @staticmethod
     def from_dict(record: Mapping[str, Any]) -> "Layout":
         inner: dict[str, Any] = {**record["grid"], "ending": tuple(record["grid"]["ending"])}
-        pairs: dict[str, Any] = {key: tuple(record[key]) for key in ("text", "image", "null_prompt")}
-        fields: dict[str, Any] = {**record, **pairs, "grid": Grid(**inner)}
+        tuples: dict[str, Any] = {
+            key: tuple(record[key]) for key in ("text", "image", "boi", "null_prompt", "after_source")
+        }
+        fields: dict[str, Any] = {**record, **tuples, "grid": Grid(**inner)}
         return Layout(**fields)
 
 

@@ -64,7 +64,7 @@ class StepProblem:
             image=(first, self.vocabulary),
             bos=1,
             pad=0,
-            boi=4,
+            boi=(4,),
             grid=Grid(1, self.image_tokens),
         )
 

@@ -1,13 +1,16 @@
 """Pixels to codes and back."""
 
-from rlmm.codecs.base import QUANTIZERS, Codec, CodecOutput, build_codec
+from rlmm.codecs.base import QUANTIZERS, Codec, CodecOutput, PatchCodec, build_codec
 from rlmm.codecs.files import codec_hash, images_to_tensor, load_codec, save_codec, tensor_to_images
 from rlmm.codecs.loss import codec_loss, reconstruction_metrics
+from rlmm.codecs.networks import NetworkCodec
 
 __all__ = [
     "QUANTIZERS",
     "Codec",
     "CodecOutput",
+    "NetworkCodec",
+    "PatchCodec",
     "build_codec",
     "codec_hash",
     "codec_loss",

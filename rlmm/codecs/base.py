@@ -3,13 +3,14 @@
 Shapes: B images, C channels, H x W pixels, N = rows * cols tokens.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from rlmm.codecs.quantizers import Fsq, Lfq, Quantizer, Vq
-from rlmm.config.codec import CodecConfig, FsqCodec, LfqCodec, VqCodec
+from rlmm.config.codec import FsqCodec, LfqCodec, StoredCodec, VqCodec
 
 QUANTIZERS = {"fsq": Fsq, "vq": Vq, "lfq": Lfq}
 
@@ -50,14 +51,59 @@ class _PatchBlock(nn.Module):
         return x + self.body(x.movedim(1, -1)).movedim(-1, 1)
 
 
-class Codec(nn.Module):
+class Codec(nn.Module, ABC):
+    """What every codec is: its settings, and both ways between pixels and codes."""
+
+    def __init__(self, settings: StoredCodec) -> None:
+        super().__init__()
+        self.settings = settings
+        self.grid, self.num_codes = settings.grid, settings.num_codes
+        self.image_size, self.channels = settings.image_size, settings.channels
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def encode(self, images_BCHW: Tensor) -> Tensor:
+        """Codes [B, N] int64 of images in [0, 1]; ValueError on another size, or where NaN or infinity turns up."""
+        self._check(images_BCHW)
+        codes_BN, latents = self._encoded(images_BCHW.to(self.device))
+        if not latents.isfinite().all():
+            whose = "the images" if not images_BCHW.isfinite().all() else "the weights: the codec's training diverged"
+            raise ValueError(f"no codes: NaN or infinity in {whose}")
+        return codes_BN
+
+    def decode(self, ids_BN: Tensor) -> Tensor:
+        """Images [B, C, H, W] float32 in [0, 1]; ValueError on codes outside [0, num_codes) or another count."""
+        if ids_BN.shape[-1] != self.grid[0] * self.grid[1]:
+            raise ValueError(f"{ids_BN.shape[-1]} codes an image; this codec's grid is {self.grid[0]}x{self.grid[1]}")
+        if ids_BN.numel() and (int(ids_BN.min()) < 0 or int(ids_BN.max()) >= self.num_codes):
+            raise ValueError(
+                f"codes from {int(ids_BN.min())} to {int(ids_BN.max())} are outside [0, {self.num_codes}): they are no "
+                "image codes of this codec; check the layout's image slice"
+            )
+        return self._drawn(ids_BN.to(self.device)).clamp(0, 1).float()
+
+    @abstractmethod
+    def _encoded(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes [B, N] of images in [0, 1], and the latents that they were made of."""
+
+    @abstractmethod
+    def _drawn(self, ids_BN: Tensor) -> Tensor:
+        """Images [B, C, H, W] of codes, in [0, 1] but for overshoot."""
+
+    def _check(self, images: Tensor) -> None:
+        expected = (self.channels, *self.image_size)
+        if tuple(images.shape[1:]) != expected:
+            raise ValueError(f"images of shape {tuple(images.shape[1:])}; this codec takes (C, H, W) = {expected}")
+
+
+class PatchCodec(Codec):
     """Patchify convolution, residual blocks, quantizer, residual blocks, un-patchify."""
 
     def __init__(self, config: FsqCodec | VqCodec | LfqCodec) -> None:
-        super().__init__()
-        self.settings = config
-        self.grid, self.num_codes = config.grid, config.num_codes
-        self.image_size, self.channels = config.image_size, config.channels
+        super().__init__(config)
+        self.edge_weight = config.edge_weight
         self.quantizer: Quantizer = QUANTIZERS[config.kind](config)  # pyrefly: ignore
         width, latent = config.width, self.quantizer.latent_dim
         encoder_block = _Block if config.context == "both" else _PatchBlock
@@ -73,48 +119,26 @@ class Codec(nn.Module):
             nn.ConvTranspose2d(width, config.channels, config.patch, stride=config.patch),
         )
 
-    @property
-    def device(self) -> torch.device:
-        return next(self.parameters()).device
-
-    def encode(self, images_BCHW: Tensor) -> Tensor:
-        """Codes [B, N] int64 of images in [0, 1]; ValueError on another size, or where NaN or infinity turns up."""
-        self._check(images_BCHW)
-        latents = self._latents(images_BCHW.to(self.device))
-        if not latents.isfinite().all():
-            whose = "the images" if not images_BCHW.isfinite().all() else "the weights: the codec's training diverged"
-            raise ValueError(f"no codes: NaN or infinity in {whose}")
-        return self.quantizer(latents)[1]
-
-    def decode(self, ids_BN: Tensor) -> Tensor:
-        """Images [B, C, H, W] float32 in [0, 1]; ValueError on codes outside [0, num_codes) or another count."""
-        if ids_BN.shape[-1] != self.grid[0] * self.grid[1]:
-            raise ValueError(f"{ids_BN.shape[-1]} codes an image; this codec's grid is {self.grid[0]}x{self.grid[1]}")
-        if ids_BN.numel() and (int(ids_BN.min()) < 0 or int(ids_BN.max()) >= self.num_codes):
-            raise ValueError(
-                f"codes from {int(ids_BN.min())} to {int(ids_BN.max())} are outside [0, {self.num_codes}): they are no "
-                "image codes of this codec; check the layout's image slice"
-            )
-        return self._pixels(self.quantizer.codes(ids_BN.to(self.device))).clamp(0, 1).float()
-
     def forward(self, images_BCHW: Tensor) -> CodecOutput:
         self._check(images_BCHW)
         quantized, ids, auxiliary = self.quantizer(self._latents(images_BCHW))
         return CodecOutput(self._pixels(quantized).float(), ids, auxiliary)
 
-    def _latents(self, images: Tensor) -> Tensor:
-        return self.encoder(images * 2 - 1).float().flatten(2).transpose(1, 2)
+    def _latents(self, images_BCHW: Tensor) -> Tensor:
+        return self.encoder(images_BCHW * 2 - 1).float().flatten(2).transpose(1, 2)
+
+    def _encoded(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        latents_BND = self._latents(images_BCHW)
+        return self.quantizer(latents_BND)[1], latents_BND
+
+    def _drawn(self, ids_BN: Tensor) -> Tensor:
+        return self._pixels(self.quantizer.codes(ids_BN))
 
     def _pixels(self, latents_BND: Tensor) -> Tensor:
         square = latents_BND.transpose(1, 2).unflatten(2, self.grid)
         return (self.decoder(square) + 1) / 2
 
-    def _check(self, images: Tensor) -> None:
-        expected = (self.channels, *self.image_size)
-        if tuple(images.shape[1:]) != expected:
-            raise ValueError(f"images of shape {tuple(images.shape[1:])}; this codec takes (C, H, W) = {expected}")
 
-
-def build_codec(config: CodecConfig) -> Codec:
+def build_codec(config: FsqCodec | VqCodec | LfqCodec) -> PatchCodec:
     """A codec with fresh weights, drawn from torch's present generator."""
-    return Codec(config)
+    return PatchCodec(config)

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rlmm.codecs.base import Codec, build_codec
-from rlmm.config.codec import CodecConfig
+from rlmm.codecs.networks import NetworkCodec
+from rlmm.config.codec import PretrainedCodec, StoredCodec
 
 WEIGHTS, CONFIG = "codec.safetensors", "codec.json"
 
@@ -31,11 +32,11 @@ def load_codec(folder: Path) -> Codec:
     if missing:
         raise ValueError(f"{folder} holds no codec ({', '.join(missing)} missing); run the codec stage first")
     try:
-        config = TypeAdapter(CodecConfig).validate_json((folder / CONFIG).read_text())
+        config = TypeAdapter(StoredCodec).validate_json((folder / CONFIG).read_text())
         weights = load_file(folder / WEIGHTS)
     except (ValidationError, SafetensorError, UnicodeDecodeError) as error:
         raise ValueError(f"the codec in {folder} cannot be read ({error}); train or copy it again") from error
-    codec = build_codec(config)
+    codec = NetworkCodec(config) if isinstance(config, PretrainedCodec) else build_codec(config)
     try:
         codec.load_state_dict(weights)
     except RuntimeError as error:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rlmm.codecs.base import Codec, CodecOutput
+from rlmm.codecs.base import Codec, CodecOutput, PatchCodec
 
 Distance = Callable[[Tensor, Tensor], Tensor]
 """(reconstruction [B,C,H,W], images [B,C,H,W]) -> their distance []."""
@@ -23,12 +23,12 @@ def codec_loss(
     output: CodecOutput = codec(images_BCHW)
     error = output.reconstruction - images_BCHW
     loss = error.abs().mean() + error.square().mean() + output.auxiliary
-    config = cast(Codec, getattr(codec, "module", codec)).settings
-    if config.edge_weight:
-        loss = loss + config.edge_weight * edge_loss(output.reconstruction, images_BCHW)
+    own = cast(PatchCodec, getattr(codec, "module", codec))
+    if own.edge_weight:
+        loss = loss + own.edge_weight * edge_loss(output.reconstruction, images_BCHW)
     with torch.no_grad():
         figures = {"psnr_db": psnr_db(output.reconstruction.clamp(0, 1), images_BCHW)}
-        figures |= code_use(output.ids, config.num_codes)
+        figures |= code_use(output.ids, own.num_codes)
     if perceptual is not None:
         distance = perceptual(output.reconstruction, images_BCHW)
         loss = loss + perceptual_weight * distance

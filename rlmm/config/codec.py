@@ -113,4 +113,25 @@ class Perceptual(Strict):
     """Indices into `hidden_states`; all by default. The first ones see strokes and texture, the last ones content."""
 
 
+class PretrainedCodec(Strict):
+    """The image tokenizer of a published checkpoint: no recipe names one, a checkpoint brings it along."""
+
+    kind: Literal["pretrained"] = "pretrained"
+    network: str
+    """The name of its class among `rlmm.codecs.networks`, e.g. emu3."""
+    config: dict[str, Any]
+    """What the class is built from."""
+    grid: tuple[int, int]
+    """Rows and columns of tokens."""
+    image_size: tuple[int, int]
+    """(height, width) in pixels."""
+    num_codes: int = Field(..., ge=2)
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    """Pixels in [0, 1] are shifted by `mean` and divided by `std` before the network sees them."""
+    channels: Literal[3] = 3
+
+
 CodecConfig = Annotated[FsqCodec | VqCodec | LfqCodec, Field(discriminator="kind")]
+StoredCodec = Annotated[FsqCodec | VqCodec | LfqCodec | PretrainedCodec, Field(discriminator="kind")]
+"""What a codec folder may hold."""

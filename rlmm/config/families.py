@@ -27,14 +27,14 @@ def family_of(policy: Policy) -> Family:
         return "next_token"
 
 
-def check_family(name: str, stage: Stage, policy: Policy, positions: int) -> None:
+def check_family(name: str, stage: Stage, policy: Policy, positions: int | None) -> None:
     """Raises ValueError where the stage asks for what the policy's family has not, or lacks what it needs.
-    `positions`: of a new policy's image."""
+    `positions`: of a new policy's image; None: of a checkpoint, which is not read yet."""
     family = family_of(policy)
     sampled = stage.sampling if isinstance(stage, GrpoStage) else stage
     if isinstance(sampled, Sampled):
         place = f"{name}.sampling.unmasking" if isinstance(stage, GrpoStage) else f"{name}.unmasking"
-        _check_unmasking(place, sampled.unmasking, family, positions if isinstance(policy, NewPolicy) else None)
+        _check_unmasking(place, sampled.unmasking, family, positions)
     if isinstance(stage, GrpoStage):
         _check_grpo(name, stage, family)
     elif isinstance(stage, SftStage) and stage.noise is not None and family == "next_token":

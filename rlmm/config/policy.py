@@ -64,10 +64,31 @@ class NewPolicy(Strict):
 
 
 class CheckpointPolicy(Strict):
-    """A folder written by `rlmm export` or by a stage: model, tokenizer, layout.json and codec/."""
+    """A published checkpoint of a known family, or a folder written by `rlmm export` or by a stage, which knows its own
+    layout: there only `path` is set."""
 
     kind: Literal["checkpoint"] = "checkpoint"
     path: str
+    """A folder, or a hub id."""
+    family: str | None = None
+    """A name of `rlmm.policies.families`, or `file.py:NAME` of a family of yours; by the checkpoint's class if null."""
+    image_size: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] | None = None
+    """(height, width) in pixels of the images to draw, where the family has a choice; its own size if null."""
+    template: str | None = None
+    """How a prompt is written, with {prompt} in it; the family's own if null."""
+    null_prompt: str | None = None
+    """The prompt of the unconditional stream (a negative prompt), for families that take one; their own if null."""
+    decoder: str | None = None
+    """A file with the weights of the image decoder, for checkpoints that lack it (Chameleon's)."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What the weights are held in. bfloat16 halves their memory, for LoRA; all weights are trained in float32."""
+
+    @field_validator("template")
+    @classmethod
+    def _takes_a_prompt(cls, template: str | None) -> str | None:
+        if template is not None and template.count("{prompt}") != 1:
+            raise ValueError(f"template {template!r} must hold {{prompt}} once: it is where the prompt's text goes")
+        return template
 
 
 Policy = Annotated[NewPolicy | CheckpointPolicy, Field(discriminator="kind")]

@@ -42,7 +42,8 @@ class Recipe(Strict):
     run_dir: str = ""
     """Where the run goes; runs/<name> by default."""
     data: Data
-    codec: CodecConfig
+    codec: CodecConfig | None = None
+    """What the codec stage trains. A checkpoint brings its own."""
     policy: Policy = NewPolicy()
     rewards: Rewards
     """What GRPO trains on."""
@@ -56,6 +57,10 @@ class Recipe(Strict):
         shared = {term.key for term in self.rewards.terms} & {term.key for term in self.held_out.terms}
         if shared:
             raise ValueError(f"{sorted(shared)} is in rewards and in held_out; give one of them a label of its own")
+        if isinstance(self.policy, NewPolicy) and self.codec is None:
+            raise ValueError("policy.kind new takes its vocabulary and its grid from the codec; give `codec`")
+        if isinstance(self.policy, CheckpointPolicy) and self.codec is not None:
+            raise ValueError("a checkpoint brings its own codec, so `codec` would change nothing; leave it out (null)")
         if isinstance(self.policy, CheckpointPolicy) and any(isinstance(s, CodecStage) for s in self.stages.values()):
             raise ValueError(
                 "a checkpoint brings its own codec, and codes of a newly trained one would mean nothing to it; take the"
@@ -76,7 +81,7 @@ class Recipe(Strict):
                     f"stage {name!r} refers to {unknown[0]!r}, which is no policy stage before it."
                     f"{nearest(unknown[0], before)}"
                 )
-            check_family(name, stage, self.policy, math.prod(self.codec.grid))
+            check_family(name, stage, self.policy, None if self.codec is None else math.prod(self.codec.grid))
             if isinstance(stage, SftStage | GrpoStage):
                 before.append(name)
         return self

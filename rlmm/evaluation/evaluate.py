@@ -21,7 +21,7 @@ from rlmm.data import Example
 from rlmm.evaluation.compute import compute, compute_lines
 from rlmm.evaluation.reference import write_reference
 from rlmm.evaluation.statistics import bootstrap_mean, diversity, paired_difference
-from rlmm.policies.families import llama
+from rlmm.policies.families.loading import load_policy, load_spelling
 from rlmm.policies.transformer import TransformerPolicy
 from rlmm.rewarding import build_composite
 from rlmm.seeds import derive
@@ -52,7 +52,7 @@ def run_eval(context: StageContext) -> None:
     contrasts.
     """
     config: EvalStage = context.config
-    spellings = [llama.load_spelling(context.run.stage(arm) / "model") for arm in config.arms]
+    spellings = [load_spelling(context.run.stage(arm) / "model") for arm in config.arms]
     data = load_split(context, "held_out", *spellings)
     if len(data) < config.skip + config.prompts:
         raise ValueError(
@@ -91,7 +91,7 @@ def _cells(
     codec = run_codec(context)
     codec.eval()
     for arm in config.arms:
-        policy = llama.load(context.run.stage(arm) / "model")
+        policy = load_policy(context.run.stage(arm) / "model")
         policy.model.eval()
         policy.to(device())
         stage = context.recipe.stages[arm]

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from rlmm.objectives.estimators import Estimator
 from rlmm.objectives.legality import LogProbKind
 from rlmm.policies.base import LogProbs, SequenceBatch
-from rlmm.policies.head import decision_log_probs
 from rlmm.policies.transformer import TransformerPolicy, streams_needed
 from rollouts.law import Law
 from rollouts.trajectory import IMAGE, TEXT, Trajectory
@@ -39,13 +38,10 @@ class CausalPolicy(TransformerPolicy):
         entropy_BS = torch.zeros_like(logp_BS)
         for index, span in enumerate(trajectory.spans):
             where = trajectory.target_mask & (trajectory.span == index)
-            used = span.law.streams(replay=True)
-            hidden_KNH = torch.stack([hidden_KBSH[names.index(name)][where] for name in used])
+            hidden_KNH = torch.stack([hidden_KBSH[names.index(name)][where] for name in span.law.streams(replay=True)])
             support = trajectory.support[where] if trajectory.support is not None else None
             tokens_N = trajectory.ids[where]
-            logp_N, entropy_N = decision_log_probs(
-                self._head(), span.law, used, hidden_KNH, tokens_N, support, entropy_gradient=entropy_gradient
-            )
+            logp_N, entropy_N = self.decide(span.law, hidden_KNH, tokens_N, support, entropy_gradient=entropy_gradient)
             logp_BS = logp_BS.masked_scatter(where, logp_N)
             entropy_BS = entropy_BS.masked_scatter(where, entropy_N)
         return LogProbs(self.log_prob_kind, logp_BS, entropy_BS)
@@ -59,7 +55,7 @@ class CausalPolicy(TransformerPolicy):
             if where[:, 1:].any():
                 hidden_1NH = hidden_BTH[where[:, 1:]].unsqueeze(0)
                 tokens_N = batch.ids_BT[where]
-                logp_N, _ = decision_log_probs(self._head(), Law(vocabulary), ("cond",), hidden_1NH, tokens_N)
+                logp_N, _ = self.decide(Law(vocabulary), hidden_1NH, tokens_N)
                 logp_BT = logp_BT.masked_scatter(where, logp_N)
         return logp_BT
 

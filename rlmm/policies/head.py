@@ -3,7 +3,7 @@
 Shapes: K streams, N decisions, H hidden size, V vocabulary slice, D inner size of a factor (H, or a LoRA rank).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -20,16 +20,30 @@ LOGIT_BYTES = 64 << 20
 """Most bytes of logits held at once (a few copies of them); where there are more, the backward makes them again."""
 
 
-def sliced_head(head: nn.Module, hidden_NH: Tensor, vocabulary: tuple[int, int]) -> Tensor:
-    """Logits [N, V] of rows `vocabulary` of an output head: nn.Linear, or the same under LoRA."""
-    inputs, weights, bias_V = _factors(head, hidden_NH, slice(*vocabulary))
+@dataclass(frozen=True)
+class OutputHead:
+    """Where the logits of a vocabulary slice come from. `linear`: nn.Linear, or the same under LoRA; its row 0 is token
+    `first`. `body`: what hidden states go through before."""
+
+    linear: nn.Module
+    first: int = 0
+    body: Callable[[Tensor], Tensor] | None = None
+
+    def factors(self, hidden: Tensor, vocabulary: tuple[int, int]) -> tuple[list[Tensor], list[Tensor], Tensor | None]:
+        """Inputs and weights whose products add up to the slice's logits, and a bias: see `_factors`."""
+        rows = slice(vocabulary[0] - self.first, vocabulary[1] - self.first)
+        return _factors(self.linear, hidden if self.body is None else self.body(hidden), rows)
+
+
+def sliced_head(head: OutputHead, hidden_NH: Tensor, vocabulary: tuple[int, int]) -> Tensor:
+    """Logits [N, V] of the tokens `vocabulary`."""
+    inputs, weights, bias_V = head.factors(hidden_NH, vocabulary)
     return _logits(inputs, weights, bias_V)
 
 
 def decision_log_probs(
-    head: nn.Module,
+    head: OutputHead,
     law: Law,
-    names: Sequence[str],
     hidden_KNH: Tensor,
     tokens_N: Tensor,
     support_NC: Tensor | None = None,
@@ -39,13 +53,13 @@ def decision_log_probs(
     """Log-probs and entropies [N] of chosen tokens under the law.
 
     Args:
-        names: the stream each of the K leading entries of `hidden_KNH` belongs to.
+        hidden_KNH: of the streams that the law's replay needs, in its order.
         tokens_N: token ids inside `law.vocabulary`.
         support_NC: the packed support stored at sampling, where the law keeps one.
         entropy_gradient: whether the entropies have a gradient too; it costs a second product a chunk.
     """
-    inputs, weights, bias_V = _factors(head, hidden_KNH, slice(*law.vocabulary))
-    replay = _Replay(law, tuple(names), tokens_N - law.vocabulary[0], support_NC, entropy_gradient)
+    inputs, weights, bias_V = head.factors(hidden_KNH, law.vocabulary)
+    replay = _Replay(law, law.streams(replay=True), tokens_N - law.vocabulary[0], support_NC, entropy_gradient)
     return cast(tuple[Tensor, Tensor], _Chosen.apply(replay, torch.is_grad_enabled(), bias_V, *inputs, *weights))
 
 

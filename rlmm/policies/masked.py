@@ -14,7 +14,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlmm.objectives.estimators import Estimator, order_figures, plan_figures, step_weights, upper_log_probs
 from rlmm.objectives.legality import LogProbKind
 from rlmm.policies.base import LogProbs, SequenceBatch
-from rlmm.policies.head import decision_log_probs
 from rlmm.policies.transformer import TransformerPolicy, streams_needed
 from rollouts.contract import Layout
 from rollouts.law import Law, law_log_probs
@@ -95,10 +94,7 @@ class MaskedPolicy(TransformerPolicy):
         row_N, at_N = _places(states)
         support = None if trajectory.support is None else trajectory.support[row_N, at_N]
         tokens_N = trajectory.ids[row_N, at_N]
-        logp_N, entropy_N = decision_log_probs(
-            self._head(), span.law, span.law.streams(replay=True), hidden_KNH, tokens_N, support,
-            entropy_gradient=entropy_gradient,
-        )  # fmt: skip
+        logp_N, entropy_N = self.decide(span.law, hidden_KNH, tokens_N, support, entropy_gradient=entropy_gradient)
         blank_RS = logp_N.new_zeros(states.read_RS.shape)
         return blank_RS.masked_scatter(states.read_RS, logp_N), blank_RS.masked_scatter(states.read_RS, entropy_N)
 
@@ -114,7 +110,7 @@ class MaskedPolicy(TransformerPolicy):
             where = batch.target_BT & batch.noised_BT & (batch.modality_BT == modality)
             if where.any():
                 hidden_1NH, tokens_N = hidden_BTH[where].unsqueeze(0), batch.ids_BT[where]
-                logp_N, _ = decision_log_probs(self._head(), Law(vocabulary), ("cond",), hidden_1NH, tokens_N)
+                logp_N, _ = self.decide(Law(vocabulary), hidden_1NH, tokens_N)
                 logp_BT = logp_BT.masked_scatter(where, logp_N)
         return logp_BT
 

@@ -1,6 +1,8 @@
 """How a policy spells a prompt, and which prompts it cannot take."""
 
+import re
 from dataclasses import dataclass
+from functools import cached_property
 
 from transformers import PreTrainedTokenizerBase
 
@@ -30,9 +32,9 @@ class Spelling:
     def encode(self, prompt: str) -> list[int]:
         """Ids of a prompt's text; UnusablePrompt where the tokenizer does not know a character.
 
-        The text is data: a special token spelled in it is spelled out, not obeyed.
+        The text is data: a special token spelled in it is spelled out, not obeyed. Those of the template are obeyed.
         """
-        ids = self.tokenizer(prompt, add_special_tokens=False, split_special_tokens=True).input_ids
+        ids = [token for piece in self._pieces for token in self._ids(piece, prompt)]
         if self.tokenizer.unk_token_id is not None and self.tokenizer.unk_token_id in ids:
             raise UnusablePrompt(
                 UNKNOWN,
@@ -40,6 +42,22 @@ class Spelling:
                 "other such prompts: rewrite it, or use a checkpoint whose tokenizer covers them",
             )
         return ids
+
+    @cached_property
+    def _pieces(self) -> list[str | int]:
+        """The template, cut at its special tokens: ids of these, and text between them."""
+        template = self.layout.template
+        special = {*self.tokenizer.get_added_vocab(), *self.tokenizer.all_special_tokens}
+        found = sorted((token for token in special if token in template), key=len, reverse=True)
+        texts = re.split(f"({'|'.join(map(re.escape, found))})", template) if found else [template]
+        vocabulary = self.tokenizer.get_vocab() if found else {}
+        return [vocabulary[text] if text in found else text for text in texts if text]
+
+    def _ids(self, piece: str | int, prompt: str) -> list[int]:
+        if isinstance(piece, int):
+            return [piece]
+        text = piece.replace("{prompt}", prompt)
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
 
     def fault(self, prompt: str, sources: int) -> UnusablePrompt | None:
         """Why the policy cannot draw an image for this prompt with that many source images; None where it can."""

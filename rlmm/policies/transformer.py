@@ -4,6 +4,7 @@ A family adds how a trajectory is read: `hidden`, `log_probs`, `sequence_log_pro
 """
 
 import copy
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,24 +21,31 @@ from rlmm.config.policy import Lora
 from rlmm.objectives.estimators import Estimator
 from rlmm.objectives.legality import LogProbKind
 from rlmm.policies.base import LogProbs, SequenceBatch
-from rlmm.policies.head import sliced_head
+from rlmm.policies.head import OutputHead, decision_log_probs, sliced_head
 from rlmm.policies.head_rows import ROWS, train_rows
 from rlmm.policies.layout_io import save_layout
 from rlmm.policies.spelling import Spelling
 from rollouts.contract import Layout
+from rollouts.law import Law
 from rollouts.trajectory import Trajectory
 
 
 class TransformerPolicy(ABC):
-    """A Llama-style transformers model whose vocabulary holds text and image codes."""
+    """A transformers model whose vocabulary holds text and image codes. A family of checkpoints overrides what is its
+    own: how tokens are embedded, which head decides them, which parts of the model take no part."""
 
     log_prob_kind: LogProbKind
+    frozen_parts: tuple[str, ...] = ()
+    """Name prefixes of parameters that neither training nor sampling needs (image tokenizers, encoders)."""
 
     def __init__(self, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, layout: Layout) -> None:
         self.model, self.tokenizer, self.layout = model, tokenizer, layout
         self.precision = "float32"
         self._frozen: nn.Module | None = None
         self._swapped: nn.Module | None = None
+        for name, parameter in self.base.named_parameters():
+            if name.startswith(self.frozen_parts):
+                parameter.requires_grad_(False)
 
     @property
     def base(self) -> PreTrainedModel:
@@ -46,8 +54,13 @@ class TransformerPolicy(ABC):
         return cast(PreTrainedModel, active.get_base_model() if isinstance(active, PeftModel) else active)
 
     @property
+    def sizes(self) -> Any:
+        """The configuration of the language model, which in some checkpoints is a part of the whole one's."""
+        return self.base.config.get_text_config()
+
+    @property
     def spelling(self) -> Spelling:
-        return Spelling(self.tokenizer, self.layout, self.base.config.max_position_embeddings)
+        return Spelling(self.tokenizer, self.layout, self.sizes.max_position_embeddings)
 
     def to(self, device: torch.device) -> None:
         """Move the weights, in place."""
@@ -59,7 +72,7 @@ class TransformerPolicy(ABC):
 
     def hidden(self, ids_BT: Tensor, mask_BT: Tensor, *, cache: Any = None, model: nn.Module | None = None) -> Tensor:
         """Final hidden states [B, T, H]. `mask_BT` covers the cached positions too; positions count real tokens."""
-        device, most = self.base.device, self.base.config.max_position_embeddings
+        device, most = self.base.device, self.sizes.max_position_embeddings
         if mask_BT.shape[1] > most:
             raise ValueError(
                 f"a sequence of {mask_BT.shape[1]} tokens (prompt and image) exceeds the model's {most} positions; "
@@ -67,7 +80,7 @@ class TransformerPolicy(ABC):
             )
         position_BT = (mask_BT.long().cumsum(-1) - 1).clamp_min(0)[:, -ids_BT.shape[1] :].to(device)
         inputs: dict[str, Any] = {
-            "input_ids": ids_BT.to(device),
+            **self.embedded(ids_BT.to(device)),
             "attention_mask": mask_BT.to(device),
             "position_ids": position_BT,
         }
@@ -80,6 +93,27 @@ class TransformerPolicy(ABC):
             # position of logits is the cheapest the head offers.
             output = model(**inputs, use_cache=False, output_hidden_states=True, logits_to_keep=1)
         return output.hidden_states[-1].to(self.base.dtype)
+
+    def embedded(self, ids_BT: Tensor) -> dict[str, Tensor]:
+        """Tokens as the model's forward takes them."""
+        return {"input_ids": ids_BT}
+
+    def output_head(self, vocabulary: tuple[int, int]) -> OutputHead:
+        """Which head decides the tokens of a slice."""
+        return OutputHead(cast(nn.Module, self.base.get_output_embeddings()))
+
+    def decide(
+        self,
+        law: Law,
+        hidden_KNH: Tensor,
+        tokens_N: Tensor,
+        support_NC: Tensor | None = None,
+        *,
+        entropy_gradient: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probs and entropies [N] of chosen tokens: see `head.decision_log_probs`."""
+        head = self.output_head(law.vocabulary)
+        return decision_log_probs(head, law, hidden_KNH, tokens_N, support_NC, entropy_gradient=entropy_gradient)
 
     @abstractmethod
     def log_probs(
@@ -97,14 +131,14 @@ class TransformerPolicy(ABC):
         """See `Policy`."""
 
     def head(self, hidden_NH: Tensor, vocabulary: tuple[int, int]) -> Tensor:
-        return sliced_head(self._head(), hidden_NH, vocabulary)
+        return sliced_head(self.output_head(vocabulary), hidden_NH, vocabulary)
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Full weights under the checkpoint's names. An adapter is folded into a copy: merging and unmerging in
         place drifts in bfloat16."""
         modules = dict(self.base.named_modules())
         for name, parameter in self.base.named_parameters():
-            if ".lora_" in name or name.endswith(f".{ROWS}"):
+            if ".lora_" in name or name.endswith(f".{ROWS}") or name.startswith(self.frozen_parts):
                 continue
             weight = parameter.detach()
             if ".base_layer." in name:
@@ -133,7 +167,7 @@ class TransformerPolicy(ABC):
     def train_image_rows(self) -> None:
         """Of the head train only the rows of image codes, for a stage that decides nothing else: less memory, and the
         same weights where weight decay is 0. Nothing to do under LoRA or where head and embedding are one matrix."""
-        head = self._head()
+        head = self.output_head(self.layout.image).linear
         tied = head.get_parameter("weight") is self.base.get_input_embeddings().weight
         if isinstance(head, nn.Linear) and not isinstance(self.model, PeftModel) and not tied:
             train_rows(head, self.layout.image)
@@ -145,7 +179,8 @@ class TransformerPolicy(ABC):
 
     def add_lora(self, config: Lora, seed: int) -> None:
         """Wrap the model in a fresh LoRA adapter, whose weights are a function of `seed`."""
-        known = {name.rsplit(".", 1)[-1] for name, module in self.base.named_modules() if isinstance(module, nn.Linear)}
+        linear = [name for name, module in self.base.named_modules() if isinstance(module, nn.Linear)]
+        known = {name.rsplit(".", 1)[-1] for name in linear if not name.startswith(self.frozen_parts)}
         unknown = [name for name in config.target_modules if name not in known]
         if unknown:
             raise ValueError(f"lora.target_modules names {unknown[0]!r}.{nearest(unknown[0], sorted(known))}")
@@ -153,6 +188,7 @@ class TransformerPolicy(ABC):
             r=config.rank,
             lora_alpha=config.alpha,
             target_modules=list(config.target_modules),
+            exclude_modules="|".join(rf"{re.escape(part)}.*" for part in self.frozen_parts) or None,
             task_type="CAUSAL_LM",
         )
         with torch.random.fork_rng():
@@ -179,9 +215,6 @@ class TransformerPolicy(ABC):
     def _save_rest(self, folder: Path) -> None:
         self.tokenizer.save_pretrained(folder)
         save_layout(self.layout, folder)
-
-    def _head(self) -> nn.Module:
-        return cast(nn.Module, self.base.get_output_embeddings())
 
 
 def streams_needed(trajectory: Trajectory) -> list[str]:

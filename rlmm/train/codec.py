@@ -89,6 +89,7 @@ def run_codec_stage(context: StageContext) -> None:
     """Train a codec; leaves codec/, reconstruction.png and reconstruction.json in the stage's folder."""
     config: CodecStage = context.config
     loss_fn = loss_function(config)
+    assert context.recipe.codec is not None, "the recipe lets no checkpoint have a codec stage"
     with torch.random.fork_rng():
         torch.manual_seed(context.seed("weights"))
         codec = build_codec(context.recipe.codec)

@@ -12,6 +12,7 @@ from rlmm.config.recipe import OWN_POLICY, Recipe
 from rlmm.config.stages import CodecStage, GrpoStage, SftStage
 from rlmm.data import Dataset, build_dataset
 from rlmm.policies.families import llama
+from rlmm.policies.families.loading import checkpoint_codec, load_policy, own_folder
 from rlmm.policies.spelling import Spelling
 from rlmm.policies.transformer import TransformerPolicy
 from rlmm.run_folder import RunFolder
@@ -58,7 +59,7 @@ def run_codec(context: StageContext) -> Codec:
         if isinstance(stage, CodecStage):
             return load_codec(context.run.stage(name) / "codec").to(device())
     if isinstance(context.recipe.policy, CheckpointPolicy):
-        return load_codec(Path(context.recipe.policy.path) / "codec").to(device())
+        return checkpoint_codec(context.recipe.policy).to(device())
     raise ValueError("the recipe has no codec stage and a new policy; add a stage of kind 'codec' before the others")
 
 
@@ -66,9 +67,9 @@ def starting_policy(context: StageContext, codec: Codec) -> TransformerPolicy:
     """The policy a stage starts from: `start_from`, else the policy stage before it, else the recipe's policy."""
     start = parent(context)
     if start is not None:
-        policy = llama.load(context.run.stage(start) / "model")
+        policy = load_policy(context.run.stage(start) / "model")
     elif isinstance(context.recipe.policy, CheckpointPolicy):
-        policy = llama.load(Path(context.recipe.policy.path))
+        policy = load_policy(context.recipe.policy.path, context.recipe.policy)
     else:
         seed = derive(context.recipe.seed, "policy")
         policy = llama.build(context.recipe.policy, num_codes=codec.num_codes, grid=codec.grid, seed=seed)
@@ -83,6 +84,14 @@ def parent(context: StageContext) -> str | None:
     """The stage this one starts from; None where that is the recipe's own policy."""
     start = context.config.start_from or policy_stage_before(context)
     return None if start == OWN_POLICY else start
+
+
+def published_base(context: StageContext) -> str | None:
+    """The published checkpoint that this stage starts from, where it starts from one: a name that others know."""
+    policy = context.recipe.policy
+    if parent(context) is not None or not isinstance(policy, CheckpointPolicy) or own_folder(policy.path):
+        return None
+    return policy.path
 
 
 def policy_stage_before(context: StageContext) -> str | None:

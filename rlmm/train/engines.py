@@ -34,7 +34,7 @@ def build_engine(config: EngineConfig, policy: TransformerPolicy, law: Law | Non
 def _torch(config: TorchEngineConfig, policy: TransformerPolicy, law: Law | None) -> Engine:
     if isinstance(policy, MaskedPolicy):
         return MaskedTorchEngine(policy, max_rows=config.max_rows)
-    layers, packed = policy.base.config.num_hidden_layers, packed_decoder(policy)
+    layers, packed = policy.sizes.num_hidden_layers, packed_decoder(policy)
     return TorchEngine(policy, num_layers=layers, max_rows=config.max_rows, packed=packed)
 
 
@@ -122,7 +122,7 @@ def _served(config: VllmSizes, policy: TransformerPolicy, law: Law | None) -> di
     guided = law is not None and len(law.streams()) == STREAMS
     together = config.two_streams and guided and policy.layout.null_token is not None
     return {
-        "max_length": policy.base.config.max_position_embeddings,
+        "max_length": policy.sizes.max_position_embeddings,
         "dtype": config.dtype or policy.precision,
         "max_rows": config.max_rows,
         "max_prompt_tokens": config.max_prompt_tokens,

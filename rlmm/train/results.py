@@ -7,7 +7,7 @@ from peft import PeftModel
 
 from rlmm.codecs import Codec, save_codec
 from rlmm.policies.transformer import TransformerPolicy
-from rlmm.train.context import StageContext
+from rlmm.train.context import StageContext, published_base
 from rlmm.train.processes import world
 
 
@@ -17,7 +17,7 @@ def save_result(context: StageContext, policy: TransformerPolicy, codec: Codec) 
     if rank == 0:
         write_model(policy, codec, context.model_folder)
         if isinstance(policy.model, PeftModel):
-            policy.save_adapter(context.folder / "adapter", base="../base")
+            policy.save_adapter(context.folder / "adapter", base=published_base(context) or "../base")
 
 
 def write_model(policy: TransformerPolicy, codec: Codec, folder: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from rewards.runner import RewardContractError
 from rlmm.config.recipe import Recipe, read_recipe
 from rlmm.pipeline import run_folder, run_recipe
-from rlmm.policies.families import llama
+from rlmm.policies.families.loading import load_policy
 from rlmm.train.gates import GateError
 from rlmm.train.metrics import MetricsFile
 from rollouts.store import read_trajectory
@@ -80,10 +80,10 @@ def test_a_reward_that_raises_excludes_its_samples(with_reward: Callable[..., Re
 
 def test_a_judge_that_is_down_changes_no_weight_and_then_stops_the_run(with_reward: Callable[..., Recipe]) -> None:
     recipe = with_reward("always_raises", "stages.grpo.gates.patience=3")
-    before = dict(llama.load(Path(recipe.policy.path)).named_weights())  # pyrefly: ignore
+    before = dict(load_policy(Path(recipe.policy.path)).named_weights())  # pyrefly: ignore
     row, stage = run(recipe)
     assert row["sample/unavailable_share"] == 1.0 and row["grad_norm"] == 0.0 and "reward/mean" not in row
-    after = dict(llama.load(stage / "model").named_weights())
+    after = dict(load_policy(stage / "model").named_weights())
     assert all(torch.equal(before[name], after[name]) for name in before)
     with pytest.raises(GateError, match="the reward fails on most samples"):
         run(with_reward("always_raises", "stages.grpo.gates.patience=1", f"run_dir={stage.parent.parent}-2"))
@@ -93,13 +93,13 @@ def test_a_judge_that_goes_down_stops_the_weights_at_once(with_reward: Callable[
     names = ("stages.grpo.objective.updates_per_rollout=1", "stages.grpo.checkpoint_every=1", "rewards.retries=0")
     one = with_reward("fails_after_the_first_rollout", "stages.grpo.steps=1", *names)
     stopped = run(one)[1]
-    moved = dict(llama.load(stopped / "model").named_weights())
+    moved = dict(load_policy(stopped / "model").named_weights())
     three = with_reward("fails_after_the_first_rollout", *names, "stages.grpo.steps=3", "stages.grpo.schedule=constant")
     three = three.model_copy(update={"run_dir": f"{stopped.parent.parent}-3"})
     row, stage = run(three)
     assert row["sample/unavailable_share"] == 0
     assert MetricsFile(stage / "metrics.jsonl").read()[2]["sample/unavailable_share"] == 1
-    after = dict(llama.load(stage / "model").named_weights())
+    after = dict(load_policy(stage / "model").named_weights())
     assert all(torch.equal(moved[name], after[name]) for name in moved)
 
 
@@ -173,7 +173,7 @@ def test_importance_weights_do_not_excuse_another_law(variant: Callable[..., Rec
 
 def test_an_unreadable_checkpoint_is_named(tmp_path: Path, variant: Callable[..., Recipe]) -> None:
     with pytest.raises(ValueError, match="layout.json"):
-        llama.load(tmp_path)
+        load_policy(tmp_path)
     source = Path(variant().policy.path)  # pyrefly: ignore
     broken = tmp_path / "broken"
     broken.mkdir()
@@ -181,7 +181,7 @@ def test_an_unreadable_checkpoint_is_named(tmp_path: Path, variant: Callable[...
         if path.is_file():
             (broken / path.name).write_bytes(path.read_bytes()[: -50 if path.suffix == ".safetensors" else None])
     with pytest.raises(ValueError, match="not a readable checkpoint"):
-        llama.load(broken)
+        load_policy(broken)
 
 
 def test_the_run_folder_of_a_stopped_run_keeps_its_rollout(with_reward: Callable[..., Recipe]) -> None:

@@ -14,7 +14,7 @@ from rlmm.config.engines import VllmServerConfig
 from rlmm.config.policy import CheckpointPolicy
 from rlmm.config.recipe import Recipe, RecipeError, read_recipe, validate_recipe
 from rlmm.pipeline import run_recipe
-from rlmm.policies.families import llama
+from rlmm.policies.families.loading import load_policy
 from rlmm.policies.masked import MaskedPolicy
 from rlmm.rollout_server import server_plan
 from rlmm.run_folder import RunFolder
@@ -65,12 +65,12 @@ def test_rollouts_keep_the_order_they_were_revealed_in(run: RunFolder) -> None:
     unmasking = made.spans[0].unmasking
     assert unmasking is not None and unmasking.steps == 3
     assert made.step.max() == 2 and all(len(row.unique()) == 3 for row in made.step)
-    policy = llama.load(run.stage("sft") / "model")
+    policy = load_policy(run.stage("sft") / "model")
     assert isinstance(policy, MaskedPolicy) and not (made.ids == policy.mask).any()
 
 
 def test_exports_are_bidirectional_in_plain_transformers(run: RunFolder) -> None:
-    policy = llama.load(run.path / "merged")
+    policy = load_policy(run.path / "merged")
     plain = AutoModelForCausalLM.from_pretrained(run.path / "merged")
     ids = torch.tensor([[*policy.layout.prefix([9, 10]), *range(policy.layout.image[0], policy.layout.image[0] + 12)]])
     with torch.no_grad():

@@ -13,7 +13,7 @@ from PIL import Image
 
 from rlmm.config.recipe import Recipe, read_recipe
 from rlmm.pipeline import run_recipe
-from rlmm.policies.families import llama
+from rlmm.policies.families.loading import load_policy
 from rlmm.sampling import sample_grid
 from rlmm.train.metrics import MetricsFile
 from rollouts.store import read_trajectory
@@ -84,7 +84,7 @@ print(json.dumps(logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0].tolist
 @pytest.mark.parametrize("export", ["adapter", "merged"])
 def test_exports_load_in_plain_peft_and_transformers_with_the_same_log_probs(tiny_run: TinyRun, export: str) -> None:
     run = tiny_run.folder
-    policy = llama.load(run.stage("grpo") / "model")
+    policy = load_policy(run.stage("grpo") / "model")
     layout = policy.layout
     prefix = list(layout.prefix(policy.encode_prompt('render "CAT"')))
     codes = [layout.image[0] + (7 * i) % 64 for i in range(layout.grid.length)]
@@ -109,7 +109,7 @@ def test_exports_load_in_plain_peft_and_transformers_with_the_same_log_probs(tin
 
 
 def test_the_adapter_changes_the_model(tiny_run: TinyRun) -> None:
-    before, after = (dict(llama.load(tiny_run.folder.path / n).named_weights()) for n in ("base", "merged"))
+    before, after = (dict(load_policy(tiny_run.folder.path / n).named_weights()) for n in ("base", "merged"))
     assert any(not torch.equal(before[name], after[name]) for name in before)
 
 
@@ -136,7 +136,7 @@ def test_sampling_is_repeatable_and_refuses_an_empty_prompt(tiny_run: TinyRun) -
 
 def final_weights(recipe: Recipe) -> dict[str, torch.Tensor]:
     folder = run_recipe(recipe, lambda line: None)
-    return dict(llama.load(folder.stage("grpo") / "model").named_weights())
+    return dict(load_policy(folder.stage("grpo") / "model").named_weights())
 
 
 def test_the_micro_batch_size_does_not_change_the_update(variant: Callable[..., Recipe], tmp_path: Path) -> None:
@@ -170,11 +170,11 @@ def test_bfloat16_runs_within_its_own_tolerance_and_really_rounds(
 
 def test_training_all_weights_keeps_a_frozen_reference(variant: Callable[..., Recipe]) -> None:
     recipe = variant("stages.grpo.steps=4", "stages.grpo.lora=null", "stages.grpo.objective.kl.kind=k2")
-    before = dict(llama.load(Path(recipe.policy.path)).named_weights())  # pyrefly: ignore
+    before = dict(load_policy(Path(recipe.policy.path)).named_weights())  # pyrefly: ignore
     folder = run_recipe(recipe, lambda line: None)
     rows = MetricsFile(folder.stage("grpo") / "metrics.jsonl").read()
     assert rows[0]["kl"] == pytest.approx(0, abs=1e-9) and rows[3]["kl"] > 1e-7
-    after = dict(llama.load(folder.stage("grpo") / "model").named_weights())
+    after = dict(load_policy(folder.stage("grpo") / "model").named_weights())
     assert all(not torch.equal(before[name], after[name]) for name in before)
     assert not (folder.stage("grpo") / "adapter").exists()
 

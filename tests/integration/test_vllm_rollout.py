@@ -136,7 +136,7 @@ def test_the_plugin_registers_architectures(found: dict[str, Any]) -> None:
 
 
 def test_without_a_null_token_there_are_no_two_streams_and_the_error_says_what_to_do() -> None:
-    layout = Layout(vocab_size=9, text=(0, 4), image=(4, 9), bos=0, pad=1, boi=2, grid=Grid(1, 2, row_end=1))
+    layout = Layout(vocab_size=9, text=(0, 4), image=(4, 9), bos=0, pad=1, boi=(2,), grid=Grid(1, 2, row_end=1))
     with pytest.raises(ValueError, match="engine.two_streams: false"):
         plugin.two_stream_overrides(layout)
     found = plugin.two_stream_overrides(replace(layout, null_token=3))

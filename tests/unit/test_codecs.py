@@ -8,7 +8,7 @@ from PIL import Image
 from pydantic import TypeAdapter, ValidationError
 
 from rlmm.codecs import (
-    Codec,
+    PatchCodec,
     build_codec,
     codec_hash,
     codec_loss,
@@ -32,7 +32,7 @@ CONFIGS = {
 }
 
 
-def codec(kind: str, seed: int = 0) -> Codec:
+def codec(kind: str, seed: int = 0) -> PatchCodec:
     torch.manual_seed(seed)
     return build_codec(CONFIGS[kind])
 

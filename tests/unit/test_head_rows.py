@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from rlmm.config.policy import Lora, NewPolicy
-from rlmm.policies.families.llama import build, load
+from rlmm.policies.families.llama import build
+from rlmm.policies.families.loading import load_policy
 from rlmm.policies.head_rows import ROWS, rows_weight, train_rows
 from rlmm.policies.transformer import TransformerPolicy
 from rollouts.contract import Request
@@ -73,7 +74,7 @@ def test_files_and_names_are_those_of_ever(tmp_path: Path) -> None:
     trained(policy, made)
     assert [name for name, _ in policy.named_weights()] == names and list(policy.model.state_dict()) == keys
     policy.save(tmp_path)
-    again = load(tmp_path)
+    again = load_policy(tmp_path)
     assert torch.equal(again.log_probs(made).logp_BS, policy.log_probs(made).logp_BS)
 
 

@@ -104,7 +104,7 @@ def test_dropped_prompts_become_the_null_prompt_and_half_of_them_lose_the_source
     null, seen = policy.layout.null_prompt[0], {"kept": 0, "no prompt": 0, "bare": 0}
     for step in range(40):
         for row in data.micro_batches(step)[0].sequences.ids_BT.tolist():
-            dropped, with_source = null in row, row.count(policy.layout.boi) == 2
+            dropped, with_source = null in row, row.count(*policy.layout.boi) == 2
             seen["kept" if not dropped else "no prompt" if with_source else "bare"] += 1
             assert dropped or with_source
     total = sum(seen.values())

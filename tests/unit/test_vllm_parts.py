@@ -37,7 +37,7 @@ from rollouts.vllm_engine.transfer import read_shards, write_shards
 from rollouts.vllm_engine.waves import Sample, plan_waves
 
 ROOT = Path(__file__).parents[2]
-LAYOUT = Layout(vocab_size=9, text=(0, 4), image=(4, 9), bos=0, pad=1, boi=2, grid=Grid(1, 2))
+LAYOUT = Layout(vocab_size=9, text=(0, 4), image=(4, 9), bos=0, pad=1, boi=(2,), grid=Grid(1, 2))
 ROOMY = Room(rows=100, prompt_tokens=1000, blocks=1000, length=64)
 
 

@@ -1,26 +1,15 @@
-"""A Llama-style transformers model with text and image codes in one vocabulary."""
+"""Any causal model of transformers whose vocabulary holds text and image codes: the folder says where (layout.json)."""
 
-from pathlib import Path
 from typing import cast
 
 import torch
-from safetensors import SafetensorError
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from rlmm.codecs import Codec
 from rlmm.config.policy import NewPolicy
 from rlmm.policies.causal import CausalPolicy
-from rlmm.policies.layout_io import load_layout
+from rlmm.policies.families.base import Checkpoint, Family
 from rlmm.policies.masked import MaskedPolicy
-from rlmm.policies.spelling import Spelling
 from rlmm.policies.tokenizer import BOI, BOS, EOL, NULL, PAD, character_tokenizer
 from rlmm.policies.transformer import TransformerPolicy
 from rollouts.contract import Grid, Layout
@@ -38,7 +27,7 @@ def build(config: NewPolicy, *, num_codes: int, grid: tuple[int, int], seed: int
         image=(text_size, text_size + num_codes),
         bos=token[BOS],
         pad=token[PAD],
-        boi=token[BOI],
+        boi=(token[BOI],),
         grid=Grid(*grid, row_end=token[EOL] if config.row_ends else None),
         null_prompt=(token[NULL],),
         null_token=token[NULL] if config.null == "token" else None,
@@ -62,38 +51,27 @@ def build(config: NewPolicy, *, num_codes: int, grid: tuple[int, int], seed: int
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = LlamaForCausalLM(llama)
-    return _policy(cast(PreTrainedModel, model), cast(PreTrainedTokenizerBase, tokenizer), layout)
+    return policy(cast(PreTrainedModel, model), cast(PreTrainedTokenizerBase, tokenizer), layout)
 
 
-def _policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, layout: Layout) -> TransformerPolicy:
-    """Of the family that the layout is of."""
+def policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, layout: Layout) -> TransformerPolicy:
+    """Of the kind that the layout is of."""
     return (CausalPolicy if layout.mask is None else MaskedPolicy)(model, tokenizer, layout)
 
 
-def load(folder: Path) -> TransformerPolicy:
-    """The policy a stage or `rlmm export` wrote. Raises ValueError naming the folder where it cannot be read."""
-    layout = load_layout(folder)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{folder} is not a readable checkpoint ({error}); give a complete model folder") from error
-    return _policy(cast(PreTrainedModel, model), cast(PreTrainedTokenizerBase, tokenizer), layout)
+def layout(checkpoint: Checkpoint) -> Layout:
+    """Raises ValueError: where such a model's image codes lie, its files do not say."""
+    kind = ", ".join(checkpoint.config.architectures or ["model of unknown class"])
+    raise ValueError(
+        f"{checkpoint.source} is a {kind}, and which of its tokens are image codes is unknown; give a folder with "
+        "layout.json and codec/ beside the model (what a stage or `rlmm export` writes), or write a family for it and "
+        "name it in policy.family"
+    )
 
 
-def load_config(folder: Path) -> PretrainedConfig:
-    """The model's configuration. Raises ValueError as `load` does."""
-    try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{folder} is not a readable checkpoint ({error}); give a complete model folder") from error
+def codec(checkpoint: Checkpoint) -> Codec:
+    """Raises ValueError: such a model has none inside."""
+    raise ValueError(f"{checkpoint.source} has no codec/ beside the model; copy or train one (see docs/your-own.md)")
 
 
-def load_spelling(folder: Path) -> Spelling:
-    """How the policy in a folder spells prompts, without its weights. Raises ValueError as `load` does."""
-    layout, config = load_layout(folder), load_config(folder)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{folder} is not a readable checkpoint ({error}); give a complete model folder") from error
-    return Spelling(cast(PreTrainedTokenizerBase, tokenizer), layout, config.max_position_embeddings)
+FAMILY = Family("llama", (), policy=policy, layout=layout, codec=codec)

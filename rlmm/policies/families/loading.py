@@ -1,0 +1,131 @@
+"""From a folder or a hub id to a policy: which family reads it, and what that family makes of it.
+
+A folder that a stage or `rlmm export` wrote has layout.json and codec/, and names its family there. A published
+checkpoint has neither: its family works them out.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from rewards.functions import load_function
+from rlmm.codecs import Codec, load_codec
+from rlmm.config.base import nearest
+from rlmm.config.policy import CheckpointPolicy
+from rlmm.policies.families import chameleon, emu3, janus, llama
+from rlmm.policies.families.base import Checkpoint, Family
+from rlmm.policies.layout_io import LAYOUT_FILE, load_layout
+from rlmm.policies.spelling import Spelling
+from rlmm.policies.transformer import TransformerPolicy
+from rollouts.contract import Layout
+
+FAMILIES: Mapping[str, Family] = {
+    family.name: family for family in (llama.FAMILY, emu3.FAMILY, chameleon.FAMILY, chameleon.LUMINA, janus.FAMILY)
+}
+"""Name -> family. Another one needs no entry: a recipe names it as `policy.family: my_family.py:family`."""
+
+
+def find_family(name: str) -> Family:
+    """A shipped family, or what the function `file.py:NAME` (or `module:NAME`) returns. Raises ValueError."""
+    if name in FAMILIES:
+        return FAMILIES[name]
+    if ":" not in name:
+        raise ValueError(f"there is no family {name!r}.{nearest(name, list(FAMILIES))}")
+    made = load_function(name, "checkpoint family")()
+    if not isinstance(made, Family):
+        raise ValueError(f"{name} returned a {type(made).__name__}; return a rlmm.policies.families.base.Family")
+    return made
+
+
+def load_policy(source: Path | str, options: CheckpointPolicy | None = None) -> TransformerPolicy:
+    """The policy in a folder or hub id. `options`: what a recipe says of a published checkpoint.
+
+    Raises ValueError naming the source where it cannot be read.
+    """
+    checkpoint = _checkpoint(source, options)
+    layout = layout_of(source, options)
+    family = find_family(layout.family)
+    dtype = "auto" if options is None else getattr(torch, options.dtype)
+    try:
+        model = _model_class(family, checkpoint.config).from_pretrained(checkpoint.source, dtype=dtype)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ValueError(
+            f"{source} is not a readable checkpoint ({error}); give a complete model folder or a hub id"
+        ) from error
+    return family.policy(cast(PreTrainedModel, model), cast(PreTrainedTokenizerBase, checkpoint.tokenizer), layout)
+
+
+def layout_of(source: Path | str, options: CheckpointPolicy | None = None) -> Layout:
+    """What layout.json says, else what the checkpoint's family works out. Raises ValueError as `load_policy` does."""
+    if own_folder(source):
+        return load_layout(Path(source))
+    checkpoint = _checkpoint(source, options)
+    name = checkpoint.options.family
+    return (_by_class(checkpoint.config) if name is None else _named(name, checkpoint)).layout(checkpoint)
+
+
+def checkpoint_codec(options: CheckpointPolicy) -> Codec:
+    """The image tokenizer of a recipe's checkpoint. Raises ValueError where there is none."""
+    if own_folder(options.path):
+        return load_codec(Path(options.path) / "codec")
+    checkpoint = _checkpoint(options.path, options)
+    return find_family(layout_of(options.path, options).family).codec(checkpoint).eval()
+
+
+def load_config(source: Path | str) -> PretrainedConfig:
+    """The model's configuration. Raises ValueError as `load_policy` does."""
+    return _checkpoint(source, None).config
+
+
+def load_spelling(source: Path | str, options: CheckpointPolicy | None = None) -> Spelling:
+    """How the policy in a folder spells prompts, without its weights. Raises ValueError as `load_policy` does."""
+    checkpoint, layout = _checkpoint(source, options), layout_of(source, options)
+    return Spelling(checkpoint.tokenizer, layout, checkpoint.config.get_text_config().max_position_embeddings)
+
+
+def empty_model(config: PretrainedConfig) -> PreTrainedModel:
+    """A model of a configuration, without weights; on the meta device, without memory."""
+    with torch.device("meta"):
+        made = _model_class(_by_class(config), config)
+        return made.from_config(config) if made is AutoModelForCausalLM else made(config)
+
+
+def model_class_name(source: Path | str) -> str:
+    """The class of transformers that loads a checkpoint's model."""
+    config = load_config(source)
+    return _model_class(_by_class(config), config).__name__
+
+
+def own_folder(source: Path | str) -> bool:
+    """Whether a stage or `rlmm export` wrote it."""
+    return (Path(source) / LAYOUT_FILE).is_file()
+
+
+def _checkpoint(source: Path | str, options: CheckpointPolicy | None) -> Checkpoint:
+    return Checkpoint(str(source), options or CheckpointPolicy(path=str(source)))
+
+
+def _named(name: str, checkpoint: Checkpoint) -> Family:
+    family, classes = find_family(name), checkpoint.config.architectures or []
+    if family.architectures and not set(classes) & set(family.architectures):
+        raise ValueError(
+            f"policy.family {name!r} reads {', '.join(family.architectures)}, and {checkpoint.source} is a "
+            f"{', '.join(classes) or 'model of unknown class'}; leave family out, or name the right one"
+        )
+    return family
+
+
+def _by_class(config: PretrainedConfig) -> Family:
+    names = set(config.architectures or ())
+    return next((family for family in FAMILIES.values() if names & set(family.architectures)), llama.FAMILY)
+
+
+def _model_class(family: Family, config: PretrainedConfig) -> Any:
+    """The class of transformers that the checkpoint was saved from, where it is one of the family's."""
+    known = [name for name in config.architectures or () if name in family.architectures]
+    return getattr(transformers, known[0]) if known else AutoModelForCausalLM

@@ -1,0 +1,69 @@
+"""Tiny random instances of the published classes, made once a test process, and what the tests do with them."""
+
+import json
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlmm.config.policy import CheckpointPolicy
+from rlmm.policies.families.loading import FAMILIES, load_policy
+from rlmm.policies.transformer import TransformerPolicy
+from rollouts.contract import Request
+from rollouts.law import Law
+from rollouts.torch_engine.causal import TorchEngine
+from rollouts.trajectory import Span, Trajectory
+
+SIZES = {"emu3": (48, 48), "chameleon": (48, 48), "lumina_mgpt": (64, 64), "janus": (48, 48)}
+FACTS = Path(__file__).parents[1] / "fixtures" / "families"
+_scratch = tempfile.TemporaryDirectory()
+
+
+@cache
+def tiny(name: str) -> CheckpointPolicy:
+    """What a recipe says of the tiny checkpoint of a family."""
+    folder = Path(_scratch.name) / name
+    make = FAMILIES[name].tiny
+    assert make is not None
+    make(folder, SIZES[name])
+    return CheckpointPolicy(path=str(folder), family=name, image_size=SIZES[name])
+
+
+def peaked(name: str, dtype: torch.dtype = torch.float32) -> TransformerPolicy:
+    """The tiny policy with heads far from uniform, so that a wrong law shows."""
+    policy = load_policy(tiny(name).path, tiny(name))
+    policy.model.eval()
+    with torch.no_grad():
+        for parameter in policy.output_head(policy.layout.image).linear.parameters():
+            parameter.mul_(40)
+    return policy
+
+
+def requests(policy: TransformerPolicy, prompts: list[str], samples: int = 2) -> list[Request]:
+    layout = policy.layout
+    source = [*layout.grid.forced().values()]
+    made = []
+    for number, prompt in enumerate(prompts):
+        ids = policy.encode_prompt(prompt)
+        null = layout.null(ids)
+        streams = {
+            "cond": layout.prefix(ids, [source]),
+            "uncond": layout.prefix(null),
+            "source": layout.prefix(null, [source]),
+        }
+        seeds = tuple(100 * number + sample for sample in range(samples))
+        made.append(Request(prompt, streams, seeds, tuple(f"{prompt}/{seed}" for seed in seeds)))
+    return made
+
+
+def sample(policy: TransformerPolicy, law: Law, *, use_cache: bool = True) -> Trajectory:
+    engine = TorchEngine(policy, num_layers=policy.sizes.num_hidden_layers, use_cache=use_cache)
+    span = Span("image", law, policy.layout.grid.length)
+    return engine.generate(requests(policy, ["a red circle", "two blue squares"]), [span])
+
+
+def facts(name: str) -> dict[str, Any]:
+    """What was published of a checkpoint, with its sources."""
+    return json.loads((FACTS / f"{name}.json").read_text())

@@ -1,0 +1,139 @@
+"""Each family's real class: sampler against trainer, transformers' own guided sampling, and the pixels both ways."""
+
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from transformers import Emu3ForConditionalGeneration, GenerationConfig, JanusForConditionalGeneration
+
+from rlmm.codecs import codec_hash, load_codec, save_codec
+from rlmm.config.policy import Lora
+from rlmm.policies.families.loading import checkpoint_codec, load_policy
+from rlmm.policies.layout_io import read_codes, supervised_batch
+from rollouts.law import Law
+from rollouts.torch_engine.causal import TorchEngine
+from rollouts.trajectory import Span
+from tests.families.checkpoints import SIZES, peaked, requests, sample, tiny
+
+LAWS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "guided": {"guidance_scale": 3.0, "temperature": 0.9},
+    "two scales, top-k": {"guidance_scale": 2.0, "source_scale": 1.5, "top_k": 50},
+}
+
+
+@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("name", SIZES)
+def test_sampler_log_probs_are_the_trainers_cached_or_not_and_through_a_wrapper(name: str, law: str) -> None:
+    policy = peaked(name)
+    rule = Law(policy.layout.image, **LAWS[law])
+    cached, whole = sample(policy, rule), sample(policy, rule, use_cache=False)
+    with torch.no_grad():
+        direct_BS, whole_BS = policy.log_probs(cached).logp_BS, policy.log_probs(whole).logp_BS
+        wrapped_BS = policy.log_probs(cached, model=policy.model).logp_BS
+    for made, logp_BS in ((cached, direct_BS), (whole, whole_BS)):
+        assert float((logp_BS - made.sampler_logp)[made.target_mask].abs().max()) < 1e-4
+    assert cached.ids[:, :4].equal(whole.ids[:, :4])  # later, rounding at the edge of a draw may part them
+    torch.testing.assert_close(wrapped_BS, direct_BS, rtol=0, atol=1e-5)
+    low, high = policy.layout.image
+    decided = cached.ids[cached.target_mask]
+    assert int(decided.min()) >= low and int(decided.max()) < high
+    for position, token in policy.layout.grid.forced().items():
+        assert (cached.ids[:, position] == token).all() and not cached.target_mask[:, position].any()
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_supervised_log_probs_are_those_of_a_sampled_image(name: str) -> None:
+    policy = peaked(name)
+    made = sample(policy, Law(policy.layout.image))
+    codes = read_codes(policy.layout, made.ids).tolist()
+    prompts = [policy.encode_prompt(row.rsplit("/", 1)[0]) for row in made.sample_id]
+    source = [*policy.layout.grid.forced().values()]
+    batch = supervised_batch(policy.layout, prompts, codes, [[source]] * len(codes))
+    with torch.no_grad():
+        logp_BT = policy.sequence_log_probs(batch)
+    for row, sampled_S in enumerate(made.sampler_logp):
+        image = logp_BT[row][(batch.modality_BT[row] == 1) & batch.target_BT[row]]
+        torch.testing.assert_close(image.double(), sampled_S[made.target_mask[row]], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_lora_trains_the_language_model_and_leaves_the_image_tokenizer_alone(name: str) -> None:
+    policy = load_policy(tiny(name).path, tiny(name))
+    policy.add_lora(Lora(rank=2, alpha=2), seed=0)
+    trained = [n for n, parameter in policy.model.named_parameters() if parameter.requires_grad]
+    assert trained and all("lora_" in n for n in trained)
+    assert not any(part in n for n in trained for part in ("vqmodel", "vision_model", "aligner"))
+    synced = dict(policy.named_weights())
+    assert not any("vqmodel" in n or "vision_model" in n for n in synced)
+    made = sample(policy, Law(policy.layout.image, guidance_scale=2.0))
+    policy.log_probs(made).logp_BS.sum().backward()
+    gradients = [p.grad for n, p in policy.model.named_parameters() if "lora_B" in n]
+    assert all(gradient is not None and gradient.abs().sum() > 0 for gradient in gradients)
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_pixels_become_codes_and_pixels_again_and_the_codec_is_kept(name: str, tmp_path: Path) -> None:
+    codec = checkpoint_codec(tiny(name))
+    images = torch.rand(3, 3, *SIZES[name], generator=torch.Generator().manual_seed(0))
+    codes = codec.encode(images)
+    assert codes.shape == (3, codec.grid[0] * codec.grid[1]) and int(codes.max()) < codec.num_codes
+    pixels = codec.decode(codes)
+    assert pixels.shape == images.shape and pixels.isfinite().all()
+    save_codec(codec, tmp_path)
+    back = load_codec(tmp_path)
+    assert codec_hash(back) == codec_hash(codec)
+    assert back.encode(images).equal(codes) and back.decode(codes).equal(pixels)
+
+
+def test_janus_draws_what_transformers_own_guided_sampling_draws() -> None:
+    """Greedy there, nearly so here; the unconditional row is the prompt with padding in every place but the ends."""
+    policy = peaked("janus")
+    model = cast(JanusForConditionalGeneration, policy.base)
+    layout, prompt = policy.layout, "a red circle"
+    settings = GenerationConfig(
+        max_length=200, do_sample=False, guidance_scale=5.0, bos_token_id=layout.bos, pad_token_id=layout.pad,
+        generation_kwargs={"boi_token_id": layout.boi[0]},
+    )  # fmt: skip
+    ids = torch.tensor([layout.prefix(policy.encode_prompt(prompt))])
+    theirs = model.generate(
+        input_ids=cast(Any, ids),
+        attention_mask=cast(Any, torch.ones_like(ids)),
+        generation_mode="image",
+        generation_config=settings,
+    )
+    streams = {
+        "cond": layout.prefix(policy.encode_prompt(prompt)),
+        "uncond": layout.prefix(layout.null(policy.encode_prompt(prompt))),
+    }
+    (request,) = requests(policy, [prompt], samples=1)
+    law = Law(layout.image, guidance_scale=5.0, temperature=1e-4)
+    engine = TorchEngine(policy, num_layers=2)
+    bare = type(request)(request.group_id, streams, request.seeds, request.sample_ids)
+    ours = engine.generate([bare], [Span("image", law, layout.grid.length)])
+    assert read_codes(layout, ours.ids).tolist() == theirs.tolist()
+
+
+def test_emu3_draws_what_transformers_own_guided_sampling_draws() -> None:
+    policy = peaked("emu3")
+    model, layout, prompt = cast(Emu3ForConditionalGeneration, policy.base), policy.layout, "a red circle"
+    cond, uncond = layout.prefix(policy.encode_prompt(prompt)), layout.prefix(layout.null_prompt)
+    forced, start = layout.grid.forced(), len(cond)
+
+    def allowed(_: int, ids_T: torch.Tensor) -> list[int]:
+        position = len(ids_T) - start
+        return [forced[position]] if position in forced else list(range(*layout.image))
+
+    ids, null = torch.tensor([cond]), torch.tensor([uncond])
+    theirs = cast(Any, model).generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), negative_prompt_ids=null,
+        negative_prompt_attention_mask=torch.ones_like(null), guidance_scale=3.0, do_sample=False,
+        max_new_tokens=layout.grid.length, min_new_tokens=layout.grid.length, prefix_allowed_tokens_fn=allowed,
+        eos_token_id=None,
+    )  # fmt: skip
+    (request,) = requests(policy, [prompt], samples=1)
+    bare = type(request)(request.group_id, {"cond": cond, "uncond": uncond}, request.seeds, request.sample_ids)
+    law = Law(layout.image, guidance_scale=3.0, temperature=1e-4)
+    ours = TorchEngine(policy, num_layers=2).generate([bare], [Span("image", law, layout.grid.length)])
+    assert ours.ids.tolist() == theirs[:, start:].tolist()
