@@ -20,7 +20,7 @@ def draw(run: Path, prompt: str, seed: int = 0) -> torch.Tensor:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(run / "adapter")
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(run / "base"), str(run / "adapter"))
     text = tokenizer(prompt, add_special_tokens=False).input_ids
-    ids = torch.tensor([[layout["bos"], *text, layout["boi"]]])
+    ids = torch.tensor([[layout["bos"], *text, *layout["boi"]]])
     low, high = layout["image"]
     torch.manual_seed(seed)
     output = model.generate(

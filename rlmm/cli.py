@@ -72,7 +72,7 @@ def check(config: Config, overrides: Overrides = None) -> None:
 
 @app.command()
 def sample(
-    model: Annotated[Path, typer.Argument(help="A model folder: stages/<nn-name>/model or merged/")],
+    model: Annotated[str, typer.Argument(help="stages/<nn-name>/model, merged/, or a published checkpoint")],
     prompts: Annotated[list[str], typer.Argument(help="Prompts, each quoted")],
     out: Annotated[Path, typer.Option(help="The picture to write")] = Path("samples.png"),
     samples: Annotated[int, typer.Option(min=1, help="Samples a prompt")] = 4,
@@ -81,12 +81,18 @@ def sample(
     seed: int = 0,
     steps: Annotated[int | None, typer.Option(min=1, help="Of a masked policy: forward passes an image")] = None,
     order: Annotated[str, typer.Option(help="Of a masked policy: random, ancestral, confidence")] = "random",
+    policy: Annotated[
+        list[str] | None, typer.Option(help="Of a published checkpoint: key=value as in a recipe's policy section")
+    ] = None,
 ) -> None:
     """Draw a grid of images, one row a prompt, from a checkpoint."""
+    from rlmm.config.policy import CheckpointPolicy
+    from rlmm.config.settings import read_settings
     from rlmm.sampling import sample_grid
 
     law = {"temperature": temperature, "guidance_scale": guidance_scale}
-    sample_grid(model, prompts, samples, seed=seed, steps=steps, order=order, **law).save(out)
+    options = read_settings(CheckpointPolicy, policy or [], "image_size=[512, 512]", path=model)
+    sample_grid(options, prompts, samples, seed=seed, steps=steps, order=order, **law).save(out)
     say(f"wrote {out}")
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from rlmm.config.engines import TorchEngineConfig, VllmServerConfig, VllmSizes
-from rlmm.config.policy import NewPolicy
+from rlmm.config.policy import CheckpointPolicy, NewPolicy
 from rlmm.config.recipe import Recipe
 from rlmm.config.stages import GrpoStage, SftStage
 from rlmm.policies.families import llama
@@ -65,10 +65,14 @@ def memory_plans(recipe: Recipe) -> list[MemoryPlan]:
                 tie_embeddings=config.tie_word_embeddings,
             )
     stages = {name: stage for name, stage in recipe.stages.items() if isinstance(stage, SftStage | GrpoStage)}
-    return [_plan(name, stage, size, total, layout) for name, stage in stages.items()]
+    half = isinstance(recipe.policy, CheckpointPolicy) and recipe.policy.dtype == "bfloat16"
+    held = FLOAT_BYTES // 2 if half else FLOAT_BYTES
+    return [_plan(name, stage, size, total, layout, held) for name, stage in stages.items()]
 
 
-def _plan(name: str, stage: SftStage | GrpoStage, shape: NewPolicy, total: int, layout: Layout) -> MemoryPlan:
+def _plan(
+    name: str, stage: SftStage | GrpoStage, shape: NewPolicy, total: int, layout: Layout, held: int
+) -> MemoryPlan:
     trained = _trained(stage, shape, total, layout)
     streams = len(stage.sampling.law(layout.image).streams()) if isinstance(stage, GrpoStage) else 1
     length = layout.grid.length + PROMPT_TOKENS
@@ -76,7 +80,7 @@ def _plan(name: str, stage: SftStage | GrpoStage, shape: NewPolicy, total: int, 
     frozen = isinstance(stage, GrpoStage) and stage.objective.kl.coefficient > 0 and stage.lora is None
     return MemoryPlan(
         stage=name,
-        weights=(total + (trained if stage.lora else 0)) * FLOAT_BYTES,
+        weights=total * held + (trained if stage.lora else 0) * FLOAT_BYTES,
         gradients=trained * FLOAT_BYTES,
         optimizer=trained * ADAM_BYTES,
         reference=total * FLOAT_BYTES if frozen else 0,

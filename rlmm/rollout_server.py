@@ -4,14 +4,12 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
-from pydantic import ValidationError
-
 from rlmm.config.engines import VllmServerConfig
+from rlmm.config.settings import read_settings
 from rlmm.policies.families.loading import load_config
 from rlmm.policies.layout_io import load_layout
 from rollouts.vllm_engine.launch import ServerPlan, serve
-from rollouts.vllm_engine.plugin import two_stream_overrides
+from rollouts.vllm_engine.plugin import served_overrides
 
 
 def serve_rollouts(model: Path, host: str, port: int, settings: Sequence[str]) -> None:
@@ -28,17 +26,7 @@ def serve_rollouts(model: Path, host: str, port: int, settings: Sequence[str]) -
 
 def server_config(settings: Sequence[str]) -> VllmServerConfig:
     """The engine section that `key=value` settings make."""
-    given = {}
-    for setting in settings:
-        key, found, value = setting.partition("=")
-        if not found:
-            raise ValueError(f"{setting!r} is no setting; write key=value, e.g. kv_megabytes=4096")
-        given[key] = yaml.safe_load(value)
-    try:
-        return VllmServerConfig.model_validate(given)
-    except ValidationError as error:
-        told = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise ValueError(f"the server's settings do not fit: {told}") from error
+    return read_settings(VllmServerConfig, settings, "kv_megabytes=4096")
 
 
 def server_plan(model: Path, host: str, config: VllmServerConfig) -> ServerPlan:
@@ -57,5 +45,5 @@ def server_plan(model: Path, host: str, config: VllmServerConfig) -> ServerPlan:
         kv_bytes=config.kv_megabytes << 20,
         tensor_parallel=config.tensor_parallel,
         host=host,
-        overrides=two_stream_overrides(layout) if config.two_streams and layout.null_token is not None else {},
+        overrides=served_overrides(layout, found, together=config.two_streams),
     )

@@ -1,16 +1,15 @@
 """Images from a checkpoint, as a grid: what `rlmm sample` draws."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from PIL import Image
 
-from rlmm.codecs import load_codec
 from rlmm.config.engines import TorchEngineConfig
 from rlmm.config.masked import UnmaskingConfig
+from rlmm.config.policy import CheckpointPolicy
 from rlmm.config.stages import Sampling
 from rlmm.data import Example
-from rlmm.policies.families.loading import load_policy
+from rlmm.policies.families.loading import checkpoint_codec, load_policy
 from rlmm.seeds import derive
 from rlmm.train import experience as phases
 from rlmm.train.engines import build_engine
@@ -21,7 +20,7 @@ GAP = 4
 
 
 def sample_grid(
-    folder: Path,
+    source: CheckpointPolicy,
     prompts: Sequence[str],
     samples: int,
     *,
@@ -34,12 +33,12 @@ def sample_grid(
     """One row a prompt, one column a sample. The same seed draws the same images. `steps` and `order`: how a masked
     policy reveals them; by default in a quarter as many steps as there are positions.
 
-    Raises ValueError on an empty prompt and on a folder that is no checkpoint.
+    Raises ValueError on an empty prompt and on a source that is no checkpoint.
     """
     empty = [i for i, prompt in enumerate(prompts) if not prompt.strip()]
     if empty or not prompts:
         raise ValueError(f"prompt {empty[0] + 1 if empty else 1} is empty; give each prompt some text")
-    policy, codec = load_policy(folder), load_codec(folder / "codec").to(device())
+    policy, codec = load_policy(source.path, source), checkpoint_codec(source).to(device())
     policy.model.eval()
     policy.to(device())
     codec.eval()

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -66,6 +67,7 @@ class Recipe(Strict):
                 "a checkpoint brings its own codec, and codes of a newly trained one would mean nothing to it; take the"
                 " codec stage out, or start from policy.kind new"
             )
+        _check_dtype(self.policy, self.stages)
         before: list[str] = []
         for name, stage in self.stages.items():
             if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
@@ -89,6 +91,17 @@ class Recipe(Strict):
     @property
     def folder(self) -> Path:
         return Path(self.run_dir or f"runs/{self.name}")
+
+
+def _check_dtype(policy: Policy, stages: Mapping[str, Stage]) -> None:
+    """Weights in bfloat16 are frozen ones: an update of 1e-6 rounds to nothing beside them."""
+    if isinstance(policy, CheckpointPolicy) and policy.dtype == "bfloat16":
+        for name, stage in stages.items():
+            if isinstance(stage, SftStage | GrpoStage) and stage.lora is None:
+                raise ValueError(
+                    f"stage {name!r} trains all weights and policy.dtype is bfloat16, in which small updates round "
+                    "away; give the stage a lora section, or set policy.dtype: float32 (and precision: bfloat16)"
+                )
 
 
 def _references(stage: Any) -> list[str]:

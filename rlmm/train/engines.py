@@ -20,7 +20,7 @@ from rollouts.torch_engine.causal import TorchEngine
 from rollouts.torch_engine.llama import Unsupported, llama_shape
 from rollouts.torch_engine.masked import MaskedTorchEngine
 from rollouts.torch_engine.packed import PackedLlama
-from rollouts.vllm_engine.plugin import STREAMS, two_stream_overrides
+from rollouts.vllm_engine.plugin import STREAMS, served_overrides
 
 log = logging.getLogger(__name__)
 
@@ -120,14 +120,14 @@ def _own_urls(urls: Sequence[str]) -> Sequence[str]:
 def _served(config: VllmSizes, policy: TransformerPolicy, law: Law | None) -> dict[str, Any]:
     """How a vLLM serves the policy."""
     guided = law is not None and len(law.streams()) == STREAMS
-    together = config.two_streams and guided and policy.layout.null_token is not None
+    together = config.two_streams and guided
     return {
         "max_length": policy.sizes.max_position_embeddings,
         "dtype": config.dtype or policy.precision,
         "max_rows": config.max_rows,
         "max_prompt_tokens": config.max_prompt_tokens,
         "kv_bytes": config.kv_megabytes << 20,
-        "overrides": two_stream_overrides(policy.layout) if together else {},
+        "overrides": served_overrides(policy.layout, policy.base.config, together=together),
     }
 
 

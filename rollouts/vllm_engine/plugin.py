@@ -7,7 +7,12 @@ from rollouts.contract import Layout
 STREAMS = 2
 """What one request of the two-stream model carries."""
 TWO_STREAMS = "RlmmTwoStreamLlama"
-MODELS: dict[str, str] = {TWO_STREAMS: "rollouts.vllm_engine.two_streams:TwoStreamLlama"}
+MODELS: dict[str, str] = {
+    TWO_STREAMS: "rollouts.vllm_engine.two_streams:TwoStreamLlama",
+    "Emu3ForConditionalGeneration": "rollouts.vllm_engine.families:Emu3",
+    "ChameleonForConditionalGeneration": "rollouts.vllm_engine.families:Chameleon",
+    "JanusForConditionalGeneration": "rollouts.vllm_engine.families:Janus",
+}
 """Architectures that stock vLLM lacks: the name in a checkpoint's config.json -> "module:Class"."""
 
 
@@ -17,6 +22,20 @@ def register() -> None:
 
     for architecture, target in MODELS.items():
         ModelRegistry.register_model(architecture, target)
+
+
+def served_overrides(layout: Layout, config: Any, *, together: bool) -> dict[str, Any]:
+    """What a checkpoint's config.json must say to vLLM beside what it says.
+
+    Args:
+        config: the checkpoint's, as transformers reads it.
+        together: serve the model that carries both streams of a guided sample, where there is one.
+    """
+    if together and layout.null_token is not None and "LlamaForCausalLM" in (config.architectures or ()):
+        return two_stream_overrides(layout)
+    if config.get_text_config().vocab_size < layout.vocab_size:  # codes that the text's vocabulary does not hold
+        return {"text_config": {"vocab_size": layout.vocab_size}}
+    return {}
 
 
 def two_stream_overrides(layout: Layout) -> dict[str, Any]:

@@ -32,6 +32,11 @@ def refresh_tied_head(model: Any) -> None:
 
 def running_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
     """One weight at a time, whole. Raises NotImplementedError on a layer that cannot be read so."""
+    named = getattr(model, "checkpoint_name", str)
+    return ((named(name), weight) for name, weight in _own_weights(model))
+
+
+def _own_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
     tied = bool(model.config.tie_word_embeddings)
     for name, module in model.named_modules():
         if isinstance(module, ParallelLMHead):

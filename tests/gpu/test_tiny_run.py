@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from rlmm.config.policy import CheckpointPolicy
 from rlmm.config.recipe import read_recipe
 from rlmm.pipeline import run_recipe
 from rlmm.sampling import sample_grid
@@ -35,7 +36,7 @@ def test_a_run_samples_trains_and_evaluates_on_the_device(
 
     monkeypatch.setattr(phases, "generate", watched)
     folder = run_recipe(read_recipe(recipe, [f"run_dir={tmp_path}", *overrides]), lambda line: None)
-    sample_grid(tmp_path / "merged", ["a"], 1, temperature=1.0, guidance_scale=1.0, seed=0)
+    sample_grid(CheckpointPolicy(path=str(tmp_path / "merged")), ["a"], 1, temperature=1.0, guidance_scale=1.0, seed=0)
     assert set(devices) == {"cuda"} and len(devices) > 3
     rows = MetricsFile(folder.stage("grpo") / "metrics.jsonl").read()
     assert all(row["mismatch/mean"] < 1e-5 for row in rows if "mismatch/mean" in row)

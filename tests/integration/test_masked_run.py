@@ -83,11 +83,12 @@ def test_exports_are_bidirectional_in_plain_transformers(run: RunFolder) -> None
 def test_sampling_takes_steps_and_order(run: RunFolder, tmp_path: Path) -> None:
     folder = run.path / "merged"
     law = {"temperature": 1.0, "guidance_scale": 1.0, "seed": 0}
+    source = CheckpointPolicy(path=str(folder))
     for steps, order in ((None, "random"), (4, "ancestral"), (12, "confidence")):
-        one, same = (sample_grid(folder, ["a"], 2, steps=steps, order=order, **law) for _ in "ab")  # pyrefly: ignore
+        one, same = (sample_grid(source, ["a"], 2, steps=steps, order=order, **law) for _ in "ab")  # pyrefly: ignore
         assert one.tobytes() == same.tobytes()
     with pytest.raises(ValueError, match="at most 12"):
-        sample_grid(folder, ["a"], 1, steps=13, **law)  # pyrefly: ignore
+        sample_grid(source, ["a"], 1, steps=13, **law)  # pyrefly: ignore
 
 
 def weights(folder: RunFolder) -> dict[str, torch.Tensor]:
@@ -199,7 +200,7 @@ def test_figures_are_of_the_decisions_that_were_evaluated(variant: Callable[...,
 
 def test_a_checkpoint_says_its_family(run: RunFolder) -> None:
     checkpoint = {"kind": "checkpoint", "path": str(run.stage("sft") / "model")}
-    raw = yaml.safe_load(TINY.read_text()) | {"policy": checkpoint}
+    raw = yaml.safe_load(TINY.read_text()) | {"policy": checkpoint, "codec": None}
     grpo = raw["stages"]["grpo"]
     raw["stages"] = {"grpo": grpo | {"sampling": {}}}
     with pytest.raises(RecipeError, match="a masked policy needs it"):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from rlmm.config.policy import CheckpointPolicy
 from rlmm.config.recipe import Recipe, read_recipe
 from rlmm.pipeline import run_recipe
 from rlmm.policies.families.loading import load_policy
@@ -125,13 +126,13 @@ def test_the_evaluation_has_rows_intervals_and_contrasts(tiny_run: TinyRun) -> N
 
 
 def test_sampling_is_repeatable_and_refuses_an_empty_prompt(tiny_run: TinyRun) -> None:
-    folder = tiny_run.folder.path / "merged"
+    source = CheckpointPolicy(path=str(tiny_run.folder.path / "merged"))
     first, again = (
-        sample_grid(folder, ['render "A"', "b"], 3, temperature=1.0, guidance_scale=2.0, seed=5) for _ in range(2)
+        sample_grid(source, ['render "A"', "b"], 3, temperature=1.0, guidance_scale=2.0, seed=5) for _ in range(2)
     )
     assert first.tobytes() == again.tobytes() and first.size == (3 * 100 + 4, 2 * 36 + 4)
     with pytest.raises(ValueError, match="prompt 2 is empty"):
-        sample_grid(folder, ["a", " "], 1, temperature=1.0, guidance_scale=1.0, seed=0)
+        sample_grid(source, ["a", " "], 1, temperature=1.0, guidance_scale=1.0, seed=0)
 
 
 def final_weights(recipe: Recipe) -> dict[str, torch.Tensor]:

@@ -8,13 +8,14 @@ from torch import Tensor
 from rlmm.config.policy import Lora, NewPolicy
 from rlmm.policies.causal import CausalPolicy
 from rlmm.policies.families.llama import build
+from rlmm.policies.transformer import TransformerPolicy
 from rollouts.contract import Request
 from rollouts.fingerprint import weights_fingerprint
 from rollouts.law import Law
 from rollouts.torch_engine.causal import TorchEngine
 from rollouts.trajectory import Span, Trajectory
 
-LAWS = {
+LAWS: dict[str, dict[str, Any]] = {
     "plain": {},
     "tempered": {"temperature": 0.7},
     "top-k": {"top_k": 9},
@@ -43,7 +44,7 @@ def make_policy(
     return policy
 
 
-def change(policy: CausalPolicy, seed: int) -> None:
+def change(policy: TransformerPolicy, seed: int) -> None:
     """What an optimiser step does to the trainable weights, only larger."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -52,7 +53,7 @@ def change(policy: CausalPolicy, seed: int) -> None:
                 weight.add_(0.05 * torch.randn(weight.shape, generator=generator))
 
 
-def requests(policy: CausalPolicy, samples: int = 3) -> list[Request]:
+def requests(policy: TransformerPolicy, samples: int = 3) -> list[Request]:
     layout = policy.layout
 
     def streams(prompt: str) -> dict[str, tuple[int, ...]]:
@@ -70,12 +71,12 @@ def requests(policy: CausalPolicy, samples: int = 3) -> list[Request]:
     ]
 
 
-def sample(engine: Any, policy: CausalPolicy, law: dict[str, Any]) -> Trajectory:
+def sample(engine: Any, policy: TransformerPolicy, law: dict[str, Any]) -> Trajectory:
     span = Span("image", Law(policy.layout.image, **law), policy.layout.grid.length)
     return engine.generate(requests(policy), [span])
 
 
-def gap(policy: CausalPolicy, made: Trajectory) -> float:
+def gap(policy: TransformerPolicy, made: Trajectory) -> float:
     with torch.no_grad():
         logp_BS = policy.log_probs(made).logp_BS
     return float((logp_BS - made.sampler_logp)[made.target_mask].abs().max())
@@ -85,11 +86,11 @@ def same(a: Tensor | None, b: Tensor | None) -> bool:
     return a is b if a is None or b is None else torch.equal(a, b)
 
 
-def agrees(engine: Any, policy: CausalPolicy) -> bool:
+def agrees(engine: Any, policy: TransformerPolicy) -> bool:
     return engine.fingerprint() == weights_fingerprint(policy.named_weights())
 
 
-def check_laws(engine: Any, policy: CausalPolicy) -> None:
+def check_laws(engine: Any, policy: TransformerPolicy) -> None:
     """The trainer's log-probs within 1e-4 and the torch engine's samples, under every law."""
     found = under_laws(engine, policy)
     assert set(found) == set(LAWS)
@@ -98,7 +99,7 @@ def check_laws(engine: Any, policy: CausalPolicy) -> None:
         assert all(facts.values()), (law, facts)
 
 
-def check_sync(engine: Any, policy: CausalPolicy) -> None:
+def check_sync(engine: Any, policy: TransformerPolicy) -> None:
     """A skipped sync shows, in the fingerprint and in the log-probs; one that is made reaches what runs."""
     assert agrees(engine, policy)
     change(policy, 2)
@@ -108,7 +109,7 @@ def check_sync(engine: Any, policy: CausalPolicy) -> None:
     assert agrees(engine, policy) and gap(policy, made) < 1e-4 and made.weights_version == 7
 
 
-def under_laws(engine: Any, policy: CausalPolicy) -> dict[str, Any]:
+def under_laws(engine: Any, policy: TransformerPolicy) -> dict[str, Any]:
     """For each law: the gap to the trainer, and in what the torch engine's trajectory is the same."""
     found, reference = {}, TorchEngine(policy, num_layers=2)
     for name, law in LAWS.items():

@@ -132,4 +132,7 @@ def _found(source: str, name: str) -> str | None:
 
 
 def _unreadable(source: str, error: Exception) -> ValueError:
-    return ValueError(f"{source} is not a readable checkpoint ({error}); give a complete model folder or a hub id")
+    return ValueError(
+        f"{source} is not a readable checkpoint ({error}); give a complete folder, a stage's with its layout.json or a "
+        "published one, or a hub id"
+    )

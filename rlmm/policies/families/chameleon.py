@@ -104,12 +104,12 @@ def image_token(code: int) -> str:
 
 
 def tiny(folder: Path, image_size: tuple[int, int]) -> None:
-    """See `Family`. The published vocabulary and tokenizer's factor of 16; two layers of 32."""
+    """See `Family`. The published vocabulary and tokenizer's factor of 16; two layers of 64."""
     codes = {image_token(code): FIRST_CODE + code for code in range(CODES)}
     special = SPECIAL | {f"<reserved{i - 4:05d}>": i for i in range(ROW_END, SIZE_TOKEN + 41)}
     tokenizer = published_tokenizer(special, codes, bos="<s>", eos="</s>", pad="<pad>", first=20000)
     config = ChameleonConfig(
-        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=2, max_position_embeddings=512, pad_token_id=1, bos_token_id=1,
         vq_config={"base_channels": 32, "channel_multiplier": [1, 1, 1, 1, 1], "num_res_blocks": 1,
                    "num_embeddings": CODES, "embed_dim": 16, "latent_channels": 16, "resolution": 64},

@@ -97,7 +97,8 @@ def tiny(folder: Path, image_size: tuple[int, int]) -> None:
     config = JanusConfig(
         text_config={
             "model_type": "llama", "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64,
-            "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 512,
+            "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32,
+            "max_position_embeddings": 512,
             "pad_token_id": SPECIAL[PAD], "bos_token_id": SPECIAL[BOS], "eos_token_id": SPECIAL[EOS],
         },
         vision_config={

@@ -1,0 +1,42 @@
+"""Each family's real class on a real vLLM, against the trainer and the torch engine; prints one JSON object."""
+
+import json
+import sys
+from typing import Any
+
+from rlmm.config.engines import VllmEngineConfig
+from rlmm.config.policy import Lora
+from rlmm.train.engines import build_engine
+from rollouts.law import Law
+from rollouts.torch_engine.causal import TorchEngine
+from rollouts.trajectory import Span
+from tests.families.checkpoints import peaked, requests
+from tests.integration.vllm_requests import LAWS, agrees, change, gap
+
+PROMPTS = ["a", "two red circles and a very long blue line between them", 'render "HELLO"']
+
+
+def family(name: str) -> dict[str, Any]:
+    policy = peaked(name)
+    policy.add_lora(Lora(rank=4, target_modules=("q_proj", "gate_proj")), seed=1)
+    policy.model.eval()
+    change(policy, 1)
+    engine = build_engine(VllmEngineConfig(max_rows=7, max_prompt_tokens=700, kv_megabytes=32), policy)
+    found: dict[str, Any] = {"agrees": [agrees(engine, policy)], "laws": {}}
+    change(policy, 2)
+    found["agrees"].append(agrees(engine, policy))
+    engine.sync(policy.named_weights(), 1)
+    found["agrees"].append(agrees(engine, policy))
+    reference = TorchEngine(policy, num_layers=policy.sizes.num_hidden_layers)
+    for law, settings in LAWS.items():
+        span = Span("image", Law(policy.layout.image, **settings), policy.layout.grid.length)
+        made = engine.generate(requests(policy, PROMPTS), [span])
+        wanted = reference.generate(requests(policy, PROMPTS), [span])
+        same = (made.ids == wanted.ids).float().mean()
+        found["laws"][law] = {"gap": gap(policy, made), "same": float(same), "decided": int(made.target_mask.sum())}
+    engine.close()
+    return found
+
+
+if __name__ == "__main__":
+    print(json.dumps({name: family(name) for name in sys.argv[1:]}))
