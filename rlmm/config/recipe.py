@@ -94,14 +94,20 @@ class Recipe(Strict):
 
 
 def _check_dtype(policy: Policy, stages: Mapping[str, Stage]) -> None:
-    """Weights in bfloat16 are frozen ones: an update of 1e-6 rounds to nothing beside them."""
-    if isinstance(policy, CheckpointPolicy) and policy.dtype == "bfloat16":
-        for name, stage in stages.items():
-            if isinstance(stage, SftStage | GrpoStage) and stage.lora is None:
-                raise ValueError(
-                    f"stage {name!r} trains all weights and policy.dtype is bfloat16, in which small updates round "
-                    "away; give the stage a lora section, or set policy.dtype: float32 (and precision: bfloat16)"
-                )
+    """Weights in bfloat16 are frozen ones: an update of 1e-6 rounds to nothing beside them. And the gates of a stage
+    have to know how its log-probs round."""
+    if not isinstance(policy, CheckpointPolicy) or policy.dtype != "bfloat16":
+        return
+    for name, stage in stages.items():
+        if isinstance(stage, SftStage | GrpoStage) and stage.lora is None:
+            raise ValueError(
+                f"stage {name!r} trains all weights and policy.dtype is bfloat16, in which small updates round away; "
+                "give the stage a lora section, or set policy.dtype: float32 (and precision: bfloat16)"
+            )
+        if isinstance(stage, SftStage | GrpoStage) and stage.precision != "bfloat16":
+            raise ValueError(
+                f"stage {name!r} has precision {stage.precision} and policy.dtype is bfloat16; set precision: bfloat16"
+            )
 
 
 def _references(stage: Any) -> list[str]:

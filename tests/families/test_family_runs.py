@@ -1,0 +1,119 @@
+"""A whole run from each published class: SFT on edits, GRPO with guidance and LoRA, evaluation, export, and back."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from peft import PeftModel
+
+from rlmm.config.policy import CheckpointPolicy
+from rlmm.config.recipe import Recipe, RecipeError, validate_recipe
+from rlmm.memory import memory_plans
+from rlmm.pipeline import run_recipe
+from rlmm.policies.families.loading import load_policy
+from rlmm.run_folder import RunFolder
+from rlmm.sampling import sample_grid
+from tests.families.checkpoints import tiny
+
+CLASSES = {
+    "emu3": "Emu3ForConditionalGeneration",
+    "chameleon": "ChameleonForConditionalGeneration",
+    "janus": "JanusForConditionalGeneration",
+}
+TRAINED = {"steps": 2, "learning_rate": 1.0e-3, "micro_batch_size": 2, "warmup_steps": 0}
+GRPO: dict[str, Any] = {
+    "kind": "grpo", **TRAINED, "prompts_per_step": 2, "samples_per_prompt": 2, "lora": {"rank": 4, "alpha": 8},
+    "sampling": {"guidance_scale": 2.0, "source_scale": 1.5}, "gates": {"duplicate_share": 1.0, "flat_share": 1.0},
+}  # fmt: skip
+
+
+def recipe(name: str, folder: Path, stages: dict[str, Any], **policy: Any) -> Recipe:
+    return validate_recipe(
+        {
+            "name": name, "run_dir": str(folder),
+            "data": {"kind": "scenes", "variant": "edit", "train_images": 8, "held_out": 8, "prompts": 8},
+            "policy": tiny(name).model_dump() | policy,
+            "rewards": {"terms": [{"function": "tests/recipes/rewards.py:left_darkness", "label": "dark"}]},
+            "held_out": {"terms": [{"name": "scenes", "label": "verifier"}]},
+            "stages": stages,
+        },
+        name,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=CLASSES)
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, RunFolder]:
+    name, folder = request.param, tmp_path_factory.mktemp(request.param) / "run"
+    stages = {
+        "sft": {"kind": "sft", **TRAINED, "batch_size": 4, "prompt_dropout": 0.2},
+        "grpo": GRPO,
+        "evaluation": {"kind": "eval", "arms": ["sft", "grpo"], "prompts": 4, "temperatures": [1.0]},
+        "export": {"kind": "export", "start_from": "grpo"},
+    }
+    return name, run_recipe(recipe(name, folder, stages), lambda line: None)
+
+
+def test_the_adapter_on_its_base_is_the_merged_model_in_plain_transformers_and_peft(
+    run: tuple[str, RunFolder],
+) -> None:
+    name, folder = run
+    kind = getattr(transformers, CLASSES[name])
+    merged = load_policy(folder.path / "merged")
+    on_base = PeftModel.from_pretrained(kind.from_pretrained(folder.path / "base"), str(folder.path / "adapter"))
+    ids = torch.tensor([merged.layout.prefix(merged.encode_prompt("add a red circle"))])
+    with torch.no_grad():
+        wanted, found = (model.eval()(input_ids=ids).logits for model in (merged.model, on_base))
+        base = kind.from_pretrained(folder.path / "base").eval()(input_ids=ids).logits
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    assert float((found - base).abs().max()) > 1e-4
+    card = (folder.path / "adapter" / "README.md").read_text()
+    assert f"from transformers import {CLASSES[name]}" in card
+
+
+def test_the_image_tokenizer_is_the_published_one_to_the_end(run: tuple[str, RunFolder]) -> None:
+    name, folder = run
+    before, after = load_policy(tiny(name).path, tiny(name)), load_policy(folder.path / "merged")
+    frozen = {n: w for n, w in before.base.named_parameters() if n.startswith(before.frozen_parts)}
+    moved = dict(after.base.named_parameters())
+    assert frozen and all(moved[n].equal(w) for n, w in frozen.items())
+    assert any(not moved[n].equal(w) for n, w in before.base.named_parameters() if n not in frozen)
+
+
+def test_what_a_run_made_draws(run: tuple[str, RunFolder]) -> None:
+    _, folder = run
+    source = CheckpointPolicy(path=str(folder.path / "merged"))
+    sheet = sample_grid(source, ["add a red circle"], 2, temperature=1.0, guidance_scale=2.0, seed=0)
+    assert sheet.size == (2 * 52 + 4, 52 + 4)
+    assert len({sheet.getpixel((x, y)) for x in range(4, 52) for y in range(4, 52)}) > 20
+
+
+def test_an_adapter_from_a_published_checkpoint_names_it_and_needs_no_copy(tmp_path: Path) -> None:
+    """And frozen weights may be held in half the memory."""
+    stages = {"grpo": GRPO | {"precision": "bfloat16"}, "export": {"kind": "export", "start_from": "grpo"}}
+    made = recipe("janus", tmp_path / "run", stages, dtype="bfloat16")
+    whole = recipe("janus", tmp_path / "run", stages)
+    assert memory_plans(made)[0].weights < 0.6 * memory_plans(whole)[0].weights
+    folder = run_recipe(made, lambda line: None)
+    assert not (folder.path / "base").exists()
+    assert tiny("janus").path in (folder.path / "adapter" / "adapter_config.json").read_text()
+    assert load_policy(folder.path / "merged").base.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("stage", "says"),
+    [
+        ({k: v for k, v in GRPO.items() if k != "lora"} | {"precision": "bfloat16"}, "small updates round away"),
+        (GRPO, "set precision: bfloat16"),
+    ],
+)
+def test_weights_in_bfloat16_are_frozen_and_known_to_the_gates(stage: Any, says: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=says):
+        recipe("janus", tmp_path, {"grpo": stage}, dtype="bfloat16")
+
+
+def test_a_checkpoint_with_a_codec_section_is_refused(tmp_path: Path) -> None:
+    codec = {"kind": "fsq", "image_size": [48, 48]}
+    with pytest.raises(RecipeError, match="a checkpoint brings its own codec"):
+        validate_recipe(recipe("janus", tmp_path, {"grpo": GRPO}).model_dump(mode="json") | {"codec": codec}, "x")
