@@ -13,7 +13,7 @@ from rlmm.config.policy import CheckpointPolicy
 from rlmm.config.recipe import Recipe, validate_recipe
 from rlmm.config.stages import EvalStage, ExportStage, GrpoStage
 from rlmm.export_card import CardInfo, HeldOut, model_card
-from rlmm.policies.families.loading import model_class_name
+from rlmm.policies.families.loading import model_class_name, tiny_folder
 from rlmm.run_folder import RunFolder, environment
 from rlmm.train.context import StageContext, parent, published_base
 
@@ -65,7 +65,7 @@ def _base_folder(recipe: Recipe, run: RunFolder, stage: str) -> Path:
     if start is not None:
         return run.stage(start) / "model"
     if recipe.policy.kind == "checkpoint":
-        return Path(recipe.policy.path)
+        return tiny_folder(recipe.policy) if recipe.policy.tiny else Path(recipe.policy.path)
     raise ValueError(f"stage {stage!r} trained an adapter on a fresh random model that nobody else has; train it whole")
 
 

@@ -54,7 +54,7 @@ def memory_plans(recipe: Recipe) -> list[MemoryPlan]:
             policy = llama.build(size, num_codes=recipe.codec.num_codes, grid=recipe.codec.grid, seed=0)
             layout, total = policy.layout, sum(parameter.numel() for parameter in policy.model.parameters())
         else:
-            layout, whole = layout_of(recipe.policy.path, recipe.policy), load_config(recipe.policy.path)
+            layout, whole = layout_of(recipe.policy.path, recipe.policy), load_config(recipe.policy.path, recipe.policy)
             total = sum(parameter.numel() for parameter in empty_model(whole).parameters())
             config = whole.get_text_config()
             size = NewPolicy(

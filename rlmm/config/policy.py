@@ -80,8 +80,16 @@ class CheckpointPolicy(Strict):
     """The prompt of the unconditional stream (a negative prompt), for families that take one; their own if null."""
     decoder: str | None = None
     """A file with the weights of the image decoder, for checkpoints that lack it (Chameleon's)."""
+    tiny: bool = False
+    """In place of the checkpoint a random instance of its family's class: a trial of the recipe (`model=tiny`)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What the weights are held in. bfloat16 halves their memory, for LoRA; all weights are trained in float32."""
+
+    @model_validator(mode="after")
+    def _tiny_of_a_family(self) -> "CheckpointPolicy":
+        if self.tiny and self.family is None:
+            raise ValueError("tiny needs policy.family: the checkpoint, which would tell it, is not read; name it")
+        return self
 
     @field_validator("template")
     @classmethod

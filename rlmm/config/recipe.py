@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import yaml
 from omegaconf import OmegaConf
@@ -18,6 +18,7 @@ from rlmm.config.families import check_family
 from rlmm.config.policy import CheckpointPolicy, NewPolicy, Policy
 from rlmm.config.rewards import Rewards
 from rlmm.config.stages import CodecStage, EvalStage, ExportStage, GrpoStage, SftStage, Stage
+from rlmm.config.tiny import OVERRIDE, tiny_recipe
 from rlmm.installation import recipes_dir
 
 OWN_POLICY = "policy"
@@ -124,7 +125,8 @@ class RecipeError(ValueError):
 
 
 def read_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
-    """Read and validate a recipe, with `key.subkey=value` overrides (values are YAML).
+    """Read and validate a recipe, with `key.subkey=value` overrides (values are YAML); `model=tiny` among them makes it
+    small first (`rlmm.config.tiny`).
 
     Raises:
         RecipeError: no such file, no mapping, a broken override, or a value that does not fit.
@@ -132,7 +134,11 @@ def read_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
     path = _locate(path)
     try:
         config = OmegaConf.load(path)
+        if OVERRIDE in (overrides or []):
+            config = OmegaConf.create(tiny_recipe(cast(Any, OmegaConf.to_container(config, resolve=True))))
         for override in overrides or []:
+            if override == OVERRIDE:
+                continue
             if "=" not in override:
                 raise RecipeError(f"override {override!r} has no '='; write key.subkey=value")
             key, value = override.split("=", 1)

@@ -89,9 +89,9 @@ def parent(context: StageContext) -> str | None:
 def published_base(context: StageContext) -> str | None:
     """The published checkpoint that this stage starts from, where it starts from one: a name that others know."""
     policy = context.recipe.policy
-    if parent(context) is not None or not isinstance(policy, CheckpointPolicy) or own_folder(policy.path):
+    if not isinstance(policy, CheckpointPolicy) or policy.tiny or own_folder(policy.path):
         return None
-    return policy.path
+    return policy.path if parent(context) is None else None
 
 
 def policy_stage_before(context: StageContext) -> str | None:

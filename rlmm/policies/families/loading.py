@@ -4,7 +4,11 @@ A folder that a stage or `rlmm export` wrote has layout.json and codec/, and nam
 checkpoint has neither: its family works them out.
 """
 
+import atexit
+import shutil
+import tempfile
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -62,7 +66,7 @@ def load_policy(source: Path | str, options: CheckpointPolicy | None = None) -> 
 
 def layout_of(source: Path | str, options: CheckpointPolicy | None = None) -> Layout:
     """What layout.json says, else what the checkpoint's family works out. Raises ValueError as `load_policy` does."""
-    if own_folder(source):
+    if own_folder(source) and not (options is not None and options.tiny):
         return load_layout(Path(source))
     checkpoint = _checkpoint(source, options)
     name = checkpoint.options.family
@@ -71,15 +75,15 @@ def layout_of(source: Path | str, options: CheckpointPolicy | None = None) -> La
 
 def checkpoint_codec(options: CheckpointPolicy) -> Codec:
     """The image tokenizer of a recipe's checkpoint. Raises ValueError where there is none."""
-    if own_folder(options.path):
+    if own_folder(options.path) and not options.tiny:
         return load_codec(Path(options.path) / "codec")
     checkpoint = _checkpoint(options.path, options)
     return find_family(layout_of(options.path, options).family).codec(checkpoint).eval()
 
 
-def load_config(source: Path | str) -> PretrainedConfig:
+def load_config(source: Path | str, options: CheckpointPolicy | None = None) -> PretrainedConfig:
     """The model's configuration. Raises ValueError as `load_policy` does."""
-    return _checkpoint(source, None).config
+    return _checkpoint(source, options).config
 
 
 def load_spelling(source: Path | str, options: CheckpointPolicy | None = None) -> Spelling:
@@ -101,12 +105,31 @@ def model_class_name(source: Path | str) -> str:
     return _model_class(_by_class(config), config).__name__
 
 
+def tiny_folder(options: CheckpointPolicy) -> Path:
+    """A random instance in place of a published checkpoint, made once a process; the same one in every process."""
+    assert options.family is not None, "the config lets no tiny policy be without"
+    return _made(options.family, options.image_size or (48, 48))
+
+
+@cache
+def _made(name: str, image_size: tuple[int, int]) -> Path:
+    make = find_family(name).tiny
+    if make is None:
+        raise ValueError(f"family {name!r} has no tiny instance; give it one, or a checkpoint in policy.path")
+    folder = Path(tempfile.mkdtemp(prefix=f"rlmm-tiny-{name.rpartition(':')[2]}-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    make(folder, image_size)
+    return folder
+
+
 def own_folder(source: Path | str) -> bool:
     """Whether a stage or `rlmm export` wrote it."""
     return (Path(source) / LAYOUT_FILE).is_file()
 
 
 def _checkpoint(source: Path | str, options: CheckpointPolicy | None) -> Checkpoint:
+    if options is not None and options.tiny:
+        source = tiny_folder(options)
     return Checkpoint(str(source), options or CheckpointPolicy(path=str(source)))
 
 

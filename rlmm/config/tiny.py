@@ -1,0 +1,75 @@
+"""`model=tiny`: a recipe on a random policy of its own kind and a handful of rows, to see in a minute that it runs.
+
+Everything that decides how a recipe works (stages, objective, law, adapter, rewards of generated data) stays; sizes and
+counts shrink. Rows of the user's own and the judges that need a server are replaced by generated scenes and their exact
+verifier, since neither is at hand on a first try.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+OVERRIDE = "model=tiny"
+SIZE = (48, 48)
+"""Pixels of a generated scene, which every family's tokenizer divides."""
+
+
+def tiny_recipe(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe in small. Plain data in and out, not validated yet."""
+    policy, data = dict(raw.get("policy") or {}), dict(raw.get("data") or {})
+    made = dict(raw) | {"stages": {name: _stage(dict(stage)) for name, stage in dict(raw.get("stages") or {}).items()}}
+    made["run_dir"] = f"runs/{raw.get('name')}-tiny"
+    if policy.get("kind") == "checkpoint":
+        policy |= {"tiny": True, "image_size": list(SIZE)}
+    else:
+        policy |= {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 64}
+    if data.get("kind") == "rows":
+        variant = "edit" if data.get("sources_column") else "text_to_image"
+        data = {"kind": "scenes", "variant": variant}
+        made["rewards"] = {"terms": [{"name": "scenes"}]}
+        made["held_out"] = {"terms": [{"name": "scenes", "label": "verifier"}]}
+    data |= {"train_images": 16, ("held_out_words" if data.get("kind") == "words" else "held_out"): 16}
+    return made | {"policy": policy, "data": data}
+
+
+def _stage(stage: dict[str, Any]) -> dict[str, Any]:
+    return STAGES.get(str(stage.get("kind")), dict)(stage)
+
+
+def _trained(stage: dict[str, Any]) -> dict[str, Any]:
+    small: dict[str, Any] = {"steps": 2, "warmup_steps": 0, "deepspeed": None}
+    if stage.get("lora"):
+        small["lora"] = dict(stage["lora"]) | {"rank": 4}
+    return stage | small
+
+
+def _codec(stage: dict[str, Any]) -> dict[str, Any]:
+    return _trained(stage) | {"steps": 4, "batch_size": 8, "images": None}
+
+
+def _sft(stage: dict[str, Any]) -> dict[str, Any]:
+    return _trained(stage) | {"batch_size": 4, "micro_batch_size": 4, "images": None}
+
+
+def _grpo(stage: dict[str, Any]) -> dict[str, Any]:
+    updates = dict(stage.get("objective") or {}).get("updates_per_rollout", 1)
+    samples = max(2, updates)
+    return _trained(stage) | {
+        "prompts_per_step": 2,
+        "samples_per_prompt": samples,
+        "micro_batch_size": 2 * samples // updates,
+        "engine": {"kind": "torch"},
+        # A random policy earns the same for everything that it draws.
+        "gates": dict(stage.get("gates") or {}) | {"flat_share": 1.0, "duplicate_share": 1.0},
+    }
+
+
+def _eval(stage: dict[str, Any]) -> dict[str, Any]:
+    return stage | {"prompts": 4, "skip": 0, "sampling_seeds": 1, "temperatures": [1.0]}
+
+
+STAGES: Mapping[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "codec": _codec,
+    "sft": _sft,
+    "grpo": _grpo,
+    "eval": _eval,
+}
