@@ -245,7 +245,7 @@ def test_the_shipped_plans_make_valid_recipes(path: Path) -> None:
     arm_trials(shipped, Path("runs"), 0)
     for seed in shipped.seeds:
         seed_run(shipped, Path("runs"), seed, dict.fromkeys(shipped.all_arms, 0))
-    assert {"sft_more", "grpo"} <= set(shipped.arms) and len(shipped.seeds) >= 3
+    assert {"sft_more"} < set(shipped.arms) and len(shipped.seeds) >= 3
 
 
 ABLATION = {
