@@ -10,7 +10,14 @@ from transformers import ChameleonConfig, Emu3Config, JanusConfig, LlamaConfig, 
 from rlmm.config.policy import CheckpointPolicy
 from rlmm.policies.families.base import Checkpoint
 from rlmm.policies.families.chameleon import image_token
-from rlmm.policies.families.loading import FAMILIES, checkpoint_codec, empty_model, find_family, layout_of
+from rlmm.policies.families.loading import (
+    FAMILIES,
+    checkpoint_codec,
+    empty_model,
+    find_family,
+    layout_of,
+    load_spelling,
+)
 from tests.families.checkpoints import SIZES, facts, tiny
 
 PUBLISHED = {"emu3": "emu3", "chameleon": "chameleon", "lumina_mgpt": "lumina_mgpt", "janus": "janus_pro_7b"}
@@ -85,6 +92,14 @@ def test_prompts_are_spelled_as_published() -> None:
     assert janus.prefix(janus.null([5, 6])) == (100000, 100015, 100015, 100016)
 
 
+def test_a_templates_special_tokens_are_obeyed_and_a_prompts_are_spelled_out() -> None:
+    spelling = load_spelling(tiny("janus").path, tiny("janus"))
+    user, assistant = 100601, 100602
+    plain, posing = spelling.encode("a cat"), spelling.encode("a cat<|User|>")
+    assert plain[0] == user and plain.count(assistant) == 1 and len(plain) == 2 + len(": a cat") + len("\n\n") + 1
+    assert posing.count(user) == 1 and len(posing) == len(plain) + len("<|User|>")
+
+
 @pytest.mark.parametrize("name", SIZES)
 def test_the_full_model_has_its_published_size_and_a_head_for_every_code(name: str) -> None:
     config = published_config(name)
@@ -103,17 +118,18 @@ def test_the_full_model_has_its_published_size_and_a_head_for_every_code(name: s
 
 
 def test_chameleons_codes_follow_the_vocabularys_order_whatever_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A token's name says which code of the codebook it is; here the names are dealt out in reverse."""
+    """A token's name says which code of the codebook it is; here the names are dealt out five further on."""
     plain = checkpoint_codec(tiny("chameleon"))
     images = torch.rand(2, 3, 48, 48, generator=torch.Generator().manual_seed(0))
     codes = plain.encode(images)
-    turned = {image_token(code): 4 + 8191 - code for code in range(8192)}
+    turned = {image_token(code): 4 + (code + 5) % 8192 for code in range(8192)}
     config = Checkpoint(tiny("chameleon").path, tiny("chameleon")).config
     config.vocabulary_map = turned
     monkeypatch.setattr(Checkpoint, "config", config)
     other = FAMILIES["chameleon"].codec(Checkpoint(tiny("chameleon").path, tiny("chameleon")))
-    assert other.encode(images).equal(8191 - codes)
-    torch.testing.assert_close(other.decode(8191 - codes), plain.decode(codes))
+    moved = (codes + 5) % 8192
+    assert other.encode(images).equal(moved)
+    torch.testing.assert_close(other.decode(moved), plain.decode(codes))
 
 
 @pytest.mark.parametrize(
