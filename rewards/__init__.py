@@ -1,8 +1,8 @@
 """Scoring of generated samples. Importing this package imports no model, no torch and no OCR engine."""
 
 import inspect
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 from rewards.base import Reward, Sample, Score
 from rewards.names import nearest
@@ -78,6 +78,67 @@ def _colour_entropy() -> Reward:
     return colours()
 
 
+def _yes_no(
+    *,
+    url: str,
+    model: str,
+    questions: Sequence[Mapping[str, Any]] | None = None,
+    combine: Literal["geometric", "mean"] = "geometric",
+    min_mass: float = 0.5,
+    top_logprobs: int = 20,
+    check: bool = True,
+    api_key_env: str = "",
+    timeout_s: float = 60.0,
+    retries: int = 3,
+    backoff_s: float = 0.5,
+    concurrency: int = 16,
+    extra_body: Mapping[str, Any] | None = None,
+) -> Reward:
+    """A served multimodal model's probability of yes to questions about the image."""
+    from rewards.verifier.client import Client
+    from rewards.verifier.server import Server
+    from rewards.verifier.yes_no import YesNoReward, read_questions
+
+    server = Server(url, model, api_key_env, timeout_s, retries, backoff_s, concurrency, extra_body or {})
+    client = Client(server)
+    reward = YesNoReward(
+        client,
+        questions=read_questions(questions),
+        combine=combine,
+        min_mass=min_mass,
+        top_logprobs=top_logprobs,
+    )
+    if check:
+        client.check()
+    return reward
+
+
+def _viescore(
+    *,
+    url: str,
+    model: str,
+    max_tokens: int = 512,
+    check: bool = True,
+    api_key_env: str = "",
+    timeout_s: float = 60.0,
+    retries: int = 3,
+    backoff_s: float = 0.5,
+    concurrency: int = 16,
+    extra_body: Mapping[str, Any] | None = None,
+) -> Reward:
+    """A served multimodal model's VIEScore: what was asked for, and how it looks."""
+    from rewards.verifier.client import Client
+    from rewards.verifier.server import Server
+    from rewards.verifier.viescore import VieScoreReward
+
+    server = Server(url, model, api_key_env, timeout_s, retries, backoff_s, concurrency, extra_body or {})
+    client = Client(server)
+    reward = VieScoreReward(client, max_tokens=max_tokens)
+    if check:
+        client.check()
+    return reward
+
+
 def _function(*, target: str, name: str = "", **options: Any) -> Reward:
     """Your own Python function, path/file.py:name or module:name."""
     from rewards.functions import FunctionReward
@@ -92,6 +153,8 @@ REWARDS: dict[str, Callable[..., Reward]] = {
     "not_blank": _not_blank,
     "edge_density": _edge_density,
     "colour_entropy": _colour_entropy,
+    "yes_no": _yes_no,
+    "viescore": _viescore,
     "function": _function,
 }
 """Every reward by name. An entry's keyword arguments are the reward's options; its docstring's first line
@@ -120,7 +183,8 @@ def check_options(name: str, options: Sequence[str]) -> None:
 
 def build(name: str, /, **options: Any) -> Reward:
     """Makes a reward by its name in REWARDS. Raises ValueError for an unknown name or option, and what the
-    reward's own constructor raises (a missing model file, an optional package that is not installed).
+    reward's own constructor raises (a missing model file, a server that does not answer, an optional package
+    that is not installed).
     """
     check_options(name, list(options))
     return REWARDS[name](**options)

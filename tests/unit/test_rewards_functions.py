@@ -154,7 +154,8 @@ def test_two_files_of_one_name_do_not_hide_each_other(tmp_path: Path) -> None:
 def test_the_registry_builds_by_name_and_names_the_nearest(write: Write) -> None:
     reward = build("function", target=write("def f(samples, k):\n    return [k] * len(samples)\n"), k=2.0)
     assert RewardRunner(reward).score(SAMPLES)[0].value == 2.0
-    assert set(REWARDS) == {"ocr", "tesseract", "scenes", "not_blank", "edge_density", "colour_entropy", "function"}
+    cheap = {"ocr", "tesseract", "scenes", "not_blank", "edge_density", "colour_entropy"}
+    assert set(REWARDS) == cheap | {"yes_no", "viescore", "function"}
     with pytest.raises(ValueError, match="no reward 'scens'. Nearest: scenes"):
         build("scens")
     with pytest.raises(ValueError, match="no option 'hight'. Nearest: height"):
