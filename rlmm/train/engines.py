@@ -119,6 +119,7 @@ def _own_urls(urls: Sequence[str]) -> Sequence[str]:
 
 def _served(config: VllmSizes, policy: TransformerPolicy, law: Law | None) -> dict[str, Any]:
     """How a vLLM serves the policy."""
+    model = policy.base
     guided = law is not None and len(law.streams()) == STREAMS
     together = config.two_streams and guided
     return {
@@ -127,7 +128,7 @@ def _served(config: VllmSizes, policy: TransformerPolicy, law: Law | None) -> di
         "max_rows": config.max_rows,
         "max_prompt_tokens": config.max_prompt_tokens,
         "kv_bytes": config.kv_megabytes << 20,
-        "overrides": served_overrides(policy.layout, policy.base.config, together=together),
+        "overrides": served_overrides(policy.layout, model.config, type(model).__name__, together=together),
     }
 
 

@@ -24,14 +24,15 @@ def register() -> None:
         ModelRegistry.register_model(architecture, target)
 
 
-def served_overrides(layout: Layout, config: Any, *, together: bool) -> dict[str, Any]:
+def served_overrides(layout: Layout, config: Any, architecture: str, *, together: bool) -> dict[str, Any]:
     """What a checkpoint's config.json must say to vLLM beside what it says.
 
     Args:
         config: the checkpoint's, as transformers reads it.
+        architecture: the model's class.
         together: serve the model that carries both streams of a guided sample, where there is one.
     """
-    if together and layout.null_token is not None and "LlamaForCausalLM" in (config.architectures or ()):
+    if together and layout.null_token is not None and architecture == "LlamaForCausalLM":
         return two_stream_overrides(layout)
     if config.get_text_config().vocab_size < layout.vocab_size:  # codes that the text's vocabulary does not hold
         return {"text_config": {"vocab_size": layout.vocab_size}}
