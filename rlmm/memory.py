@@ -47,23 +47,23 @@ class MemoryPlan:
 
 def memory_plans(recipe: Recipe) -> list[MemoryPlan]:
     """A plan for each policy stage. Raises ValueError where the recipe's checkpoint cannot be read."""
-    with torch.device("meta"):  # shapes alone
-        if isinstance(recipe.policy, NewPolicy):
-            assert recipe.codec is not None, "the recipe lets no new policy be without"
-            size = recipe.policy
+    if isinstance(recipe.policy, NewPolicy):
+        assert recipe.codec is not None, "the recipe lets no new policy be without"
+        size = recipe.policy
+        with torch.device("meta"):  # shapes alone
             policy = llama.build(size, num_codes=recipe.codec.num_codes, grid=recipe.codec.grid, seed=0)
-            layout, total = policy.layout, sum(parameter.numel() for parameter in policy.model.parameters())
-        else:
-            layout, whole = layout_of(recipe.policy.path, recipe.policy), load_config(recipe.policy.path, recipe.policy)
-            total = sum(parameter.numel() for parameter in empty_model(whole).parameters())
-            config = whole.get_text_config()
-            size = NewPolicy(
-                hidden_size=config.hidden_size,
-                num_layers=config.num_hidden_layers,
-                num_heads=config.num_attention_heads,
-                intermediate_size=config.intermediate_size,
-                tie_embeddings=config.tie_word_embeddings,
-            )
+        layout, total = policy.layout, sum(parameter.numel() for parameter in policy.model.parameters())
+    else:
+        layout, whole = layout_of(recipe.policy.path, recipe.policy), load_config(recipe.policy.path, recipe.policy)
+        total = sum(parameter.numel() for parameter in empty_model(whole).parameters())
+        config = whole.get_text_config()
+        size = NewPolicy(
+            hidden_size=config.hidden_size,
+            num_layers=config.num_hidden_layers,
+            num_heads=config.num_attention_heads,
+            intermediate_size=config.intermediate_size,
+            tie_embeddings=config.tie_word_embeddings,
+        )
     stages = {name: stage for name, stage in recipe.stages.items() if isinstance(stage, SftStage | GrpoStage)}
     half = isinstance(recipe.policy, CheckpointPolicy) and recipe.policy.dtype == "bfloat16"
     held = FLOAT_BYTES // 2 if half else FLOAT_BYTES

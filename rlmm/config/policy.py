@@ -82,8 +82,9 @@ class CheckpointPolicy(Strict):
     """A file with the weights of the image decoder, for checkpoints that lack it (Chameleon's)."""
     tiny: bool = False
     """In place of the checkpoint a random instance of its family's class: a trial of the recipe (`model=tiny`)."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """What the weights are held in. bfloat16 halves their memory, for LoRA; all weights are trained in float32."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """What the weights are held in; null: float32 for a published checkpoint, as it was saved for a folder of ours.
+    bfloat16 halves their memory, for LoRA; all weights are trained in float32."""
 
     @model_validator(mode="after")
     def _tiny_of_a_family(self) -> "CheckpointPolicy":

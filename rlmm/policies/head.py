@@ -76,8 +76,10 @@ def _factors(head: nn.Module, hidden: Tensor, rows: slice) -> tuple[list[Tensor]
     if isinstance(head, LoraLinear) and not head.disable_adapters:
         for name in head.active_adapters:
             if name in head.lora_A:
-                inputs.append(head.scaling[name] * head.lora_A[name](head.lora_dropout[name](hidden)))
-                weights.append(cast(nn.Linear, head.lora_B[name]).weight[rows])
+                low_rank = cast(nn.Linear, head.lora_A[name])
+                given = head.lora_dropout[name](hidden.to(low_rank.weight.dtype))
+                inputs.append((head.scaling[name] * low_rank(given)).to(hidden.dtype))
+                weights.append(cast(nn.Linear, head.lora_B[name]).weight[rows].to(hidden.dtype))
     return inputs, weights, None if base.bias is None else base.bias[rows]
 
 

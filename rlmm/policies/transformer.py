@@ -37,6 +37,8 @@ class TransformerPolicy(ABC):
     log_prob_kind: LogProbKind
     frozen_parts: tuple[str, ...] = ()
     """Name prefixes of parameters that neither training nor sampling needs (image tokenizers, encoders)."""
+    untrained_parts: tuple[str, ...] = ()
+    """Of those that sampling may need and that no image token depends on."""
 
     def __init__(self, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, layout: Layout) -> None:
         self.model, self.tokenizer, self.layout = model, tokenizer, layout
@@ -44,8 +46,9 @@ class TransformerPolicy(ABC):
         self._frozen: nn.Module | None = None
         self._swapped: nn.Module | None = None
         for name, parameter in self.base.named_parameters():
-            if name.startswith(self.frozen_parts):
+            if name.startswith((*self.frozen_parts, *self.untrained_parts)):
                 parameter.requires_grad_(False)
+        without_dropout(self.base)
 
     @property
     def base(self) -> PreTrainedModel:
@@ -167,10 +170,12 @@ class TransformerPolicy(ABC):
     def train_image_rows(self) -> None:
         """Of the head train only the rows of image codes, for a stage that decides nothing else: less memory, and the
         same weights where weight decay is 0. Nothing to do under LoRA or where head and embedding are one matrix."""
-        head = self.output_head(self.layout.image).linear
+        found = self.output_head(self.layout.image)
+        head, rows = found.linear, tuple(token - found.first for token in self.layout.image)
         tied = head.get_parameter("weight") is self.base.get_input_embeddings().weight
-        if isinstance(head, nn.Linear) and not isinstance(self.model, PeftModel) and not tied:
-            train_rows(head, self.layout.image)
+        whole = isinstance(head, nn.Linear) and rows == (0, head.out_features)
+        if isinstance(head, nn.Linear) and not isinstance(self.model, PeftModel) and not tied and not whole:
+            train_rows(head, (rows[0], rows[1]))
 
     def freeze_reference(self) -> None:
         """Keep a frozen copy of the present weights as the reference. Nothing to do under LoRA."""
@@ -215,6 +220,15 @@ class TransformerPolicy(ABC):
     def _save_rest(self, folder: Path) -> None:
         self.tokenizer.save_pretrained(folder)
         save_layout(self.layout, folder)
+
+
+def without_dropout(model: nn.Module) -> None:
+    """Sampled is without dropout, so a loss under dropout would be of another law. Emu3's configuration says 0.1."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0  # pyrefly: ignore
 
 
 def streams_needed(trajectory: Trajectory) -> list[str]:

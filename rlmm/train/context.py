@@ -12,7 +12,7 @@ from rlmm.config.recipe import OWN_POLICY, Recipe
 from rlmm.config.stages import CodecStage, GrpoStage, SftStage
 from rlmm.data import Dataset, build_dataset
 from rlmm.policies.families import llama
-from rlmm.policies.families.loading import checkpoint_codec, load_policy, own_folder
+from rlmm.policies.families.loading import checkpoint_codec, load_policy
 from rlmm.policies.spelling import Spelling
 from rlmm.policies.transformer import TransformerPolicy
 from rlmm.run_folder import RunFolder
@@ -89,7 +89,7 @@ def parent(context: StageContext) -> str | None:
 def published_base(context: StageContext) -> str | None:
     """The published checkpoint that this stage starts from, where it starts from one: a name that others know."""
     policy = context.recipe.policy
-    if not isinstance(policy, CheckpointPolicy) or policy.tiny or own_folder(policy.path):
+    if not isinstance(policy, CheckpointPolicy) or policy.tiny or Path(policy.path).exists():
         return None
     return policy.path if parent(context) is None else None
 

@@ -29,6 +29,7 @@ def test_sampler_log_probs_are_the_trainers_cached_or_not_and_through_a_wrapper(
     policy = peaked(name)
     rule = Law(policy.layout.image, **LAWS[law])
     cached, whole = sample(policy, rule), sample(policy, rule, use_cache=False)
+    policy.model.train()  # as in a training step: Emu3's configuration asks for dropout, which no law here has
     with torch.no_grad():
         direct_BS, whole_BS = policy.log_probs(cached).logp_BS, policy.log_probs(whole).logp_BS
         wrapped_BS = policy.log_probs(cached, model=policy.model).logp_BS

@@ -89,15 +89,14 @@ def test_what_a_run_made_draws(run: tuple[str, RunFolder]) -> None:
     assert len({sheet.getpixel((x, y)) for x in range(4, 52) for y in range(4, 52)}) > 20
 
 
-def test_an_adapter_from_a_published_checkpoint_names_it_and_needs_no_copy(tmp_path: Path) -> None:
-    """And frozen weights may be held in half the memory."""
+def test_an_adapter_from_a_folder_brings_it_along_and_frozen_weights_take_half_the_memory(tmp_path: Path) -> None:
     stages = {"grpo": GRPO | {"precision": "bfloat16"}, "export": {"kind": "export", "start_from": "grpo"}}
     made = recipe("janus", tmp_path / "run", stages, dtype="bfloat16")
     whole = recipe("janus", tmp_path / "run", stages)
     assert memory_plans(made)[0].weights < 0.6 * memory_plans(whole)[0].weights
     folder = run_recipe(made, lambda line: None)
-    assert not (folder.path / "base").exists()
-    assert tiny("janus").path in (folder.path / "adapter" / "adapter_config.json").read_text()
+    assert '"../base"' in (folder.path / "adapter" / "adapter_config.json").read_text()
+    assert load_policy(folder.path / "base", tiny("janus")).layout == load_policy(folder.path / "merged").layout
     assert load_policy(folder.path / "merged").base.dtype == torch.bfloat16
 
 
@@ -111,6 +110,16 @@ def test_an_adapter_from_a_published_checkpoint_names_it_and_needs_no_copy(tmp_p
 def test_weights_in_bfloat16_are_frozen_and_known_to_the_gates(stage: Any, says: str, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=says):
         recipe("janus", tmp_path, {"grpo": stage}, dtype="bfloat16")
+
+
+def test_all_weights_that_draw_are_trained_and_no_others(tmp_path: Path) -> None:
+    full = {k: v for k, v in GRPO.items() if k != "lora"} | {"prompts_per_step": 4, "samples_per_prompt": 4}
+    run = run_recipe(recipe("janus", tmp_path / "run", {"grpo": full}), lambda line: None)
+    before = dict(load_policy(tiny("janus").path, tiny("janus")).base.named_parameters())
+    after = dict(load_policy(run.stage("grpo") / "model").base.named_parameters())
+    moved = {name for name, weight in after.items() if not weight.equal(before[name])}
+    assert {"model.generation_head.vision_head.weight", "model.generation_aligner.fc1.weight"} <= moved
+    assert not any(name.startswith(("lm_head.", "model.vqmodel.", "model.vision_model.")) for name in moved)
 
 
 def test_a_checkpoint_with_a_codec_section_is_refused(tmp_path: Path) -> None:

@@ -1,10 +1,12 @@
 """What a family states of its checkpoints, against what was published of them (tests/fixtures/families)."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import ChameleonConfig, Emu3Config, JanusConfig, LlamaConfig, PretrainedConfig
 
 from rlmm.config.policy import CheckpointPolicy
@@ -16,6 +18,7 @@ from rlmm.policies.families.loading import (
     empty_model,
     find_family,
     layout_of,
+    load_policy,
     load_spelling,
 )
 from tests.families.checkpoints import SIZES, facts, tiny
@@ -145,6 +148,25 @@ def test_a_checkpoint_that_cannot_be_read_so_says_why(change: dict[str, Any], sa
     options = CheckpointPolicy.model_validate(tiny("emu3").model_dump() | change)
     with pytest.raises(ValueError, match=says):
         layout_of(options.path, options)
+
+
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [("janus", {"null_prompt": "bad"}), ("emu3", {"decoder": "x.ckpt"}), ("chameleon", {"null_prompt": ""})],
+)
+def test_a_setting_that_a_family_has_no_use_for_is_refused(name: str, setting: dict[str, str]) -> None:
+    options = tiny(name).model_copy(update=setting)
+    with pytest.raises(ValueError, match="has no use for it"):
+        layout_of(options.path, options)
+
+
+def test_a_language_model_with_missing_weights_is_refused(tmp_path: Path) -> None:
+    shutil.copytree(tiny("janus").path, tmp_path / "janus")
+    file = tmp_path / "janus" / "model.safetensors"
+    weights = load_file(file)
+    save_file({n: w for n, w in weights.items() if "layers.1.mlp" not in n}, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks 3 of the model's weights.*layers\.1\.mlp"):
+        load_policy(tmp_path / "janus", CheckpointPolicy(path=str(tmp_path / "janus")))
 
 
 def test_weights_that_are_missing_are_named(tmp_path: Path) -> None:

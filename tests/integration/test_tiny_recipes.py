@@ -8,6 +8,7 @@ import pytest
 
 from rlmm.config.recipe import read_recipe
 from rlmm.installation import recipes_dir
+from rlmm.memory import memory_plans
 from rlmm.pipeline import run_recipe
 
 FIRST, *REST = sorted(path.stem for path in recipes_dir().glob("*.yaml"))
@@ -16,6 +17,7 @@ FIRST, *REST = sorted(path.stem for path in recipes_dir().glob("*.yaml"))
 @pytest.mark.parametrize("name", REST)
 def test_a_recipe_runs_in_small(name: str, tmp_path: Path) -> None:
     recipe = read_recipe(Path(name), ["model=tiny", f"run_dir={tmp_path / 'run'}"])
+    assert memory_plans(recipe)  # what `rlmm check` prints
     run = run_recipe(recipe, lambda line: None)
     assert all(run.done(stage) for stage in recipe.stages)
 

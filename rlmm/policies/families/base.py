@@ -20,6 +20,9 @@ from rlmm.policies.spelling import Spelling
 from rlmm.policies.transformer import TransformerPolicy
 from rollouts.contract import Layout
 
+SETTINGS = frozenset({"image_size", "template", "null_prompt", "decoder"})
+"""Of a recipe's policy, those that only some families have a use for."""
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -90,6 +93,7 @@ class Family:
         policy: how its sequences are embedded and decided.
         layout: where text and image live in the vocabulary, from a published checkpoint.
         codec: the image tokenizer inside a published checkpoint.
+        settings: what of `SETTINGS` a recipe may say of such a checkpoint.
         tiny: writes a random instance of the real class with the published vocabulary, special tokens and grid rules,
             and a few thousand weights beside them: what tests and `model=tiny` run.
     """
@@ -100,6 +104,7 @@ class Family:
     layout: Callable[[Checkpoint], Layout]
     codec: Callable[[Checkpoint], Codec]
     tiny: Callable[[Path, tuple[int, int]], None] | None = None
+    settings: frozenset[str] = frozenset({"image_size", "template"})
 
 
 def _safetensors(source: str, part: str) -> Iterator[tuple[str, Tensor]]:

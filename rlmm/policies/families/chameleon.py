@@ -130,7 +130,12 @@ def tiny(folder: Path, image_size: tuple[int, int]) -> None:
     tokenizer.save_pretrained(folder)
 
 
+OPTIONS = frozenset({"image_size", "template", "decoder"})
 ARCHITECTURES = ("ChameleonForConditionalGeneration",)
-FAMILY = Family("chameleon", ARCHITECTURES, policy=ChameleonPolicy, layout=layout, codec=codec, tiny=tiny)
-LUMINA = Family("lumina_mgpt", ARCHITECTURES, policy=ChameleonPolicy, layout=lumina_layout, codec=codec, tiny=tiny)
+FAMILY = Family(
+    "chameleon", ARCHITECTURES, policy=ChameleonPolicy, layout=layout, codec=codec, tiny=tiny, settings=OPTIONS
+)
+LUMINA = Family(
+    "lumina_mgpt", ARCHITECTURES, policy=ChameleonPolicy, layout=lumina_layout, codec=codec, tiny=tiny, settings=OPTIONS
+)
 """Of the same class, so a recipe names it: policy.family: lumina_mgpt."""

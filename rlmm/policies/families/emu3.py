@@ -85,7 +85,7 @@ def tiny(folder: Path, image_size: tuple[int, int]) -> None:
         text_config={
             "vocab_size": FIRST_CODE + CODES, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
             "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "max_position_embeddings": 512,
-            "attention_dropout": 0.0,
+            "attention_dropout": 0.1,
         },
         vq_config={
             "base_channels": 32, "channel_multiplier": [1, 1, 1, 1], "num_res_blocks": 1, "attn_resolutions": [],
@@ -100,4 +100,12 @@ def tiny(folder: Path, image_size: tuple[int, int]) -> None:
     tokenizer.save_pretrained(folder)
 
 
-FAMILY = Family("emu3", ("Emu3ForConditionalGeneration",), policy=Emu3Policy, layout=layout, codec=codec, tiny=tiny)
+FAMILY = Family(
+    "emu3",
+    ("Emu3ForConditionalGeneration",),
+    policy=Emu3Policy,
+    layout=layout,
+    codec=codec,
+    tiny=tiny,
+    settings=frozenset({"image_size", "template", "null_prompt"}),
+)

@@ -34,6 +34,7 @@ class JanusPolicy(CausalPolicy):
     """A `JanusForConditionalGeneration` that draws."""
 
     frozen_parts = ("model.vision_model.", "model.aligner.", "model.vqmodel.")
+    untrained_parts = ("lm_head.",)
 
     def embedded(self, ids_BT: Tensor) -> dict[str, Tensor]:
         """Text through the language model's embedding, codes through the generation embedding and its aligner."""

@@ -22,7 +22,7 @@ from rlmm.codecs import Codec, load_codec
 from rlmm.config.base import nearest
 from rlmm.config.policy import CheckpointPolicy
 from rlmm.policies.families import chameleon, emu3, janus, llama
-from rlmm.policies.families.base import Checkpoint, Family
+from rlmm.policies.families.base import SETTINGS, Checkpoint, Family
 from rlmm.policies.layout_io import LAYOUT_FILE, load_layout
 from rlmm.policies.spelling import Spelling
 from rlmm.policies.transformer import TransformerPolicy
@@ -54,23 +54,50 @@ def load_policy(source: Path | str, options: CheckpointPolicy | None = None) -> 
     checkpoint = _checkpoint(source, options)
     layout = layout_of(source, options)
     family = find_family(layout.family)
-    dtype = "auto" if options is None else getattr(torch, options.dtype)
+    named = None if options is None else options.dtype or (None if own_folder(source) else "float32")
+    dtype = "auto" if named is None else getattr(torch, named)
     try:
-        model = _model_class(family, checkpoint.config).from_pretrained(checkpoint.source, dtype=dtype)
+        model, report = _model_class(family, checkpoint.config).from_pretrained(
+            checkpoint.source, dtype=dtype, output_loading_info=True
+        )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(
             f"{source} is not a readable checkpoint ({error}); give a complete model folder or a hub id"
         ) from error
-    return family.policy(cast(PreTrainedModel, model), cast(PreTrainedTokenizerBase, checkpoint.tokenizer), layout)
+    policy = family.policy(cast(PreTrainedModel, model), cast(PreTrainedTokenizerBase, checkpoint.tokenizer), layout)
+    missing = sorted(name for name in report["missing_keys"] if not name.startswith(policy.frozen_parts))
+    if missing:
+        raise ValueError(
+            f"{source} lacks {len(missing)} of the model's weights, the first of them {missing[0]!r}, and transformers "
+            "would fill them with random numbers; give the complete checkpoint"
+        )
+    return policy
 
 
 def layout_of(source: Path | str, options: CheckpointPolicy | None = None) -> Layout:
     """What layout.json says, else what the checkpoint's family works out. Raises ValueError as `load_policy` does."""
     if own_folder(source) and not (options is not None and options.tiny):
-        return load_layout(Path(source))
+        layout = load_layout(Path(source))
+        _refuse_settings(options, layout.family)
+        return layout
     checkpoint = _checkpoint(source, options)
     name = checkpoint.options.family
-    return (_by_class(checkpoint.config) if name is None else _named(name, checkpoint)).layout(checkpoint)
+    family = _by_class(checkpoint.config) if name is None else _named(name, checkpoint)
+    for setting in sorted(SETTINGS - family.settings):
+        if getattr(checkpoint.options, setting) is not None:
+            raise ValueError(f"policy.{setting}: family {family.name!r} has no use for it; leave it out")
+    return family.layout(checkpoint)
+
+
+def _refuse_settings(options: CheckpointPolicy | None, family: str) -> None:
+    """Of a folder that knows its own layout."""
+    for setting in sorted(SETTINGS):
+        if options is not None and getattr(options, setting) is not None:
+            raise ValueError(
+                f"policy.{setting}: {options.path} has a layout.json, which says it already; leave the setting out"
+            )
+    if options is not None and options.family not in (None, family):
+        raise ValueError(f"policy.family {options.family!r}: {options.path} is of family {family!r}; leave it out")
 
 
 def checkpoint_codec(options: CheckpointPolicy) -> Codec:
