@@ -78,6 +78,17 @@ def _colour_entropy() -> Reward:
     return colours()
 
 
+def _judge(*server: Any, check: bool) -> Any:
+    """A client of a judge's server, asked first whether it serves the model."""
+    from rewards.verifier.client import Client
+    from rewards.verifier.server import Server
+
+    client = Client(Server(*server))
+    if check:
+        client.check()
+    return client
+
+
 def _yes_no(
     *,
     url: str,
@@ -95,22 +106,12 @@ def _yes_no(
     extra_body: Mapping[str, Any] | None = None,
 ) -> Reward:
     """A served multimodal model's probability of yes to questions about the image."""
-    from rewards.verifier.client import Client
-    from rewards.verifier.server import Server
     from rewards.verifier.yes_no import YesNoReward, read_questions
 
-    server = Server(url, model, api_key_env, timeout_s, retries, backoff_s, concurrency, extra_body or {})
-    client = Client(server)
-    reward = YesNoReward(
-        client,
-        questions=read_questions(questions),
-        combine=combine,
-        min_mass=min_mass,
-        top_logprobs=top_logprobs,
-    )
-    if check:
-        client.check()
-    return reward
+    asked = read_questions(questions)  # a question that will not do is told before any server is asked
+    server = (url, model, api_key_env, timeout_s, retries, backoff_s, concurrency, extra_body or {})
+    client = _judge(*server, check=check)
+    return YesNoReward(client, questions=asked, combine=combine, min_mass=min_mass, top_logprobs=top_logprobs)
 
 
 def _viescore(
@@ -127,16 +128,11 @@ def _viescore(
     extra_body: Mapping[str, Any] | None = None,
 ) -> Reward:
     """A served multimodal model's VIEScore: what was asked for, and how it looks."""
-    from rewards.verifier.client import Client
-    from rewards.verifier.server import Server
     from rewards.verifier.viescore import VieScoreReward
 
-    server = Server(url, model, api_key_env, timeout_s, retries, backoff_s, concurrency, extra_body or {})
-    client = Client(server)
-    reward = VieScoreReward(client, max_tokens=max_tokens)
-    if check:
-        client.check()
-    return reward
+    server = (url, model, api_key_env, timeout_s, retries, backoff_s, concurrency, extra_body or {})
+    client = _judge(*server, check=check)
+    return VieScoreReward(client, max_tokens=max_tokens)
 
 
 def _function(*, target: str, name: str = "", **options: Any) -> Reward:

@@ -87,7 +87,7 @@ class TransformerPolicy(ABC):
             "attention_mask": mask_BT.to(device),
             "position_ids": position_BT,
         }
-        # The body alone is cast, here, for sampler and trainer alike: the head and the softmax stay in full precision.
+        # The body alone is cast, here, for sampler and trainer alike: head and softmax keep the weights' own.
         with torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
             if model is None:
                 output = self.base.base_model(**inputs, past_key_values=cache, use_cache=cache is not None)
