@@ -75,10 +75,14 @@ class Layout:
     """Who reads the checkpoint: a name of `rlmm.policies.families`, or file.py:NAME."""
 
     def prefix(self, prompt_ids: Sequence[int], sources: Sequence[Sequence[int]] = ()) -> tuple[int, ...]:
-        """The conditioning ids before an image span: bos, source images (each with its begin-of-image), prompt,
-        begin-of-image. `sources` are spelled images: token ids, forced ones included."""
+        """The conditioning ids before an image span: `question`, begin-of-image."""
+        return (*self.question(prompt_ids, sources), *self.boi)
+
+    def question(self, prompt_ids: Sequence[int], sources: Sequence[Sequence[int]] = ()) -> tuple[int, ...]:
+        """The conditioning ids before a text span: bos, source images (each with its begin-of-image), prompt.
+        `sources` are spelled images: token ids, forced ones included."""
         images = [token for source in sources for token in (*self.boi, *source, *self.after_source)]
-        return (self.bos, *images, *prompt_ids, *self.boi)
+        return (self.bos, *images, *prompt_ids)
 
     def null(self, prompt_ids: Sequence[int]) -> tuple[int, ...]:
         """The prompt of the unconditional stream beside a prompt."""
@@ -112,7 +116,8 @@ class Layout:
 class Request:
     """One prompt and the samples wanted of it: its streams are prefilled once, whatever the number of seeds.
 
-    `streams` maps a stream's name to its prefix ids (the sequence up to and including begin-of-image). `given`:
+    `streams` maps a stream's name to its prefix ids: what stands before the first span, so up to and including
+    begin-of-image where that is an image. `given`:
     (position in the span, token id) pairs that are kept as they are (infilling), which masked families alone can do.
     """
 
@@ -177,7 +182,9 @@ class Engine(Protocol):
     @property
     def dtype(self) -> torch.dtype: ...
 
-    def generate(self, requests: Sequence[Request], spans: Sequence[Span]) -> Trajectory: ...
+    def generate(self, requests: Sequence[Request], spans: Sequence[Span]) -> Trajectory:
+        """One span; several are chained by `rollouts.interleaved.generate_spans`."""
+        ...
 
     def sync(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Take the policy's full weights (adapters folded in), one parameter at a time."""

@@ -48,6 +48,8 @@ def write_trajectory(path: Path, trajectory: Trajectory, columns: Mapping[str, S
             table[f"trajectory/{name}"], shapes[name] = _rows(value), list(value.shape[1:])
     for name, stream in trajectory.streams.items():
         table[f"stream/{name}/ids"], table[f"stream/{name}/mask"] = _rows(stream.ids_BP), _rows(stream.mask_BP)
+        if stream.sees_BS is not None:
+            table[f"stream/{name}/sees"] = _rows(stream.sees_BS)
     clash = sorted(set(table) & set(columns))
     if clash:
         raise ValueError(f"extra columns {clash} are names the store uses itself; rename them")
@@ -87,13 +89,7 @@ def read_trajectory(path: Path) -> tuple[Trajectory, dict[str, list[Any]]]:
     tensors: dict[str, Any] = {
         name: _tensor(data.pop(f"trajectory/{name}"), shape, name) for name, shape in meta["shapes"].items()
     }
-    streams = {
-        name: Stream(
-            torch.tensor(data.pop(f"stream/{name}/ids"), dtype=torch.int64),
-            torch.tensor(data.pop(f"stream/{name}/mask"), dtype=torch.bool),
-        )
-        for name in meta["streams"]
-    }
+    streams = {name: _stream(data, f"stream/{name}") for name in meta["streams"]}
     trajectory = Trajectory(
         **tensors,
         spans=tuple(Span.from_dict(span) for span in meta["spans"]),
@@ -105,6 +101,12 @@ def read_trajectory(path: Path) -> tuple[Trajectory, dict[str, list[Any]]]:
         weights_version=meta["weights_version"],
     )
     return trajectory, data
+
+
+def _stream(data: dict[str, list[Any]], name: str) -> Stream:
+    ids, mask, sees = (data.pop(f"{name}/{part}", None) for part in ("ids", "mask", "sees"))
+    seen = None if sees is None else torch.tensor(sees, dtype=torch.bool)
+    return Stream(torch.tensor(ids, dtype=torch.int64), torch.tensor(mask, dtype=torch.bool), seen)
 
 
 def _rows(value: Tensor) -> list[Any]:

@@ -24,7 +24,7 @@ from rlmm.objectives.noise import noise_plan
 from rlmm.policies.families.llama import build
 from rlmm.policies.masked import MaskedPolicy, States
 from rlmm.run_folder import environment
-from rollouts.assembly import image_trajectory
+from rollouts.assembly import span_trajectory
 from rollouts.contract import Request
 from rollouts.law import COND, Law
 from rollouts.trajectory import Span, Trajectory, pad_left
@@ -216,7 +216,7 @@ def masked_log_probs(policy: MaskedPolicy) -> Tensor:
 
 def _trajectory(policy: MaskedPolicy, request: Request) -> Trajectory:
     span = Span("image", Law(policy.layout.image), LENGTH, unmasking=Unmasking(1))
-    return image_trajectory(
+    return span_trajectory(
         policy.layout, span, [request], streams={COND: pad_left([request.streams[COND]] * len(IMAGES_NS), 0)},
         ids_BS=IMAGES_NS + policy.layout.image[0], logp_BS=torch.zeros(IMAGES_NS.shape, dtype=torch.float64),
         support=None, weights_version=0, step_BS=torch.zeros(IMAGES_NS.shape, dtype=torch.int32),

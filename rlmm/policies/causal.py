@@ -31,6 +31,9 @@ class CausalPolicy(TransformerPolicy):
         nothing to choose an estimator for: ValueError where one is given."""
         if estimator is not None:
             raise ValueError(f"a next-token policy's log-probs are exact; leave the estimator {estimator.scheme!r} out")
+        used_S = trajectory.attention_mask.any(0)
+        if not used_S.all():  # past the longest text of these rows
+            return self._of_used(trajectory, used_S, model, entropy_gradient)
         names = streams_needed(trajectory)
         hidden_KBSH = self._response_hidden(trajectory, names, model)
         rows, length = trajectory.ids.shape
@@ -45,6 +48,19 @@ class CausalPolicy(TransformerPolicy):
             logp_BS = logp_BS.masked_scatter(where, logp_N)
             entropy_BS = entropy_BS.masked_scatter(where, entropy_N)
         return LogProbs(self.log_prob_kind, logp_BS, entropy_BS)
+
+    def _of_used(
+        self, trajectory: Trajectory, used_S: Tensor, model: nn.Module | None, entropy_gradient: bool
+    ) -> LogProbs:
+        """Log-probs without the positions that no row has."""
+        index_U = used_S.nonzero().squeeze(1)
+        found = self.log_probs(trajectory.columns(index_U), model=model, entropy_gradient=entropy_gradient)
+
+        def whole(values_BU: Tensor) -> Tensor:
+            empty_BS = values_BU.new_zeros(trajectory.ids.shape)
+            return empty_BS.index_copy(1, index_U.to(values_BU.device), values_BU)
+
+        return LogProbs(found.kind, whole(found.logp_BS), whole(found.entropy_BS))
 
     def sequence_log_probs(self, batch: SequenceBatch, *, model: nn.Module | None = None) -> Tensor:
         """Log-probs [B, T] of supervised targets, each normalised over its own modality's vocabulary slice."""
@@ -69,6 +85,9 @@ class CausalPolicy(TransformerPolicy):
             grow = (width - stream.ids_BP.shape[1], 0)
             prefix = nn.functional.pad(stream.ids_BP, grow, value=self.layout.pad)
             ids.append(torch.cat([prefix, trajectory.ids[:, :-1]], 1))
-            masks.append(torch.cat([nn.functional.pad(stream.mask_BP, grow), trajectory.attention_mask[:, :-1]], 1))
+            seen_BS = (
+                trajectory.attention_mask if stream.sees_BS is None else stream.sees_BS & trajectory.attention_mask
+            )
+            masks.append(torch.cat([nn.functional.pad(stream.mask_BP, grow), seen_BS[:, :-1]], 1))
         hidden = self.hidden(torch.cat(ids), torch.cat(masks), model=model)
         return hidden[:, width - 1 :].unflatten(0, (len(names), rows))

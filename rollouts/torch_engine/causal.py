@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from rollouts.assembly import image_trajectory, one_image_span, refuse_given, request_stream
+from rollouts.assembly import one_span, refuse_given, request_stream, span_forced, span_length, span_trajectory
 from rollouts.contract import CausalDecoder, Request
 from rollouts.fingerprint import weights_fingerprint
 from rollouts.law import Law, draw, law_log_probs, pack_support, row_uniforms
@@ -51,8 +51,8 @@ class TorchEngine:
 
     @torch.no_grad()
     def generate(self, requests: Sequence[Request], spans: Sequence[Span]) -> Trajectory:
-        """One image span a row. Raises ValueError on anything else and on a request that lacks a stream of the law."""
-        span = one_image_span(spans, "torch")
+        """One span a row. Raises ValueError on several and on a request that lacks a stream of the law."""
+        span = one_span(spans, "torch")
         if not requests:
             raise ValueError("no requests to generate from; pass at least one prompt")
         refuse_given(requests, "torch")
@@ -91,8 +91,8 @@ class TorchEngine:
         counts = torch.tensor([len(request.seeds) for request in requests])
         owner_B = torch.repeat_interleave(torch.arange(len(requests)), counts)
         seeds = [seed for request in requests for seed in request.seeds]
-        ids_BS, logp_BS, support = self._decode(prefixes, owner_B, seeds, law)
-        return image_trajectory(
+        ids_BS, logp_BS, support = self._decode(prefixes, owner_B, seeds, span)
+        return span_trajectory(
             layout,
             span,
             requests,
@@ -104,33 +104,43 @@ class TorchEngine:
         )
 
     def _decode(
-        self, prefixes: dict[str, Stream], owner_B: Tensor, seeds: list[int], law: Law
+        self, prefixes: dict[str, Stream], owner_B: Tensor, seeds: list[int], span: Span
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Ids [B,S], log-probs [B,S] and packed supports [B,S,bytes] (None where the law keeps everything)."""
-        layout, forced = self.decoder.layout, self.decoder.layout.grid.forced()
-        rows, length, names = len(seeds), layout.grid.length, list(prefixes)
+        """Ids [B,S], log-probs [B,S] and packed supports [B,S,bytes] (None where the law keeps everything). What a row
+        draws after its stop token means nothing; drawing ends when every row has one."""
+        layout, law, forced = self.decoder.layout, span.law, span_forced(self.decoder.layout, span)
+        rows, length, names = len(seeds), span_length(layout, span), list(prefixes)
         uniforms_BS = row_uniforms(seeds, length)
         ids_BS = torch.full((rows, length), layout.pad, dtype=torch.long)
         logp_BS = torch.zeros(rows, length, dtype=torch.float64)
-        supports: list[Tensor] = []
+        support = _room(rows, length, law) if law.truncated else None
+        stop, going_B = torch.tensor(span.stop, dtype=torch.long), torch.ones(rows, dtype=torch.bool)
         stepper = self._stepper(prefixes, owner_B, length)
         for position in range(length):
+            if not going_B.any():
+                break
             hidden_NH = stepper.hidden(ids_BS[:, :position])
             if position in forced:
                 ids_BS[:, position] = forced[position]
-                supports.append(torch.zeros(rows, law.vocabulary[1] - law.vocabulary[0], dtype=torch.bool))
                 continue
             logits = stepper.head(hidden_NH, law.vocabulary).unflatten(0, (len(names), rows))
             logp_BV, support_BV = law_log_probs(law, dict(zip(names, logits, strict=True)))
             code_B = draw(logp_BV, uniforms_BS[:, position].to(logp_BV.device))
             ids_BS[:, position] = code_B.cpu() + law.vocabulary[0]
             logp_BS[:, position] = logp_BV.gather(-1, code_B.unsqueeze(-1)).squeeze(-1).cpu()
-            if support_BV is not None:
-                supports.append(support_BV.cpu())
-        return ids_BS, logp_BS, pack_support(torch.stack(supports, 1)) if law.truncated else None
+            going_B &= ~torch.isin(ids_BS[:, position], stop)
+            if support is not None and support_BV is not None:
+                support[:, position] = pack_support(support_BV)
+        return ids_BS, logp_BS, support
 
     def _stepper(self, prefixes: dict[str, Stream], owner_B: Tensor, length: int) -> ModelStepper | PackedStepper:
         joined = join_prefixes(list(prefixes.values()), owner_B, self.decoder.layout.pad)
         if self.packed is not None:
             return PackedStepper(self.packed, joined, length)
         return ModelStepper(self.decoder, joined, length, self.num_layers if self.use_cache else None)
+
+
+def _room(rows: int, length: int, law: Law) -> Tensor:
+    """Packed supports [B, S, bytes] of positions that have none."""
+    low, high = law.vocabulary
+    return torch.zeros(rows, length, -(-(high - low) // 8), dtype=torch.uint8)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rollouts.assembly import image_trajectory, one_image_span, request_stream
+from rollouts.assembly import one_image_span, request_stream, span_trajectory
 from rollouts.contract import MaskedDecoder, Request
 from rollouts.fingerprint import weights_fingerprint
 from rollouts.law import Law, draw, law_log_probs, pack_support, row_uniforms
@@ -71,7 +71,7 @@ class MaskedTorchEngine:
             made.planned(planned_steps(unmasking, made.masked_BS, seeds, layout.grid.decided()))
         else:
             made.confident()
-        return image_trajectory(
+        return span_trajectory(
             layout,
             span,
             requests,

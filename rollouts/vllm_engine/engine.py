@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rollouts.assembly import image_trajectory, one_image_span, refuse_given, request_stream
+from rollouts.assembly import one_span, refuse_given, request_stream, span_forced, span_length, span_trajectory
 from rollouts.contract import Layout, Request
 from rollouts.law import Law
 from rollouts.trajectory import Span, Trajectory, pad_left
@@ -38,14 +38,14 @@ class VllmEngine:
 
     @torch.no_grad()
     def generate(self, requests: Sequence[Request], spans: Sequence[Span]) -> Trajectory:
-        """One image span a row.
+        """One span a row.
 
         Raises:
-            ValueError: another span, a stream the law needs and a request lacks, or a sample too large for the engine.
+            ValueError: several spans, a stream the law needs and a request lacks, or a sample too large for the engine.
             RuntimeError: vLLM took other tokens than were drawn, or parted the streams of a guided sample.
             EngineLost: a vLLM is gone.
         """
-        span = one_image_span(spans, "vllm")
+        span = one_span(spans, "vllm")
         if not requests:
             raise ValueError("no requests to generate from; pass at least one prompt")
         refuse_given(requests, "vllm")
@@ -54,10 +54,10 @@ class VllmEngine:
                 f"the law's slice {span.law.vocabulary} ends past the vocabulary, {self.layout.vocab_size}"
             )
         samples = self._samples(requests, span.law)
-        drawn = self._draw(samples, span.law)
+        drawn = self._draw(samples, span)
         supports = [one.support for one in drawn if one.support is not None]
         names = span.law.streams()
-        return image_trajectory(
+        return span_trajectory(
             self.layout,
             span,
             requests,
@@ -93,22 +93,22 @@ class VllmEngine:
                 self._next += 1
         return samples
 
-    def _draw(self, samples: Sequence[Sample], law: Law) -> list[Drawn]:
+    def _draw(self, samples: Sequence[Sample], span: Span) -> list[Drawn]:
         """Neighbours go to one host, where they share their prompt's prefix."""
         share = -(-len(samples) // len(self.hosts))
         parts = [samples[at : at + share] for at in range(0, len(samples), share)]
         if len(parts) == 1:
-            return self._draw_on(self.hosts[0], parts[0], law)
+            return self._draw_on(self.hosts[0], parts[0], span)
         with ThreadPoolExecutor(len(parts)) as pool:
-            made = list(pool.map(lambda host, part: self._draw_on(host, part, law), self.hosts, parts))
+            made = list(pool.map(lambda host, part: self._draw_on(host, part, span), self.hosts, parts))
         return [one for part in made for one in part]
 
-    def _draw_on(self, host: Host, samples: Sequence[Sample], law: Law) -> list[Drawn]:
-        carried = self._carried(host, samples, law)
-        rows = self._rows(host, samples, law, carried)
+    def _draw_on(self, host: Host, samples: Sequence[Sample], span: Span) -> list[Drawn]:
+        carried = self._carried(host, samples, span.law)
+        rows = self._rows(host, samples, span, carried)
         taken, drawn = host.run(rows, [sample.name for sample in samples])
         for k, one in enumerate(drawn):
-            _check(samples[k], one, taken[k * len(carried) : (k + 1) * len(carried)])
+            _check(samples[k], span, one, taken[k * len(carried) : (k + 1) * len(carried)])
         return drawn
 
     def _carried(self, host: Host, samples: Sequence[Sample], law: Law) -> list[tuple[str, ...]]:
@@ -119,27 +119,29 @@ class VllmEngine:
         )
         return [names] if together else [(name,) for name in names]
 
-    def _rows(self, host: Host, samples: Sequence[Sample], law: Law, carried: Sequence[tuple[str, ...]]) -> list[Row]:
+    def _rows(self, host: Host, samples: Sequence[Sample], span: Span, carried: Sequence[tuple[str, ...]]) -> list[Row]:
         """A sample in one request may start and wait as vLLM pleases; requests that must keep step go in waves."""
-        grid, streams, room = self.layout.grid, law.streams(), host.room
+        law, room, length = span.law, host.room, span_length(self.layout, span)
+        streams = law.streams()
         alone = len(carried) == 1
         if alone:
             for sample in samples:
-                check_room(sample.prefixes[0], room, grid.length)
-        forced, rows = grid.forced(), []
-        for wave in [samples] if alone else plan_waves(samples, room, grid.length):
+                check_room(sample.prefixes[0], room, length)
+        forced, rows = span_forced(self.layout, span), []
+        for wave in [samples] if alone else plan_waves(samples, room, length):
             around = None if alone else (wave[0].name, len(wave) * len(carried))
             for sample in wave:
                 for names in carried:
-                    arguments = row_arguments(sample.name, names, law, forced, sample.seed, grid.length, around)
-                    rows.append(Row(sample.prefixes[streams.index(names[0])], arguments, grid.length))
+                    arguments = row_arguments(sample.name, names, law, forced, sample.seed, length, around)
+                    rows.append(Row(sample.prefixes[streams.index(names[0])], arguments, length, span.stop))
         return rows
 
 
-def _check(sample: Sample, drawn: Drawn, taken: list[list[int]]) -> None:
-    """What was drawn must be what vLLM took, in every stream."""
+def _check(sample: Sample, span: Span, drawn: Drawn, taken: list[list[int]]) -> None:
+    """What was drawn must be what vLLM took, in every stream, to its end or to a stop token."""
     tokens = drawn.tokens_S.tolist()
-    if drawn.fault is not None or any(row != tokens for row in taken):
+    ends = next((i + 1 for i, token in enumerate(tokens) if token in span.stop), len(tokens))
+    if drawn.fault is not None or any(row != tokens[:ends] for row in taken):
         raise RuntimeError(
             f"vLLM did not follow the draws of sample {sample.name}, seed {sample.seed} "
             f"({drawn.fault or 'its tokens are others'}), so its log-probs would be wrong; lower max_rows or raise "

@@ -29,11 +29,13 @@ class Room:
 
 @dataclass(frozen=True)
 class Row:
-    """One request: a stream of a sample, or all of them. `arguments`: what the processor needs of it, as plain data."""
+    """One request: a stream of a sample, or all of them. `arguments`: what the processor needs of it, as plain data.
+    It ends after `length` tokens, or after one of `stop`."""
 
     prefix: tuple[int, ...]
     arguments: dict[str, Any]
     length: int
+    stop: tuple[int, ...] = ()
 
 
 class Host(Protocol):

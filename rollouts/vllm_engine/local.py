@@ -66,7 +66,7 @@ class LocalHost:
             # Greedy: the processor leaves one token to take.
             SamplingParams(
                 temperature=0.0, max_tokens=row.length, ignore_eos=True, detokenize=False,
-                extra_args={KEY: row.arguments},
+                stop_token_ids=list(row.stop), extra_args={KEY: row.arguments},
             )
             for row in rows
         ]  # fmt: skip

@@ -69,7 +69,7 @@ class ServerHost:
             "sampling_params": {
                 # Greedy: the processor leaves one token to take.
                 "temperature": 0.0, "max_tokens": row.length, "ignore_eos": True, "detokenize": False,
-                "extra_args": {KEY: row.arguments},
+                "stop_token_ids": list(row.stop), "extra_args": {KEY: row.arguments},
             },
         }  # fmt: skip
         try:

@@ -21,7 +21,7 @@ from rlmm.policies.causal import CausalPolicy
 from rlmm.policies.families.llama import build
 from rlmm.policies.layout_io import spell_image
 from rlmm.policies.transformer import TransformerPolicy
-from rollouts.assembly import image_trajectory
+from rollouts.assembly import span_trajectory
 from rollouts.contract import Request
 from rollouts.law import COND, SOURCE, UNCOND, Law, pack_support
 from rollouts.torch_engine.causal import TorchEngine
@@ -213,7 +213,7 @@ def _images_of(policy: CausalPolicy, law: Law, prompt: str) -> Trajectory:
     count = int(where.sum())
     request = request_for(policy, prompt, range(count))
     streams = {name: pad_left([request.streams[name]] * count, policy.layout.pad) for name in law.streams()}
-    return image_trajectory(
+    return span_trajectory(
         policy.layout,
         span_of(law),
         [request],

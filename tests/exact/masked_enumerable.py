@@ -18,7 +18,7 @@ from torch import Tensor
 from rlmm.config.policy import NewPolicy
 from rlmm.policies.families.llama import build
 from rlmm.policies.masked import MaskedPolicy
-from rollouts.assembly import image_trajectory
+from rollouts.assembly import span_trajectory
 from rollouts.contract import Request
 from rollouts.law import COND, UNCOND, Law
 from rollouts.torch_engine.masked import MaskedTorchEngine
@@ -74,7 +74,7 @@ def trajectory_of(
     rows = len(images_NS)
     request = request_for(policy, range(rows), prompt)
     streams = {name: pad_left([request.streams[name]] * rows, policy.layout.pad) for name in law.streams()}
-    return image_trajectory(
+    return span_trajectory(
         policy.layout, Span("image", law, LENGTH, unmasking=unmasking), [request], streams=streams,
         ids_BS=images_NS + policy.layout.image[0], logp_BS=torch.zeros(rows, LENGTH, dtype=torch.float64), support=None,
         weights_version=0, step_BS=step_NS.int(),
