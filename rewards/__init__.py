@@ -135,6 +135,41 @@ def _viescore(
     return VieScoreReward(client, max_tokens=max_tokens)
 
 
+def _exact_match() -> Reward:
+    """Text: 1 where it is one of the row's texts, case and white space apart."""
+    from rewards.answers import exact_match
+
+    return exact_match()
+
+
+def _anls(*, threshold: float = 0.5) -> Reward:
+    """Text: average normalised Levenshtein similarity to the nearest of the row's texts."""
+    from rewards.answers import anls
+
+    return anls(threshold)
+
+
+def _wer() -> Reward:
+    """Text: 1 - word error rate to the nearest of the row's texts."""
+    from rewards.answers import wer
+
+    return wer()
+
+
+def _bleu() -> Reward:
+    """Text: sentence BLEU against the row's texts."""
+    from rewards.answers import bleu
+
+    return bleu()
+
+
+def _cider(*, corpus: str) -> Reward:
+    """Text: CIDEr-D against the row's texts, rarity by a file of references."""
+    from rewards.answers import cider
+
+    return cider(corpus)
+
+
 def _function(*, target: str, name: str = "", **options: Any) -> Reward:
     """Your own Python function, path/file.py:name or module:name."""
     from rewards.functions import FunctionReward
@@ -151,6 +186,11 @@ REWARDS: dict[str, Callable[..., Reward]] = {
     "colour_entropy": _colour_entropy,
     "yes_no": _yes_no,
     "viescore": _viescore,
+    "exact_match": _exact_match,
+    "anls": _anls,
+    "wer": _wer,
+    "bleu": _bleu,
+    "cider": _cider,
     "function": _function,
 }
 """Every reward by name. An entry's keyword arguments are the reward's options; its docstring's first line

@@ -20,7 +20,8 @@ Status = Literal["ok", "unavailable", "invalid_output"]
 class Sample:
     """One generated sample, as every reward sees it.
 
-    `row` holds the data row's columns (minus prompt and images) exactly as they were read.
+    `row` holds the data row's columns (minus prompt, images and reference texts) exactly as they were read.
+    `text` is what the policy wrote, `target_texts` what it might rightly have written.
     """
 
     sample_id: str
@@ -30,6 +31,7 @@ class Sample:
     text: str = ""
     source_images: tuple[Image.Image, ...] = ()
     target_images: tuple[Image.Image, ...] = ()
+    target_texts: tuple[str, ...] = ()
     row: Mapping[str, Any] = field(default_factory=dict)
 
 

@@ -64,6 +64,7 @@ def cache_key(sample: Sample, fingerprint: str) -> str:
     _feed(digest, fingerprint)
     _feed(digest, sample.prompt)
     _feed(digest, sample.text)
+    _feed(digest, sample.target_texts)
     for images in (sample.images, sample.source_images, sample.target_images):
         _feed(digest, images)
     _feed(digest, sample.row)

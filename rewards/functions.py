@@ -119,8 +119,9 @@ class FunctionReward:
     - ``(samples) -> list[Score | float | None]``, where `samples` may have any name
     - ``(prompts, completions, **columns) -> list[float | None]``, which is TRL's and is known by
       `completions`: each sample's image (a list where a sample has several, its text where it has none).
-      Every further parameter is a column of the data rows, a list with one value a sample; `source_images`
-      and `target_images` are lists of lists. A function with ``**kwargs`` gets every column.
+      Every further parameter is a column of the data rows, a list with one value a sample; `source_images`,
+      `target_images` and `target_texts` are lists of lists, `texts` is what the policy wrote. A function with
+      ``**kwargs`` gets every column.
 
     None means 'not applicable' and makes the sample unavailable. `options` are passed on as keywords.
     """
@@ -159,6 +160,8 @@ class FunctionReward:
             "completions": [_completion(sample) for sample in samples],
             "source_images": [list(sample.source_images) for sample in samples],
             "target_images": [list(sample.target_images) for sample in samples],
+            "texts": [sample.text for sample in samples],
+            "target_texts": [list(sample.target_texts) for sample in samples],
         }
         if missing := sorted(self._signature.required - set(given)):
             raise RewardContractError(

@@ -7,13 +7,15 @@ from PIL import Image
 from rlmm.config.engines import TorchEngineConfig
 from rlmm.config.masked import UnmaskingConfig
 from rlmm.config.policy import CheckpointPolicy
-from rlmm.config.stages import Sampling
+from rlmm.config.sampling import Sampling
 from rlmm.data import Example
 from rlmm.policies.families.loading import checkpoint_codec, load_policy
+from rlmm.policies.responses import response_of
 from rlmm.seeds import derive
 from rlmm.train import experience as phases
 from rlmm.train.engines import build_engine
 from rlmm.train.processes import device
+from rlmm.train.tokens import ImageTokens
 from rollouts.contract import Layout
 
 GAP = 4
@@ -44,14 +46,18 @@ def sample_grid(
     codec.eval()
     unmasking = _unmasking(policy.layout, steps, order)
     sampling = Sampling(temperature=temperature, guidance_scale=guidance_scale, unmasking=unmasking)
-    span = sampling.span(policy.layout)
+    response, tokens = response_of(policy, sampling), ImageTokens(codec)
     requests = [
         phases.request_for(
-            policy, codec, span.law, Example(prompt), str(p), [derive(seed, "sample", p, s) for s in range(samples)]
+            response,
+            tokens,
+            Example(prompt),
+            str(p),
+            [derive(seed, "sample", p, s) for s in range(samples)],
         )
         for p, prompt in enumerate(prompts)
     ]
-    made = phases.generate(build_engine(TorchEngineConfig(), policy), span, requests, policy.model)
+    made = phases.generate(build_engine(TorchEngineConfig(), policy), response, requests, policy.model)
     return grid(phases.decode_images(codec, policy.layout, made), columns=samples)
 
 

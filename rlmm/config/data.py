@@ -43,8 +43,9 @@ class ScenesData(Strict):
     them."""
 
     kind: Literal["scenes"] = "scenes"
-    variant: Literal["text_to_image", "edit"] = "text_to_image"
-    """edit: a source image and an instruction (recolor, reshape, remove, add)."""
+    variant: Literal["text_to_image", "edit", "describe"] = "text_to_image"
+    """edit: a source image and an instruction (recolor, reshape, remove, add). describe: a source image and a question,
+    to be answered by the text that asks for such a scene (counts and pairs, of which either order is right)."""
     train_images: int = Field(4000, ge=1)
     """Scenes with a picture: a fixed set, which does not grow with the number of steps."""
     prompts: int | None = Field(None, ge=1)
@@ -103,6 +104,13 @@ class RowsData(Strict):
     sources_column: str | None = None
     """The image, or list of images, that the prompt is about; [] for none. With messages they fill the image
     parts that hold no image themselves."""
+    text_column: str | None = None
+    """What the policy should write: an answer, or the thought before the target image. Text, or a list of texts of
+    which the first is taught and each is right for a reward. With messages, the text of a final assistant message."""
+    codes_column: str | None = None
+    """Codes of the target image, already made by the policy's codec: a list of integers, row by row of its grid."""
+    token_cache: str | None = None
+    """A folder where codes of images are kept for every run that names it; the run's own `tokens/` if null."""
     image_root: str | None = None
     """The folder image paths are relative to; by default the folder of the (first) file. Paths in hub rows
     are refused unless it is set."""

@@ -7,7 +7,8 @@ from typing import Literal
 from rlmm.config.engines import TorchEngineConfig
 from rlmm.config.masked import UnmaskingConfig
 from rlmm.config.policy import NewPolicy, Policy
-from rlmm.config.stages import GrpoStage, Sampled, SftStage, Stage
+from rlmm.config.sampling import Sampled
+from rlmm.config.stages import GrpoStage, SftStage, Stage
 from rlmm.objectives.estimators import Estimator
 from rlmm.objectives.legality import IllegalObjective, LogProbKind, check_legal
 from rollouts.unmasking import check_steps
@@ -35,6 +36,8 @@ def check_family(name: str, stage: Stage, policy: Policy, positions: int | None)
     if isinstance(sampled, Sampled):
         place = f"{name}.sampling.unmasking" if isinstance(stage, GrpoStage) else f"{name}.unmasking"
         _check_unmasking(place, sampled.unmasking, family, positions)
+        if family == "masked" and sampled.written is not None:
+            raise ValueError(f"stage {name!r}: a masked policy draws images alone; leave thought and answer out")
     if isinstance(stage, GrpoStage):
         _check_grpo(name, stage, family)
     elif isinstance(stage, SftStage) and stage.noise is not None and family == "next_token":

@@ -17,6 +17,7 @@ from rlmm.config.data import Data
 from rlmm.config.families import check_family
 from rlmm.config.policy import CheckpointPolicy, NewPolicy, Policy
 from rlmm.config.rewards import Rewards
+from rlmm.config.sampling import Written
 from rlmm.config.stages import CodecStage, EvalStage, ExportStage, GrpoStage, SftStage, Stage
 from rlmm.config.tiny import OVERRIDE, tiny_recipe
 from rlmm.installation import recipes_dir
@@ -35,6 +36,19 @@ class Runtime(Strict):
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
 
 
+class Understanding(Strict):
+    """Questions about images, or texts alone, that show what training on images does to a policy's understanding."""
+
+    data: Data
+    """Rows with texts of their own: scenes of variant describe, or rows with a text_column."""
+    answer: Written
+    """How answers are asked for and drawn; a low temperature, or top_k 1, takes the likeliest."""
+    rewards: Rewards
+    """What scores them, such as exact_match, anls, bleu."""
+    prompts: int = Field(128, ge=1)
+    """Held-out rows that are asked."""
+
+
 class Recipe(Strict):
     """The whole recipe, stages by name in the order they run."""
 
@@ -51,6 +65,8 @@ class Recipe(Strict):
     """What GRPO trains on."""
     held_out: Rewards
     """The judge that is scored and never trained on."""
+    understanding: Understanding | None = None
+    """Measured for every arm of an eval stage; SFT may learn from its training rows too."""
     stages: dict[str, Stage]
     runtime: Runtime = Runtime()
 
@@ -69,6 +85,9 @@ class Recipe(Strict):
                 " codec stage out, or start from policy.kind new"
             )
         _check_dtype(self.policy, self.stages)
+        for name, stage in self.stages.items():
+            if isinstance(stage, SftStage) and stage.understanding_share and self.understanding is None:
+                raise ValueError(f"stage {name!r} takes a share of its rows from `understanding`; give the recipe one")
         before: list[str] = []
         for name, stage in self.stages.items():
             if not re.fullmatch(r"[A-Za-z0-9_-]+", name):

@@ -7,12 +7,10 @@ from pydantic import Field, model_validator
 from rlmm.config.base import Strict
 from rlmm.config.codec import Perceptual
 from rlmm.config.engines import EngineConfig, TorchEngineConfig
-from rlmm.config.masked import EstimatorConfig, NoiseConfig, UnmaskingConfig
+from rlmm.config.masked import EstimatorConfig, NoiseConfig
 from rlmm.config.objectives import ObjectiveConfig
 from rlmm.config.policy import Lora
-from rollouts.contract import Layout
-from rollouts.law import Law
-from rollouts.trajectory import Span
+from rlmm.config.sampling import Sampled, Sampling, Writing
 
 
 class Optimization(Strict):
@@ -75,6 +73,10 @@ class SftStage(Optimization):
     """Share of rows that see the null prompt, which guidance needs."""
     image_weight: float = Field(1.0, ge=0)
     text_weight: float = Field(0.0, ge=0)
+    writing: Writing = Writing()
+    """How rows with a text of their own (an answer, or a thought before the image) are asked for it."""
+    understanding_share: float = Field(0.0, ge=0, lt=1)
+    """Share of a batch's rows that come from the recipe's `understanding` data."""
     noise: NoiseConfig | None = None
     """How images are masked, for a masked policy alone; its defaults where nothing is said."""
     lora: Lora | None = None
@@ -87,47 +89,6 @@ class SftStage(Optimization):
         if self.image_weight + self.text_weight == 0:
             raise ValueError("image_weight and text_weight are both 0: nothing would be trained; raise one of them")
         return self
-
-
-class Sampled(Strict):
-    """What samples are drawn with, the temperature apart."""
-
-    guidance_scale: float = 1.0
-    source_scale: float | None = None
-    """Editing: a scale of its own for the source image (Brooks et al. 2023)."""
-    top_k: int = Field(0, ge=0)
-    top_p: float = Field(1.0, gt=0, le=1)
-    unmasking: UnmaskingConfig | None = None
-    """How images are revealed: a masked policy needs it, a next-token one has no use for it."""
-
-
-class Sampling(Sampled):
-    """The law rollouts are sampled from and the loss differentiates."""
-
-    temperature: float = Field(1.0, gt=0)
-    guidance: Literal["none", "guided", "conditional_only", "rescaled"] = "guided"
-
-    @model_validator(mode="after")
-    def _is_a_law(self) -> "Sampling":
-        self.law((0, 1 << 31))
-        return self
-
-    def law(self, vocabulary: tuple[int, int]) -> Law:
-        """The law over a vocabulary slice; ValueError where the settings exclude each other."""
-        return Law(
-            vocabulary=vocabulary,
-            temperature=self.temperature,
-            guidance_scale=self.guidance_scale,
-            source_scale=self.source_scale,
-            mode=self.guidance,
-            top_k=self.top_k,
-            top_p=self.top_p,
-        )
-
-    def span(self, layout: Layout) -> Span:
-        """One image of the layout's grid, under the law and the unmasking."""
-        unmasking = None if self.unmasking is None else self.unmasking.record()
-        return Span("image", self.law(layout.image), layout.grid.length, unmasking=unmasking)
 
 
 class Gates(Strict):
@@ -170,7 +131,8 @@ class GrpoStage(Optimization):
     @property
     def trains_image_rows(self) -> bool:
         """Of the head only the rows of image codes are trained: no others have a gradient, and nothing decays them."""
-        return self.lora is None and self.weight_decay == 0 and self.deepspeed is None
+        whole = self.lora is None and self.weight_decay == 0 and self.deepspeed is None
+        return whole and self.sampling.written is None
 
     @property
     def rollouts(self) -> int:

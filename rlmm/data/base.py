@@ -13,12 +13,16 @@ class Example:
     """One decoded row.
 
     `target` is the image the prompt should yield, where the row has one; `sources` are the images the prompt
-    is about. `row` is every other column as it was read: it reaches the rewards.
+    is about. `texts` are what the policy should write, an answer or the thought before the image: the first
+    is what SFT teaches, each is right for a reward. `codes` are those of a target that was tokenised before.
+    `row` is every other column as it was read: it reaches the rewards.
     """
 
     prompt: str
     target: Image.Image | None = None
     sources: tuple[Image.Image, ...] = ()
+    texts: tuple[str, ...] = ()
+    codes: tuple[int, ...] | None = None
     row: Mapping[str, Any] = field(default_factory=dict)
 
 

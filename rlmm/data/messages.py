@@ -14,14 +14,15 @@ class Turn:
     """What a conversation asks for.
 
     `text`: text parts of the asking turns, a line each. `images`: their images as stored, in order; None
-    stands for a part that only marks the place of an image kept in another column. `answer_images`: images of
-    the answer, if the conversation ends with one. `unread`: earlier and system turns, which a prompt has no
-    place for.
+    stands for a part that only marks the place of an image kept in another column. `answer_images` and
+    `answer_text`: of the answer, if the conversation ends with one. `unread`: earlier and system turns, which
+    a prompt has no place for.
     """
 
     text: str
     images: tuple[Any, ...]
     answer_images: tuple[Any, ...]
+    answer_text: str
     unread: int
 
 
@@ -44,13 +45,18 @@ def last_request(messages: Sequence[Any]) -> Turn:
         raise UnusableRow("messages without a user turn at their end")
     asked = [part for _, parts in turns[start:end] for part in parts]
     answered = [part for _, parts in turns[end:] for part in parts]
-    texts = [value.strip() for kind, value in asked if kind == "text" and value]
     return Turn(
-        text="\n".join(text for text in texts if text),
+        text=_lines(asked),
         images=tuple(value for kind, value in asked if kind == "image"),
         answer_images=tuple(value for kind, value in answered if kind == "image" and value is not None),
+        answer_text=_lines(answered),
         unread=start,
     )
+
+
+def _lines(parts: Sequence[tuple[str, Any]]) -> str:
+    texts = [value.strip() for kind, value in parts if kind == "text" and value]
+    return "\n".join(text for text in texts if text)
 
 
 def _message(message: Any) -> tuple[str, list[tuple[str, Any]]]:

@@ -17,6 +17,8 @@ class Request:
     target: Any
     sources: tuple[Any, ...]
     row: Mapping[str, Any]
+    texts: tuple[str, ...] = ()
+    codes: tuple[int, ...] | None = None
     unread_turns: int = 0
 
     @property
@@ -30,23 +32,42 @@ def parse_row(raw: Mapping[str, Any], config: RowsData) -> Request:
     A null in the target or sources column is a missing image; an empty list of sources is none. Raises
     UnusableRow.
     """
-    used = {config.prompt_column, config.target_column, config.sources_column}
+    used = {config.prompt_column, config.target_column, config.sources_column, config.text_column, config.codes_column}
     rest = {name: value for name, value in raw.items() if name not in used}
     asked = raw[config.prompt_column]
     given = () if config.sources_column is None else raw[config.sources_column]
     given = tuple(given) if isinstance(given, list | tuple) else (given,)
-    target, unread = None, 0
+    target, unread, texts = None, 0, ()
     if isinstance(asked, list):
         turn = last_request(asked)
         prompt, sources, unread = turn.text, _placed(turn.images, given), turn.unread
         target = _answer(turn.answer_images) if config.target_column is None else None
+        texts = (turn.answer_text,) if turn.answer_text else ()
     else:
         prompt, sources = asked, given
     if config.target_column is not None:
         target = raw[config.target_column]
         if target is None:
             raise UnusableRow("missing image", f"{config.target_column} is null")
-    return Request(_checked_prompt(prompt, config.max_prompt_characters), target, sources, rest, unread)
+    if config.text_column is not None:
+        texts = _texts(raw[config.text_column], config.text_column)
+    codes = None if config.codes_column is None else _codes(raw[config.codes_column], config.codes_column)
+    prompt = _checked_prompt(prompt, config.max_prompt_characters)
+    return Request(prompt, target, sources, rest, texts, codes, unread)
+
+
+def _texts(value: Any, column: str) -> tuple[str, ...]:
+    texts = tuple(value) if isinstance(value, list | tuple) else (value,)
+    if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+        raise UnusableRow("no text", f"{column} is {value!r:.60}")
+    return texts
+
+
+def _codes(value: Any, column: str) -> tuple[int, ...]:
+    flat = [code for row in value for code in row] if value and isinstance(value[0], list) else value
+    if not isinstance(flat, list) or not flat or not all(isinstance(code, int) for code in flat):
+        raise UnusableRow("codes that are no list of whole numbers", f"{column} is {value!r:.60}")
+    return tuple(flat)
 
 
 def _checked_prompt(prompt: Any, longest: int | None) -> str:

@@ -81,7 +81,7 @@ class Rows(Dataset):
     def _decode(self, request: Request) -> Example:
         target: Image.Image | None = None if request.target is None else self._reader.read(request.target)
         sources = tuple(self._reader.read(source) for source in request.sources)
-        return Example(request.prompt, target, sources, request.row)
+        return Example(request.prompt, target, sources, request.texts, request.codes, request.row)
 
     def _outline(self, number: int, row: Mapping[str, Any], side: Split, divided: bool) -> Outline | None:
         """The outline of a row of this split; None, with the reason counted, for one that cannot be used."""
@@ -130,6 +130,8 @@ def _require_columns(raw: "RawRows", config: RowsData) -> None:
         "prompt_column": config.prompt_column,
         "target_column": config.target_column,
         "sources_column": config.sources_column,
+        "text_column": config.text_column,
+        "codes_column": config.codes_column,
     }
     for setting, column in wanted.items():
         if column is not None and raw.columns and column not in raw.columns:

@@ -29,8 +29,16 @@ class Combination:
         """The request in English, e.g. `two red circles above a blue square`, `make the red circles blue`."""
         if self.edit is not None:
             return _instruction(self.edit, next((g.count for g in self.groups if _edits(self.edit, g)), 1))
+        return self._listed(self.groups)
+
+    @property
+    def descriptions(self) -> tuple[str, ...]:
+        """What the scene may be called: the prompt, and it with the groups in the other order."""
+        return tuple(dict.fromkeys((self.prompt, self._listed(self.groups[::-1]))))
+
+    def _listed(self, groups: Sequence[ObjectGroup]) -> str:
         link = f" {SIDES[self.relation]} " if self.relation else " and "
-        return link.join(f"{COUNTS[group.count]} {_noun(group)}" for group in self.groups)
+        return link.join(f"{COUNTS[group.count]} {_noun(group)}" for group in groups)
 
 
 def _noun(group: ObjectGroup) -> str:
@@ -83,7 +91,9 @@ def by_task(config: ScenesData, *, held_out: bool) -> dict[str, list[Combination
     ]
     sides = [(wanted, held_out_sets(map(frozenset, wanted), config.held_out_share)) for wanted in (singles, pairs)]
     ones, twos = ([one for one in wanted if (frozenset(one) in out) == held_out] for wanted, out in sides)
-    made = _edited([*ones, *twos], config) if config.variant == "edit" else _described(ones, twos, config.tasks)
+    # Several relations hold in one scene, so no answer that names one would be the right one.
+    tasks_asked = [task for task in config.tasks if config.variant != "describe" or task != "relation"]
+    made = _edited([*ones, *twos], config) if config.variant == "edit" else _described(ones, twos, tasks_asked)
     tasks: dict[str, list[Combination]] = {}
     for combination in made:
         tasks.setdefault(combination.task, []).append(combination)

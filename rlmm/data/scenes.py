@@ -21,6 +21,7 @@ from rlmm.seeds import derive, generator
 Cells = dict[tuple[int, int], tuple[str, str]]
 """(row, column) of each occupied cell -> (shape, color)."""
 
+QUESTION = "what is shown?"
 _FINE = 8  # samples a pixel side, for soft edges
 
 
@@ -98,9 +99,12 @@ class Scenes(Dataset):
     """One split: a combination an item; cells are drawn from `seed` and the item's number, unless they are
     fixed."""
 
-    def __init__(self, items: Sequence[Combination], seed: int, *, drawn: bool, fixed: bool) -> None:
+    def __init__(
+        self, items: Sequence[Combination], seed: int, *, drawn: bool, fixed: bool, described: bool = False
+    ) -> None:
         self.excluded = Counter()
         self._items, self._seed, self._drawn, self._fixed = items, seed, drawn, fixed
+        self._described = described
 
     def __len__(self) -> int:
         return len(self._items)
@@ -114,6 +118,9 @@ class Scenes(Dataset):
             cells = edited(source, asked.edit, draw)
         objects = tuple(ObjectGroup(*what, count) for what, count in Counter(cells.values()).items())
         relation = None if asked.relation is None else Relation(asked.relation, 0, 1)
+        if self._described:
+            row = {"scene": SceneSpec(objects, relation, None).to_dict(), "task": asked.task}
+            return Example(QUESTION, sources=(render(cells),), texts=asked.descriptions, row=row)
         return Example(
             prompt=asked.prompt,
             target=render(cells) if self._drawn else None,
@@ -123,6 +130,8 @@ class Scenes(Dataset):
 
     def outline(self, index: int) -> Outline:
         asked = self._items[position(index, len(self))]
+        if self._described:
+            return Outline(QUESTION, 1)
         return Outline(asked.prompt, 0 if asked.edit is None else 1)
 
 
@@ -150,4 +159,5 @@ def build(config: ScenesData, split: Split, seed: int) -> Scenes:
         for number in range(asked):
             turn, task = divmod(number, len(shuffled))
             items.append(shuffled[task][turn % len(shuffled[task])])
-    return Scenes(items, derive(run, "scenes", split), drawn=split != "prompts", fixed=fixed)
+    described, seeded = config.variant == "describe", derive(run, "scenes", split)
+    return Scenes(items, seeded, drawn=split != "prompts", fixed=fixed, described=described)

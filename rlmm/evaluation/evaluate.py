@@ -21,13 +21,16 @@ from rlmm.data import Example
 from rlmm.evaluation.compute import compute, compute_lines
 from rlmm.evaluation.reference import write_reference
 from rlmm.evaluation.statistics import bootstrap_mean, diversity, paired_difference
+from rlmm.evaluation.understanding import Answers, understanding, understanding_lines
 from rlmm.policies.families.loading import load_policy, load_spelling
+from rlmm.policies.responses import response_of, texts_of, writing_spelling
+from rlmm.policies.spelling import Spelling
 from rlmm.policies.transformer import TransformerPolicy
 from rlmm.rewarding import build_composite
 from rlmm.seeds import derive
 from rlmm.train import experience as phases
 from rlmm.train.checkpoint import write_json_atomically
-from rlmm.train.context import StageContext, load_split, run_codec
+from rlmm.train.context import StageContext, image_tokens, load_split, run_codec
 from rlmm.train.engines import build_engine
 from rlmm.train.processes import device
 from rollouts.trajectory import Trajectory
@@ -52,14 +55,16 @@ def run_eval(context: StageContext) -> None:
     contrasts.
     """
     config: EvalStage = context.config
-    spellings = [load_spelling(context.run.stage(arm) / "model") for arm in config.arms]
+    spellings = [_spelling(context, config, arm) for arm in config.arms]
     data = load_split(context, "held_out", *spellings)
     if len(data) < config.skip + config.prompts:
         raise ValueError(
             f"the held-out split has {len(data)} prompts and the stage asks for {config.prompts} after {config.skip}"
         )
     judges = {"held_out": build_composite(context.recipe.held_out), "trained": build_composite(context.recipe.rewards)}
-    cells = list(_cells(context, config, [data[config.skip + i] for i in range(config.prompts)], judges))
+    answers: list[Answers] = []
+    examples = [data[config.skip + i] for i in range(config.prompts)]
+    cells = list(_cells(context, config, examples, judges, answers))
     found = contrasts(cells, config.arms, set(_terms(judges["held_out"])))
     costs = [compute(context, arm) for arm in config.arms]
     notes = compute_lines(costs)
@@ -72,6 +77,7 @@ def run_eval(context: StageContext) -> None:
             for c in cells
             if np.isfinite(c.diversity)
         ],
+        "understanding": [row for one in answers for row in one.rows],
         "compute": costs,
         "compute_notes": notes,
     }
@@ -79,15 +85,31 @@ def run_eval(context: StageContext) -> None:
     partial = context.folder / "samples.partial"
     pq.write_table(pa.Table.from_pylist([row for cell in cells for row in cell.rows]), partial)
     partial.replace(context.folder / "samples.parquet")
+    if shown := [row for one in answers for row in one.samples]:
+        pq.write_table(pa.Table.from_pylist(shown), partial)
+        partial.replace(context.folder / "answers.parquet")
     write_reference(context, run_codec(context))
     write_json_atomically(context.folder / "eval.json", record)
-    for line in [*notes, *contrast_lines(found)]:
+    for line in [*notes, *contrast_lines(found), *understanding_lines(record["understanding"])]:
         context.say(line)
 
 
+def _spelling(context: StageContext, config: EvalStage, arm: str) -> Spelling:
+    """How an arm's policy spells the held-out prompts."""
+    spelling, written = load_spelling(context.run.stage(arm) / "model"), config.written
+    if written is None:
+        return spelling
+    return writing_spelling(spelling, written, written.length_limit, config.thought is not None)
+
+
 def _cells(
-    context: StageContext, config: EvalStage, examples: list[Example], judges: dict[str, CompositeReward]
+    context: StageContext,
+    config: EvalStage,
+    examples: list[Example],
+    judges: dict[str, CompositeReward],
+    answers: list[Answers],
 ) -> Iterator[Cell]:
+    """Every arm at every temperature; what an arm understands is added to `answers`, while its policy is there."""
     codec = run_codec(context)
     codec.eval()
     for arm in config.arms:
@@ -97,6 +119,7 @@ def _cells(
         stage = context.recipe.stages[arm]
         assert isinstance(stage, SftStage | GrpoStage), "the recipe lets nothing else be an arm"
         policy.precision = stage.precision
+        answers.append(understanding(context, arm, policy, codec, config.batch_prompts))
         for temperature in config.temperatures:
             context.say(f"evaluating {arm} at temperature {temperature:g} on {config.prompts} held-out prompts")
             yield _cell(context, config, (arm, temperature), policy, codec, examples, judges)
@@ -123,7 +146,7 @@ def _cell(
     }
     rows = [
         {"arm": name[0], "temperature": name[1], "seed": i % config.sampling_seeds, "prompt": sample.prompt}
-        | {"image": phases.png_bytes(sample.images[0])}
+        | {"image": phases.png_bytes(sample.images[0]) if sample.images else None, "text": sample.text}
         | {f"score/{term}": column[i].value for term, column in scores.items()}
         | {f"reading/{term}": column[i].reason for term, column in scores.items()}
         for i, sample in enumerate(samples)
@@ -142,16 +165,16 @@ def sample_held_out(
 ) -> tuple[Trajectory, list[Sample]]:
     """All held-out samples, prompt-major; a sample's seed depends on its prompt's place and its sampling seed alone."""
     engine = build_engine(TorchEngineConfig(max_rows=config.batch_prompts * config.sampling_seeds), policy)
-    span = config.sampling(temperature).span(policy.layout)
+    response, tokens = response_of(policy, config.sampling(temperature)), image_tokens(context, codec)
     seed = derive(context.recipe.seed, "evaluation")
     requests = [
-        phases.request_for(policy, codec, span.law, example, f"eval/{p:05d}", _seeds(seed, p, config.sampling_seeds))
+        phases.request_for(response, tokens, example, f"eval/{p:05d}", _seeds(seed, p, config.sampling_seeds))
         for p, example in enumerate(examples)
     ]
-    made = phases.generate(engine, span, requests, policy.model)
+    made = phases.generate(engine, response, requests, policy.model)
     images = phases.decode_images(codec, policy.layout, made)
     rows = [example for example in examples for _ in range(config.sampling_seeds)]
-    return made, phases.samples_of(made, rows, images)
+    return made, phases.samples_of(made, rows, images, texts_of(policy.tokenizer, made))
 
 
 def _seeds(seed: int, place: int, count: int) -> list[int]:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -52,25 +53,41 @@ def read_codes(layout: Layout, ids_BS: Tensor) -> Tensor:
     return ids_BS[:, layout.grid.decided()] - layout.image[0]
 
 
-def supervised_batch(
-    layout: Layout,
-    prompts: Sequence[Sequence[int]],
-    codes: Sequence[Sequence[int]],
-    sources: Sequence[Sequence[Sequence[int]]] | None = None,
-) -> SequenceBatch:
-    """The prefix, then the image: right-padded, with prompt text and image codes as targets.
+@dataclass(frozen=True)
+class Supervised:
+    """A row to learn from: ids of its prompt, of its spelled source images, and of the text it leads to (its stop token
+    included), and the codes of the image after that. Without text and without image there is nothing to learn."""
 
-    Source images (spelled, one list a row), forced grid tokens, `bos` and begin-of-image are no targets: they are
-    given, and nothing decides them.
+    prompt: Sequence[int]
+    image: Sequence[int] | None = None
+    sources: Sequence[Sequence[int]] = ()
+    text: Sequence[int] = ()
+
+
+def supervised_batch(layout: Layout, rows: Sequence[Supervised]) -> SequenceBatch:
+    """Prompt, text, image: right-padded. Targets are the image codes and the text, or without a text the prompt's.
+
+    Source images, forced grid tokens, `bos` and begin-of-image are no targets: they are given, and nothing decides
+    them.
     """
-    positions = set(layout.grid.decided())
-    decided = [position in positions for position in range(layout.grid.length)]
-    rows: list[tuple[list[int], list[bool], list[int]]] = []
-    for prompt, image, given in zip(prompts, codes, sources or [()] * len(prompts), strict=True):
-        prefix, span = layout.prefix(prompt, given), spell_image(layout, image)
-        before = len(prefix) - len(prompt) - 1
-        targets = [*[False] * before, *[True] * len(prompt), False, *decided]
-        rows.append(([*prefix, *span], targets, [TEXT] * len(prefix) + [IMAGE] * len(span)))
+    return _right_padded(layout, [_spelled(layout, row) for row in rows])
+
+
+def _spelled(layout: Layout, row: Supervised) -> tuple[list[int], list[bool], list[int]]:
+    """Ids, targets and modalities of a row."""
+    asked = layout.question(row.prompt, row.sources)
+    ids, kinds = [*asked, *row.text], [TEXT] * (len(asked) + len(row.text))
+    taught = len(row.text) or len(row.prompt)
+    targets = [position >= len(ids) - taught for position in range(len(ids))]
+    if row.image is not None:
+        positions, span = set(layout.grid.decided()), spell_image(layout, row.image)
+        ids += [*layout.boi, *span]
+        targets += [False] * len(layout.boi) + [position in positions for position in range(len(span))]
+        kinds += [TEXT] * len(layout.boi) + [IMAGE] * len(span)
+    return ids, targets, kinds
+
+
+def _right_padded(layout: Layout, rows: Sequence[tuple[list[int], list[bool], list[int]]]) -> SequenceBatch:
     width = max(len(ids) for ids, _, _ in rows)
     ids = torch.full((len(rows), width), layout.pad, dtype=torch.long)
     mask = torch.zeros(len(rows), width, dtype=torch.bool)

@@ -23,11 +23,14 @@ class UnusablePrompt(ValueError):
 
 @dataclass(frozen=True)
 class Spelling:
-    """What of a policy meets a prompt: all but its weights. `positions` is the longest sequence of the model."""
+    """What of a policy meets a prompt: all but its weights. `positions` is the longest sequence of the model; `text`:
+    the most tokens that it writes after the prompt, and `draws`: whether an image follows."""
 
     tokenizer: PreTrainedTokenizerBase
     layout: Layout
     positions: int
+    text: int = 0
+    draws: bool = True
 
     def encode(self, prompt: str) -> list[int]:
         """Ids of a prompt's text; UnusablePrompt where the tokenizer does not know a character.
@@ -60,17 +63,17 @@ class Spelling:
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
 
     def fault(self, prompt: str, sources: int) -> UnusablePrompt | None:
-        """Why the policy cannot draw an image for this prompt with that many source images; None where it can."""
+        """Why the policy cannot answer this prompt with that many source images; None where it can."""
         try:
             ids = self.encode(prompt)
         except UnusablePrompt as error:
             return error
-        image = self.layout.grid.length
-        length = len(self.layout.prefix(ids, [[self.layout.pad] * image] * sources)) + image
+        image, what = self.layout.grid.length, "the image" if self.draws else "the answer"
+        length = len(self.layout.prefix(ids, [[self.layout.pad] * image] * sources)) + self.text + self.draws * image
         if length <= self.positions:
             return None
         return UnusablePrompt(
             TOO_LONG,
-            f"prompt {prompt!r:.200} makes {length} tokens with the image and {sources} source images, and the model "
+            f"prompt {prompt!r:.200} makes {length} tokens with {what} and {sources} source images, and the model "
             f"has {self.positions} positions: shorten it, or raise policy.max_positions",
         )

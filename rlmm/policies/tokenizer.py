@@ -4,7 +4,7 @@ import re
 import string
 from collections.abc import Sequence
 
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 PAD, BOS, EOS, UNK, BOI, EOI, EOL, NULL = "<pad>", "<bos>", "<eos>", "<unk>", "<boi>", "<eoi>", "<eol>", "<null>"
@@ -22,6 +22,7 @@ def character_tokenizer(words: Sequence[str] = ()) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNK))
     whole = "|".join(rf" ?\b{re.escape(word)}\b" for word in words)
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(f"{whole}|[\\s\\S]" if words else r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()  # pieces hold their own spaces
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD,

@@ -16,7 +16,18 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import ValidationError
 
-from rlmm.report.records import Contrast, Curve, Diversity, EvalRow, Evaluation, Notes, Record, Run, Stage
+from rlmm.report.records import (
+    Contrast,
+    Curve,
+    Diversity,
+    EvalRow,
+    Evaluation,
+    Notes,
+    Record,
+    Run,
+    Stage,
+    Understood,
+)
 
 RecordT = TypeVar("RecordT", bound=Record)
 
@@ -93,6 +104,7 @@ def _read_stage(folder: Path, config: Mapping[str, Any] | None, notes: Notes) ->
         gates=_gates(info, config, name),
         evaluation=_read_evaluation(folder / "eval.json", notes),
         samples=_if_there(folder / "samples.parquet"),
+        answers=_if_there(folder / "answers.parquet"),
         reference=_if_there(folder / "reference.parquet"),
         rollouts=tuple(sorted(folder.glob("rollouts/*.parquet"))),
         reconstruction=_if_there(folder / "reconstruction.png"),
@@ -128,6 +140,7 @@ def _read_evaluation(path: Path, notes: Notes) -> Evaluation | None:
         rows=_records(content, "rows", EvalRow, path, notes),
         contrasts=_records(content, "contrasts", Contrast, path, notes),
         diversity=_records(content, "diversity", Diversity, path, notes),
+        understood=_records(content, "understanding", Understood, path, notes),
         compute_notes=tuple(str(line) for line in content.get("compute_notes", [])),
     )
 

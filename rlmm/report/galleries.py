@@ -28,12 +28,13 @@ class Verdict:
 
 @dataclass(frozen=True)
 class ArmSample:
-    """One arm's image for a prompt and seed."""
+    """One arm's image for a prompt and seed, and what it wrote before the image or instead of one."""
 
     arm: str
     picture: Picture | None
     why_missing: str
     verdicts: tuple[Verdict, ...]
+    wrote: str = ""
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class GroupMember:
     reason: str
     advantage: float | None
     terms: tuple[tuple[str, float], ...]
+    wrote: str = ""
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class Group:
 
 def comparisons(path: Path, notes: Notes) -> dict[float, list[Comparison]]:
     """The first prompts of a samples.parquet by temperature, highest first, each prompt at its first seed."""
-    rows = read_rows(path, ("arm", "temperature", "seed", "prompt"), ("image",), ("score/", "reading/"), notes)
+    rows = read_rows(path, ("arm", "temperature", "seed", "prompt"), ("image", "text"), ("score/", "reading/"), notes)
     arms = list(dict.fromkeys(str(row["arm"]) for row in rows))
     shown: dict[float, dict[str, dict[str, Row]]] = {}
     seeds: dict[tuple[float, str], int] = {}
@@ -100,7 +102,7 @@ def groups(path: Path, notes: Notes) -> tuple[int | None, list[Group]]:
     rows = read_rows(
         path,
         ("prompt", "group_id", "reward"),
-        ("step", "image", "reward_status", "reward_reason", "advantage"),
+        ("step", "image", "text", "reward_status", "reward_reason", "advantage"),
         ("reward/",),
         notes,
     )
@@ -131,7 +133,7 @@ def _arm_sample(arm: str, row: Row | None, broken: list[str]) -> ArmSample:
     told = ", ".join(f"{v.judge} scores it {v.score:.2f}" for v in verdicts if v.score is not None)
     alt = f"{arm}, T={row['temperature']:g}, for the prompt: {row['prompt']}." + (f" {told}." if told else "")
     shown, why = _picture(row, alt, broken)
-    return ArmSample(arm, shown, why, verdicts)
+    return ArmSample(arm, shown, why, verdicts, text(row.get("text")) or "")
 
 
 def _members(rows: list[Row], broken: list[str]) -> tuple[GroupMember, ...]:
@@ -146,13 +148,14 @@ def _member(row: Row, broken: list[str]) -> GroupMember:
     shown, why = _picture(row, f"Rollout for the prompt: {row['prompt']}, {told}.", broken)
     terms = {key.removeprefix("reward/"): number(row[key]) for key in row if key.startswith("reward/")}
     named = tuple((name, value) for name, value in terms.items() if value is not None)
-    return GroupMember(shown, why, reward, status, text(row.get("reward_reason")) or "", advantage, named)
+    reason, wrote = text(row.get("reward_reason")) or "", text(row.get("text")) or ""
+    return GroupMember(shown, why, reward, status, reason, advantage, named, wrote)
 
 
 def _picture(row: Row, alt: str, broken: list[str]) -> tuple[Picture | None, str]:
     data = row.get("image")
     if data is None:
-        return None, "image not stored"
+        return None, "" if text(row.get("text")) else "image not stored"
     shown = picture(data, alt) if isinstance(data, bytes) else None
     if shown is None:
         broken.append(alt)

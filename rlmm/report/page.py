@@ -12,7 +12,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from rlmm.report import comparison, findings, galleries, panels, timing
+from rlmm.report import comparison, findings, galleries, panels, timing, understanding
 from rlmm.report.data import read_run
 from rlmm.report.health import health
 from rlmm.report.images import Picture, picture
@@ -97,6 +97,7 @@ def _content(run: Run) -> dict[str, Any]:
         "evaluation": evaluation,
         "scores": comparison.scores(evaluation, roles, "eval") if evaluation else [],
         "differences": comparison.differences(evaluation.contrasts) if evaluation else [],
+        "understood": understanding.understood(evaluated, run.notes),
         "samples": galleries.comparisons(sampled, run.notes) if sampled else {},
         "rl_stages": [_rl_stage(stage, run.notes) for stage in rl],
         "plain_stages": [_plain_stage(stage, run.notes) for stage in plain],

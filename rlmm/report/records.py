@@ -77,6 +77,17 @@ class Contrast(Record):
     """`best`: each arm at the temperature where it does best; else the temperature of both."""
 
 
+class Understood(Record):
+    """The mean of one metric over an arm's answers to held-out questions."""
+
+    arm: str
+    metric: str
+    mean: float
+    low: Bound = None
+    high: Bound = None
+    n: int
+
+
 class Diversity(Record):
     """How different one arm's samples for the same prompt are, at one temperature."""
 
@@ -92,6 +103,7 @@ class Evaluation:
     rows: tuple[EvalRow, ...]
     contrasts: tuple[Contrast, ...]
     diversity: tuple[Diversity, ...]
+    understood: tuple[Understood, ...] = ()
     compute_notes: tuple[str, ...] = ()
     """What each arm's training took, and whether it is comparable."""
 
@@ -110,6 +122,7 @@ class Stage:
     gates: Mapping[str, float]
     evaluation: Evaluation | None
     samples: Path | None
+    answers: Path | None
     reference: Path | None
     rollouts: tuple[Path, ...]
     reconstruction: Path | None

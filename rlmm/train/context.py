@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rlmm.codecs import Codec, load_codec
-from rlmm.config.data import Split
+from rlmm.config.data import Data, RowsData, Split
 from rlmm.config.policy import CheckpointPolicy
 from rlmm.config.recipe import OWN_POLICY, Recipe
 from rlmm.config.stages import CodecStage, GrpoStage, SftStage
@@ -19,6 +19,7 @@ from rlmm.run_folder import RunFolder
 from rlmm.seeds import derive
 from rlmm.train.processes import device
 from rlmm.train.prompts import reasons, usable_rows
+from rlmm.train.tokens import ImageTokens
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,12 @@ class StageContext:
 
 
 def load_split(context: StageContext, split: Split, *spellings: Spelling) -> Dataset:
+    """The recipe's rows of a split whose prompt each of `spellings` can take."""
+    return load_rows(context, context.recipe.data, split, *spellings)
+
+
+def load_rows(context: StageContext, config: Data, split: Split, *spellings: Spelling) -> Dataset:
     """The rows of a split whose prompt each of `spellings` can take; what was left out of it is said, by reason."""
-    config = context.recipe.data
     data = usable_rows(build_dataset(config, split, context.recipe.seed), spellings, config)
     if data.excluded:
         context.say(f"{split} data: {len(data)} rows, {data.excluded.total()} excluded ({reasons(data.excluded)})")
@@ -61,6 +66,13 @@ def run_codec(context: StageContext) -> Codec:
     if isinstance(context.recipe.policy, CheckpointPolicy):
         return checkpoint_codec(context.recipe.policy).to(device())
     raise ValueError("the recipe has no codec stage and a new policy; add a stage of kind 'codec' before the others")
+
+
+def image_tokens(context: StageContext, codec: Codec) -> ImageTokens:
+    """The codec with the codes that were made before: by this run, or in the folder that the data names."""
+    data = context.recipe.data
+    shared = data.token_cache if isinstance(data, RowsData) else None
+    return ImageTokens(codec, context.run.path / "tokens" if shared is None else Path(shared))
 
 
 def starting_policy(context: StageContext, codec: Codec) -> TransformerPolicy:

@@ -13,7 +13,7 @@ from rlmm.objectives.dpo import dpo_loss
 from rlmm.objectives.legality import LogProbKind
 from rlmm.objectives.noise import SCHEME_KINDS, Scheme, check_draws, noise_plan
 from rlmm.policies.base import Policy, SequenceBatch
-from rlmm.policies.layout_io import supervised_batch
+from rlmm.policies.layout_io import Supervised, supervised_batch
 from rlmm.seeds import derive, epoch_indices
 from rlmm.train.gates import GateError
 from rlmm.train.metrics import Meter
@@ -85,7 +85,7 @@ def pair_batch(
     positions masked, and so have policy and reference, which makes the margin far steadier than each bound."""
     prompts = [policy.encode_prompt(pairs.prompts[row]) for row in rows]
     codes = torch.cat([pairs.chosen_NT[list(rows)], pairs.rejected_NT[list(rows)]]).tolist()
-    both = supervised_batch(policy.layout, prompts * 2, codes)
+    both = supervised_batch(policy.layout, [Supervised(p, c) for p, c in zip(prompts * 2, codes, strict=True)])
     both = replace(both, target_BT=both.target_BT & (both.modality_BT == IMAGE))
     if policy.layout.mask is None:
         return DpoBatch(both, weight)

@@ -3,7 +3,6 @@
 Every phase is a function of the step and the weights, so a rollout that is made again after a kill is the same one.
 """
 
-import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,19 +17,20 @@ from torch import Tensor
 
 from rewards.base import Sample
 from rewards.compose import Scored
-from rlmm.codecs import Codec, images_to_tensor, tensor_to_images
+from rlmm.codecs import Codec, tensor_to_images
 from rlmm.config.stages import GrpoStage
 from rlmm.data import Dataset, Example
 from rlmm.evaluation.statistics import diversity, duplicate_share
 from rlmm.objectives.advantages import AdvantageResult, group_advantages
-from rlmm.policies.base import Policy
 from rlmm.policies.layout_io import read_codes, spell_image
+from rlmm.policies.responses import Response
 from rlmm.seeds import derive, epoch_indices
 from rlmm.train.processes import gather, share, world
+from rlmm.train.tokens import ImageTokens, image_hash
 from rollouts.contract import Engine, Layout, Request
-from rollouts.law import COND, SOURCE, UNCOND, Law
+from rollouts.interleaved import generate_spans
 from rollouts.store import read_trajectory, write_trajectory
-from rollouts.trajectory import Span, Trajectory
+from rollouts.trajectory import Trajectory
 
 
 @dataclass(frozen=True)
@@ -44,40 +44,20 @@ class Experience:
     reference_logp_BS: Tensor | None = None
 
 
-def spell_sources(codec: Codec, layout: Layout, images: Sequence[Image.Image]) -> list[list[int]]:
+def spell_sources(tokens: ImageTokens, layout: Layout, images: Sequence[Image.Image]) -> list[list[int]]:
     """Token ids of source images."""
-    if not images:
-        return []
-    with torch.no_grad():
-        codes = codec.encode(images_to_tensor(images, codec))
-    return [spell_image(layout, row) for row in codes.tolist()]
+    return [spell_image(layout, row) for row in tokens.codes(images).tolist()] if images else []
 
 
-def request_for(policy: Policy, codec: Codec, law: Law, example: Example, group: str, seeds: Sequence[int]) -> Request:
-    """A prompt's request: the streams its law reads, and one id a seed. `cond` sees prompt and sources, `source` the
-    sources alone, `uncond` neither."""
-    layout = policy.layout
-    sources = spell_sources(codec, layout, example.sources)
-    prompt_ids = policy.encode_prompt(example.prompt)
-    null = layout.null(prompt_ids)
-    streams = {
-        COND: layout.prefix(prompt_ids, sources),
-        UNCOND: layout.prefix(null),
-        SOURCE: layout.prefix(null, sources),
-    }
+def request_for(response: Response, tokens: ImageTokens, example: Example, group: str, seeds: Sequence[int]) -> Request:
+    """A prompt's request: the streams its laws read, and one id a seed."""
     return Request(
         group_id=group,
-        streams={name: streams[name] for name in law.streams()},
+        streams=response.streams(example.prompt, spell_sources(tokens, response.layout, example.sources)),
         seeds=tuple(seeds),
         sample_ids=tuple(f"{group}/{i}" for i in range(len(seeds))),
         sources=tuple(image_hash(image) for image in example.sources),
     )
-
-
-def image_hash(image: Image.Image) -> str:
-    """A content hash: mode, size and pixels."""
-    head = f"{image.mode} {image.size[0]}x{image.size[1]} ".encode()
-    return hashlib.sha256(head + image.tobytes()).hexdigest()[:32]
 
 
 def step_prompts(data: Dataset, config: GrpoStage, rollout: int, seed: int) -> list[tuple[int, Example]]:
@@ -89,9 +69,8 @@ def step_prompts(data: Dataset, config: GrpoStage, rollout: int, seed: int) -> l
 
 
 def rollout_requests(
-    policy: Policy,
-    codec: Codec,
-    law: Law,
+    response: Response,
+    tokens: ImageTokens,
     prompts: Sequence[tuple[int, Example]],
     config: GrpoStage,
     rollout: int,
@@ -103,9 +82,8 @@ def rollout_requests(
     again = () if not extra else (extra,)
     return [
         request_for(
-            policy,
-            codec,
-            law,
+            response,
+            tokens,
             example,
             f"{rollout:06d}/{place:04d}" + (f"+{extra}" if extra else ""),
             [derive(seed, "sample", rollout, place, sample, *again) for sample in range(config.samples_per_prompt)],
@@ -115,24 +93,30 @@ def rollout_requests(
 
 
 def decode_images(codec: Codec, layout: Layout, trajectory: Trajectory) -> list[Image.Image]:
-    """The images of a trajectory's rows."""
+    """The images of a trajectory's rows; none where its rows are texts."""
+    if trajectory.spans[-1].kind != "image":
+        return []
     with torch.no_grad():
-        return tensor_to_images(codec.decode(read_codes(layout, trajectory.ids)))
+        return tensor_to_images(codec.decode(read_codes(layout, trajectory.ids[:, -layout.grid.length :])))
 
 
-def samples_of(trajectory: Trajectory, examples: Sequence[Example], images: Sequence[Image.Image]) -> list[Sample]:
-    """One Sample a row; `examples` has one entry a row."""
+def samples_of(
+    trajectory: Trajectory, examples: Sequence[Example], images: Sequence[Image.Image], texts: Sequence[str]
+) -> list[Sample]:
+    """One Sample a row; `examples` and `texts` have one entry a row, and so has `images` where images were drawn."""
     return [
         Sample(
             sample_id=trajectory.sample_id[row],
             group_id=trajectory.group_id[row],
             prompt=example.prompt,
-            images=(image,),
+            images=tuple(images[row : row + 1]),
+            text=text,
             source_images=example.sources,
             target_images=() if example.target is None else (example.target,),
+            target_texts=example.texts,
             row=example.row,
         )
-        for row, (example, image) in enumerate(zip(examples, images, strict=True))
+        for row, (example, text) in enumerate(zip(examples, texts, strict=True))
     ]
 
 
@@ -186,9 +170,22 @@ def rollout_figures(
         "advantage/clipped": float(result.clipped),
         "advantage/abs_mean": float(np.abs(result.advantage_B[result.kept_B]).mean()) if result.kept_B.any() else 0.0,
     }
+    figures |= _text_figures(made)
     if valid.any():
         figures |= {"reward/mean": float(reward[valid].mean()), "reward/std": float(reward[valid].std())}
     return figures | term_means(everyone, "reward")
+
+
+def _text_figures(made: Trajectory) -> dict[str, float]:
+    """Mean tokens of the texts, and the share of them that did not end before their limit; nothing without texts."""
+    span = made.spans[0]
+    if span.kind != "text":
+        return {}
+    text_BS = made.target_mask & (made.span == 0)
+    ended_B = (text_BS & torch.isin(made.ids, torch.tensor(span.stop, dtype=torch.long))).any(1)
+    parts = gather((text_BS.sum(1).numpy(), ended_B.numpy()))
+    lengths, ended = (np.concatenate([part[i] for part in parts]) for i in (0, 1))
+    return {"text/tokens": float(lengths.mean()), "text/cut_share": float(1 - ended.mean())}
 
 
 def term_means(scored: Sequence[Scored], prefix: str) -> dict[str, float]:
@@ -215,7 +212,8 @@ def store(
     columns: dict[str, Sequence[Any]] = {
         "step": [rollout] * len(samples),
         "prompt": [sample.prompt for sample in samples],
-        "image": [png_bytes(sample.images[0]) for sample in samples],
+        "image": [png_bytes(sample.images[0]) if sample.images else None for sample in samples],
+        "text": [sample.text for sample in samples],
         "reward": [one.total.value for one in scored],
         "reward_status": [one.total.status for one in scored],
         "reward_reason": [one.total.reason for one in scored],
@@ -274,11 +272,11 @@ class Timed:
         return {f"time/{name}": seconds for name, seconds in self.seconds.items()}
 
 
-def generate(engine: Engine, span: Span, requests: Sequence[Request], model: torch.nn.Module) -> Trajectory:
+def generate(engine: Engine, response: Response, requests: Sequence[Request], model: torch.nn.Module) -> Trajectory:
     """Sample in evaluation mode, and put the model back as it was."""
     training = model.training
     model.eval()
     try:
-        return engine.generate(requests, [span])
+        return generate_spans(engine, response.layout, requests, response.spans)
     finally:
         model.train(training)

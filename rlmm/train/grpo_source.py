@@ -12,11 +12,12 @@ from rlmm.config.stages import GrpoStage
 from rlmm.data import Dataset
 from rlmm.objectives.estimators import Estimator
 from rlmm.objectives.weights import Totals, count_totals, token_weights
+from rlmm.policies.responses import response_of
 from rlmm.policies.transformer import TransformerPolicy
 from rlmm.rewarding import build_composite
 from rlmm.seeds import generator
 from rlmm.train import experience as phases
-from rlmm.train.context import StageContext, load_split
+from rlmm.train.context import StageContext, image_tokens, load_split
 from rlmm.train.engines import build_engine
 from rlmm.train.experience import Experience, Timed
 from rlmm.train.gates import check_mismatch, check_shares, measure_mismatch
@@ -53,19 +54,19 @@ class GrpoSource:
     """Step -> micro-batches. A rollout serves `updates_per_rollout` steps; after a kill inside one it is read back."""
 
     def __init__(self, context: StageContext, policy: TransformerPolicy, codec: Codec, meter: Meter) -> None:
-        self.context, self.policy, self.codec, self.meter = context, policy, codec, meter
+        self.context, self.policy, self.meter = context, policy, meter
         self.config: GrpoStage = context.config
         self.seed = context.seed("rollouts")
-        data: Dataset = load_split(context, "prompts", policy.spelling)
+        response = response_of(policy, self.config.sampling)
+        data: Dataset = load_split(context, "prompts", response.spelling)
         self.held_out = build_composite(context.recipe.held_out)
-        span = self.config.sampling.span(policy.layout)
         self.roller = Roller(
             self.config,
             data,
             policy,
-            codec,
-            build_engine(self.config.engine, policy, span.law),
-            span,
+            image_tokens(context, codec),
+            build_engine(self.config.engine, policy, response.law),
+            response,
             build_composite(context.recipe.rewards),
             context.recipe.rewards.invalid_output_penalty,
             self.seed,

@@ -8,18 +8,19 @@ import torch
 
 from rewards.base import Sample
 from rewards.compose import CompositeReward, Scored
-from rlmm.codecs import Codec
 from rlmm.config.objectives import AdvantageConfig
 from rlmm.config.stages import GrpoStage
 from rlmm.data import Dataset, Example
 from rlmm.objectives.advantages import group_advantages
+from rlmm.policies.responses import Response, texts_of
 from rlmm.policies.transformer import TransformerPolicy
 from rlmm.seeds import epoch_indices
 from rlmm.train import experience as phases
 from rlmm.train.experience import Timed
 from rlmm.train.processes import gather
+from rlmm.train.tokens import ImageTokens
 from rollouts.contract import Engine
-from rollouts.trajectory import Span, Trajectory, concatenate
+from rollouts.trajectory import Trajectory, concatenate
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,9 @@ class Roller:
     config: GrpoStage
     data: Dataset
     policy: TransformerPolicy
-    codec: Codec
+    tokens: ImageTokens
     engine: Engine
-    span: Span
+    response: Response
     reward: CompositeReward
     penalty: float
     seed: int
@@ -70,14 +71,12 @@ class Roller:
     def _once(self, rollout: int, prompts: Sequence[tuple[int, Example]], extra: int, timed: Timed) -> Rollout:
         config = self.config
         with timed("rollout"):
-            requests = phases.rollout_requests(
-                self.policy, self.codec, self.span.law, prompts, config, rollout, self.seed, extra
-            )
-            made = phases.generate(self.engine, self.span, requests, self.policy.model)
+            requests = phases.rollout_requests(self.response, self.tokens, prompts, config, rollout, self.seed, extra)
+            made = phases.generate(self.engine, self.response, requests, self.policy.model)
         with timed("score"):
             examples = [example for _, example in prompts for _ in range(config.samples_per_prompt)]
-            images = phases.decode_images(self.codec, self.policy.layout, made)
-            samples = phases.samples_of(made, examples, images)
+            images = phases.decode_images(self.tokens.codec, self.policy.layout, made)
+            samples = phases.samples_of(made, examples, images, texts_of(self.policy.tokenizer, made))
             return Rollout(made, samples, self.reward.score(samples))
 
     def _flat(self, found: Rollout) -> list[int]:

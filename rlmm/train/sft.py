@@ -1,26 +1,25 @@
 """The SFT stage: cross-entropy on image (and text) tokens under one set of weights that sum to 1 over a step."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from rlmm.codecs import Codec, images_to_tensor
 from rlmm.config.masked import NoiseConfig
 from rlmm.config.stages import SftStage
-from rlmm.data import Dataset
-from rlmm.data.base import Subset
 from rlmm.objectives.noise import training_noise
 from rlmm.objectives.weights import count_modalities, sft_token_weights
 from rlmm.policies.base import Policy, SequenceBatch
-from rlmm.policies.layout_io import supervised_batch
+from rlmm.policies.layout_io import Supervised, supervised_batch
 from rlmm.seeds import derive, epoch_indices, generator
-from rlmm.train.context import StageContext, load_split, run_codec, starting_policy
-from rlmm.train.experience import spell_sources
+from rlmm.train.context import StageContext, image_tokens, load_split, run_codec, starting_policy
 from rlmm.train.metrics import Meter
-from rlmm.train.processes import share
+from rlmm.train.processes import share, world
+from rlmm.train.prompts import reasons
 from rlmm.train.results import save_result
 from rlmm.train.running import train
+from rlmm.train.supervised import encode_rows, first_rows, understanding_rows
 from rollouts.contract import Layout
 from rollouts.trajectory import IMAGE, TEXT
 
@@ -37,13 +36,21 @@ class SftBatch:
 
 
 class SftSource:
-    """Step -> micro-batches. Rows of a step are sorted by length, so that short ones are not padded to long ones."""
+    """Step -> micro-batches. Rows of a step are sorted by length, so that short ones are not padded to long ones.
+    `understanding`: rows that make up their share of each batch."""
 
     nothing_counts = False
 
-    def __init__(self, policy: Policy, rows: "SupervisedRows", config: SftStage, seed: int) -> None:
-        self.policy, self.rows, self.config, self.seed = policy, rows, config, seed
-        self.prompts = [policy.encode_prompt(prompt) for prompt in rows.prompts]
+    def __init__(
+        self,
+        layout: Layout,
+        rows: Sequence[Supervised],
+        config: SftStage,
+        seed: int,
+        understanding: Sequence[Supervised] = (),
+    ) -> None:
+        self.layout, self.config, self.seed = layout, config, seed
+        self.rows, self.own = [*rows, *understanding], len(rows)
         mine = share(config.batch_size, "batch_size")
         self.micro_batches_per_step = _whole(mine.stop - mine.start, config.micro_batch_size)
 
@@ -58,14 +65,10 @@ class SftSource:
         # Both masks of one picture have one prompt, or what one leaves the other would not fill.
         luck = generator(self.seed, "prompt dropout", step).random(len(picked) // self.each).repeat(self.each)
         dropped = luck < config.prompt_dropout
-        prompts = [
-            list(self.policy.layout.null(self.prompts[i])) if drop else self.prompts[i]
-            for i, drop in zip(picked, dropped, strict=True)
-        ]
         # Half of the dropped prompts lose their source images too: guidance has a stream with them and one without.
         bare = luck < config.prompt_dropout / 2
-        sources = [[] if drop else self.rows.sources[i] for i, drop in zip(picked, bare, strict=True)]
-        whole = supervised_batch(self.policy.layout, prompts, self.rows.codes_NT[picked].tolist(), sources)
+        rows = [self._row(i, drop, alone) for i, drop, alone in zip(picked, dropped, bare, strict=True)]
+        whole = supervised_batch(self.layout, rows)
         whole, weight_BT = self._weighed(whole, step)
         mine = range(len(picked))[share(config.batch_size, "batch_size")]
         order = sorted(mine, key=lambda row: (int(whole.mask_BT[row].sum()), row))
@@ -74,14 +77,25 @@ class SftSource:
 
     def _picked(self, step: int) -> list[int]:
         """Row numbers of a step; under complementary noise each twice in a row."""
-        size = self.config.batch_size // self.each
-        rows = epoch_indices(len(self.prompts), step * size, size, self.seed)
+        size, share = self.config.batch_size // self.each, self.config.understanding_share
+        others = round(share * size)
+        rows = epoch_indices(self.own, step * (size - others), size - others, self.seed)
+        if others:
+            more = epoch_indices(len(self.rows) - self.own, step * others, others, self.seed, "understanding")
+            rows += [self.own + row for row in more]
         return [row for row in rows for _ in range(self.each)]
+
+    def _row(self, number: int, dropped: bool, bare: bool) -> Supervised:
+        """A row, or what the unconditional stream sees of it: no prompt, no thought. A text alone has none."""
+        row = self.rows[number]
+        if not dropped or row.image is None:
+            return row
+        return replace(row, prompt=self.layout.null(row.prompt), text=(), sources=() if bare else row.sources)
 
     def _weighed(self, whole: SequenceBatch, step: int) -> tuple[SequenceBatch, Tensor]:
         """The step's sequences, masked where the policy learns so, and the weight of each target in its loss."""
         config, count_BT, factor_BT = self.config, whole.target_BT, None
-        if self.policy.layout.mask is not None:
+        if self.layout.mask is not None:
             noise = config.noise or NoiseConfig()
             taught_BT = whole.target_BT & ((whole.modality_BT == IMAGE) | (config.text_weight > 0))
             taught_BT &= (whole.modality_BT == TEXT) | (config.image_weight > 0)
@@ -115,59 +129,22 @@ def sft_loss(policy: Policy, model: nn.Module, batch: SftBatch, meter: Meter) ->
     return -(batch.weight_BT * logp_BT).sum()
 
 
-@dataclass(frozen=True)
-class SupervisedRows:
-    """Prompts, codes [N, T] of the target images, and the spelled source images of each row."""
-
-    prompts: list[str]
-    codes_NT: Tensor
-    sources: list[list[list[int]]]
-
-
-def encode_targets(codec: Codec, layout: Layout, data: Dataset, batch: int = 256) -> SupervisedRows:
-    """Every row that has a target image, as codes."""
-    prompts: list[str] = []
-    codes: list[Tensor] = []
-    sources: list[list[list[int]]] = []
-    codec.eval()
-    for start in range(0, len(data), batch):
-        rows = [data[i] for i in range(start, min(start + batch, len(data)))]
-        rows = [row for row in rows if row.target is not None]
-        if rows:
-            images = images_to_tensor([row.target for row in rows if row.target is not None], codec)
-            with torch.no_grad():
-                codes.append(codec.encode(images).cpu())
-            prompts += [row.prompt for row in rows]
-            sources += [spell_sources(codec, layout, row.sources) for row in rows]
-    if not codes:
-        raise ValueError(
-            f"none of the {len(data)} training rows has a target image, which SFT needs; name the image column in "
-            "data.target_column, or drop the SFT stage"
-        )
-    return SupervisedRows(prompts, torch.cat(codes), sources)
-
-
-def first_rows(data: Dataset, count: int | None) -> Dataset:
-    """The first `count` rows; ValueError where there are fewer."""
-    if count is None:
-        return data
-    if count > len(data):
-        raise ValueError(f"images: {count} asks for more than the {len(data)} pairs there are; lower it")
-    return Subset(data, range(count), data.excluded)
-
-
 def run_sft(context: StageContext) -> None:
     """Train from the starting policy on the recipe's `train` split; leaves model/ in the stage's folder."""
     config: SftStage = context.config
     codec = run_codec(context)
     policy = starting_policy(context, codec)
     data = first_rows(load_split(context, config.pairs, policy.spelling), config.images)
-    rows = encode_targets(codec, policy.layout, data)
-    if len(rows.prompts) < len(data):
+    tokens = image_tokens(context, codec)
+    rows, left_out = encode_rows(tokens, policy.spelling, config.writing, data)
+    if left_out:
         context.say(
-            f"{config.pairs} data: {len(data) - len(rows.prompts)} of {len(data)} rows have no target image: left out"
+            f"{config.pairs} data: {left_out.total()} of {len(data)} rows are not learnt from ({reasons(left_out)})"
         )
-    source = SftSource(policy, rows, config, context.seed("batches"))
+    others = understanding_rows(context, tokens, policy.spelling) if config.understanding_share else []
+    if world()[0] == 0:
+        tokens.save()
+    source = SftSource(policy.layout, rows, config, context.seed("batches"), others)
     train(
         context,
         policy.model,

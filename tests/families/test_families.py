@@ -10,7 +10,7 @@ from transformers import Emu3ForConditionalGeneration, GenerationConfig, JanusFo
 from rlmm.codecs import codec_hash, load_codec, save_codec
 from rlmm.config.policy import Lora
 from rlmm.policies.families.loading import checkpoint_codec, load_policy
-from rlmm.policies.layout_io import read_codes, supervised_batch
+from rlmm.policies.layout_io import Supervised, read_codes, supervised_batch
 from rollouts.law import Law
 from rollouts.torch_engine.causal import TorchEngine
 from rollouts.trajectory import Span
@@ -51,7 +51,8 @@ def test_supervised_log_probs_are_those_of_a_sampled_image(name: str) -> None:
     codes = read_codes(policy.layout, made.ids).tolist()
     prompts = [policy.encode_prompt(row.rsplit("/", 1)[0]) for row in made.sample_id]
     source = [*policy.layout.grid.forced().values()]
-    batch = supervised_batch(policy.layout, prompts, codes, [[source]] * len(codes))
+    rows = [Supervised(prompt, image, [source]) for prompt, image in zip(prompts, codes, strict=True)]
+    batch = supervised_batch(policy.layout, rows)
     with torch.no_grad():
         logp_BT = policy.sequence_log_probs(batch)
     for row, sampled_S in enumerate(made.sampler_logp):

@@ -14,7 +14,8 @@ from trl import GRPOConfig
 from rlmm.bench.step_problem import Sampled, StepProblem, build_policy, make_samples, make_trajectory
 from rlmm.bench.step_trl import ready_rollout, trl_trainer
 from rlmm.config.objectives import ObjectiveConfig
-from rlmm.config.stages import GrpoStage, Sampling
+from rlmm.config.sampling import Sampling
+from rlmm.config.stages import GrpoStage
 from rlmm.objectives.advantages import group_advantages
 from rlmm.objectives.weights import count_totals, token_weights
 from rlmm.train.grpo import grpo_loss

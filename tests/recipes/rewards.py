@@ -16,6 +16,11 @@ def left_darkness(prompts: list[str], completions: list[Image.Image], **columns:
     return [1.0 - float(np.asarray(i, dtype=np.float64)[:, : i.width // 2].mean()) / 255 for i in completions]
 
 
+def letters(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+    """How often a text has the letter t, at most 1."""
+    return [min(1.0, text.count("t") / 4) for text in completions]
+
+
 def picky(prompts: list[str], completions: list[Image.Image], **columns: Any) -> list[float]:
     """`darkness`, but the same for every picture of a prompt whose length is even."""
     dark = darkness(prompts, completions)

@@ -7,7 +7,7 @@ import torch
 
 from rlmm.config.policy import NewPolicy
 from rlmm.policies.families.llama import build
-from rlmm.policies.layout_io import supervised_batch
+from rlmm.policies.layout_io import Supervised, supervised_batch
 from rlmm.policies.masked import MaskedPolicy
 from rlmm.train.dpo import PairNoise, PairSource, PreferencePairs, dpo_step_loss, pair_batch
 from rlmm.train.gates import GateError
@@ -77,7 +77,7 @@ def test_the_margin_is_that_of_the_weighed_sums_by_hand() -> None:
     given, values = pairs(), []
     assert batch.noise_weight_BT is not None and batch.sequences.noised_BT is not None
     for side, codes in enumerate((given.chosen_NT[3], given.rejected_NT[3])):
-        plain = supervised_batch(policy.layout, [policy.encode_prompt(given.prompts[3])], [codes.tolist()])
+        plain = supervised_batch(policy.layout, [Supervised(policy.encode_prompt(given.prompts[3]), codes.tolist())])
         total = 0.0
         for draw in range(2):
             row = 2 * side + draw

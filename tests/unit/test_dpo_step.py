@@ -8,7 +8,7 @@ import torch
 
 from rlmm.config.policy import Lora
 from rlmm.config.stages import Optimization
-from rlmm.policies.layout_io import supervised_batch
+from rlmm.policies.layout_io import Supervised, supervised_batch
 from rlmm.policies.transformer import TransformerPolicy
 from rlmm.train.dpo import DpoBatch, PairSource, PreferencePairs, dpo_step_loss, pair_batch
 from rlmm.train.metrics import Meter, MetricsFile
@@ -47,7 +47,7 @@ def image_log_probs(policy: TransformerPolicy) -> tuple[torch.Tensor, torch.Tens
 def logp_of(policy: TransformerPolicy, codes_NT: torch.Tensor) -> torch.Tensor:
     values = []
     for prompt, codes in zip(pairs().prompts, codes_NT.tolist(), strict=True):
-        batch = supervised_batch(policy.layout, [policy.encode_prompt(prompt)], [codes])
+        batch = supervised_batch(policy.layout, [Supervised(policy.encode_prompt(prompt), codes)])
         with torch.no_grad():
             values.append(policy.sequence_log_probs(batch)[batch.modality_BT == IMAGE].sum())
     return torch.stack(values)

@@ -11,9 +11,10 @@ from rlmm.config.policy import NewPolicy
 from rlmm.config.stages import SftStage
 from rlmm.objectives.noise import count_chances, training_noise
 from rlmm.policies.families.llama import build
+from rlmm.policies.layout_io import Supervised
 from rlmm.policies.masked import MaskedPolicy
 from rlmm.train.metrics import Meter
-from rlmm.train.sft import SftSource, SupervisedRows, sft_loss
+from rlmm.train.sft import SftSource, sft_loss
 from rollouts.trajectory import IMAGE, TEXT
 from rollouts.unmasking import INVERSES, SCHEDULES, Schedule
 
@@ -65,8 +66,8 @@ def policy_of(seed: int = 1) -> MaskedPolicy:
 def source(policy: MaskedPolicy, **changes: object) -> SftSource:
     base = {"steps": 4, "learning_rate": 1e-3, "batch_size": 8, "micro_batch_size": 8, "prompt_dropout": 0}
     codes = torch.randint(0, CODES, (12, GRID[0] * GRID[1]), generator=torch.Generator().manual_seed(0))
-    rows = SupervisedRows(["x" * (1 + i % 5) for i in range(12)], codes, [[]] * 12)
-    return SftSource(policy, rows, SftStage.model_validate(base | changes), seed=5)
+    rows = [Supervised(policy.encode_prompt("x" * (1 + i % 5)), codes[i].tolist()) for i in range(12)]
+    return SftSource(policy.layout, rows, SftStage.model_validate(base | changes), seed=5)
 
 
 @pytest.mark.parametrize("noise", [{}, {"schedule": "cosine"}, {"weighting": "mean"}, {"complementary": True}])

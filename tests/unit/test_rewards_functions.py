@@ -61,7 +61,8 @@ def test_trl_signature_gets_images_and_the_columns_it_names(write: Write) -> Non
 def test_trl_signature_with_kwargs_gets_every_column(write: Write) -> None:
     target = write(
         "def f(completions, **kwargs):\n"
-        "    assert sorted(kwargs) == ['answer', 'prompts', 'source_images', 'tag', 'target_images']\n"
+        "    others = ['prompts', 'source_images', 'target_images', 'target_texts', 'texts']\n"
+        "    assert sorted(kwargs) == sorted(['answer', 'tag', *others])\n"
         "    return [0.0 if tag is None else 1.0 for tag in kwargs['tag']]\n"
     )
     assert [score.value for score in run(target)] == [1, 0, 0]
@@ -154,8 +155,19 @@ def test_two_files_of_one_name_do_not_hide_each_other(tmp_path: Path) -> None:
 def test_the_registry_builds_by_name_and_names_the_nearest(write: Write) -> None:
     reward = build("function", target=write("def f(samples, k):\n    return [k] * len(samples)\n"), k=2.0)
     assert RewardRunner(reward).score(SAMPLES)[0].value == 2.0
-    cheap = {"ocr", "tesseract", "scenes", "not_blank", "edge_density", "colour_entropy"}
-    assert set(REWARDS) == cheap | {"yes_no", "viescore", "function"}
+    cheap = {
+        "ocr",
+        "tesseract",
+        "scenes",
+        "not_blank",
+        "edge_density",
+        "colour_entropy",
+        "exact_match",
+        "anls",
+        "wer",
+        "bleu",
+    }
+    assert set(REWARDS) == cheap | {"yes_no", "viescore", "function", "cider"}
     with pytest.raises(ValueError, match="no reward 'scens'. Nearest: scenes"):
         build("scens")
     with pytest.raises(ValueError, match="no option 'hight'. Nearest: height"):

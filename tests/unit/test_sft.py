@@ -6,10 +6,11 @@ import torch
 from rlmm.config.data import WordsData
 from rlmm.config.stages import SftStage
 from rlmm.data import build_dataset
-from rlmm.policies.layout_io import read_codes, spell_image, supervised_batch
+from rlmm.policies.layout_io import Supervised, read_codes, spell_image, supervised_batch
 from rlmm.policies.transformer import TransformerPolicy
 from rlmm.train.metrics import Meter
-from rlmm.train.sft import SftBatch, SftSource, SupervisedRows, first_rows, sft_loss
+from rlmm.train.sft import SftBatch, SftSource, sft_loss
+from rlmm.train.supervised import first_rows
 from rollouts.trajectory import IMAGE, TEXT
 from tests.parity.test_sampler_trainer import CODES, GRID, make_policy
 
@@ -21,15 +22,15 @@ def stage(**changes: object) -> SftStage:
     return SftStage.model_validate(base | changes)
 
 
-def rows(policy: TransformerPolicy, *, sources: bool = False) -> SupervisedRows:
+def rows(policy: TransformerPolicy, *, sources: bool = False) -> list[Supervised]:
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(0, CODES, (COUNT, GRID[0] * GRID[1]), generator=generator)
     given = [[spell_image(policy.layout, codes[(i + 1) % COUNT].tolist())] if sources else [] for i in range(COUNT)]
-    return SupervisedRows(["x" * (1 + i % 5) for i in range(COUNT)], codes, given)
+    return [Supervised(policy.encode_prompt("x" * (1 + i % 5)), codes[i].tolist(), given[i]) for i in range(COUNT)]
 
 
 def source(policy: TransformerPolicy, config: SftStage, *, sources: bool = False) -> SftSource:
-    return SftSource(policy, rows(policy, sources=sources), config, seed=5)
+    return SftSource(policy.layout, rows(policy, sources=sources), config, seed=5)
 
 
 def step_loss(policy: TransformerPolicy, batches: list[SftBatch]) -> tuple[float, torch.Tensor]:
@@ -49,7 +50,7 @@ def test_targets_are_the_prompts_text_and_the_images_codes(row_ends: bool) -> No
     layout = make_policy(row_ends=row_ends).layout
     image = list(range(12))
     spelled = spell_image(layout, [11 - code for code in image])
-    batch = supervised_batch(layout, [[50, 51], [52]], [image, image], [[spelled], []])
+    batch = supervised_batch(layout, [Supervised([50, 51], image, [spelled]), Supervised([52], image)])
     for row, prompt in enumerate(([50, 51], [52])):
         at = batch.target_BT[row]
         text, picture = at & (batch.modality_BT[row] == TEXT), at & (batch.modality_BT[row] == IMAGE)

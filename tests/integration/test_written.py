@@ -1,0 +1,104 @@
+"""Recipes in which the policy writes: a thought before its image, answers about images, and what it understands."""
+
+import json
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from rlmm.config.policy import CheckpointPolicy
+from rlmm.config.recipe import RecipeError, read_recipe, validate_recipe
+from rlmm.pipeline import run_recipe
+from rlmm.run_folder import RunFolder
+from rlmm.train.metrics import MetricsFile
+from rollouts.store import read_trajectory
+
+TINY = Path(__file__).parents[1] / "recipes" / "tiny_thought.yaml"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    return run_recipe(read_recipe(TINY, [f"run_dir={tmp_path_factory.mktemp('thought') / 'run'}"]), lambda _: None)
+
+
+def test_trainer_and_sampler_agree_on_texts_and_images(run: RunFolder) -> None:
+    rows = MetricsFile(run.stage("grpo") / "metrics.jsonl").read()
+    assert [row["mismatch/max"] < 1e-5 for row in rows if "mismatch/max" in row] == [True, True]
+    made, columns = read_trajectory(sorted((run.stage("grpo") / "rollouts").glob("*.parquet"))[-1])
+    assert [span.kind for span in made.spans] == ["text", "image"] and made.spans[0].advantage_weight == 0.5
+    assert len(set(columns["text"])) > 1 and all(image.startswith(b"\x89PNG") for image in columns["image"])
+    lengths = (made.target_mask & (made.span == 0)).sum(1)
+    assert rows[-2]["text/tokens"] == pytest.approx(float(lengths.float().mean()))
+    assert 0 <= rows[-2]["text/cut_share"] <= 1
+
+
+def test_what_the_arms_understand_is_in_the_evaluation_and_on_the_page(run: RunFolder) -> None:
+    found = json.loads((run.stage("evaluation") / "eval.json").read_text())["understanding"]
+    assert {(row["arm"], row["metric"]) for row in found} == {
+        (arm, metric) for arm in ("sft", "grpo") for metric in ("exact_match", "wer")
+    }
+    assert all(row["n"] == 4 and 0 <= row["mean"] <= 1 for row in found)
+    answers = pq.read_table(run.stage("evaluation") / "answers.parquet").to_pylist()
+    assert len(answers) == 8 and all(row["source"].startswith(b"\x89PNG") and row["reference"] for row in answers)
+    page = (run.path / "report.html").read_text()
+    assert "What the arms understand" in page and answers[0]["reference"] in page
+
+
+def test_images_are_tokenised_once(run: RunFolder) -> None:
+    """SFT, its understanding and the evaluation's questions share what is kept."""
+    (folder,) = (run.path / "tokens").iterdir()
+    kept = [row for file in folder.glob("*.parquet") for row in pq.read_table(file).to_pylist()]
+    assert len({row["image"] for row in kept}) == len(kept) and {len(row["codes"]) for row in kept} == {16}
+
+
+def test_grpo_on_answers_learns_what_is_rewarded(run: RunFolder, tmp_path: Path) -> None:
+    overrides = [
+        f"run_dir={tmp_path / 'answers'}",
+        "data={kind: scenes, variant: describe, train_images: 16, held_out: 8}",
+        "rewards={terms: [{function: 'tests/recipes/rewards.py:letters'}]}",
+        "held_out={terms: [{name: wer}]}",
+        "stages.grpo.sampling={answer: {length_limit: 8}}",
+        "stages.grpo.steps=16",
+        "stages.grpo.prompts_per_step=4",
+        "stages.grpo.samples_per_prompt=8",
+        "stages.grpo.micro_batch_size=16",
+        "stages.grpo.learning_rate=1.0e-2",
+        "stages.grpo.objective={name: grpo}",
+    ]
+    recipe = read_recipe(TINY, overrides)
+    start = CheckpointPolicy(path=str(run.stage("sft") / "model"))
+    recipe = recipe.model_copy(update={"policy": start, "stages": {"grpo": recipe.stages["grpo"]}})
+    rows = MetricsFile(run_recipe(recipe, lambda _: None).stage("grpo") / "metrics.jsonl").read()
+    rewards = [row["reward/mean"] for row in rows]
+    assert sum(rewards[-4:]) / 4 > sum(rewards[:4]) / 4 + 0.2
+    assert all(row["mismatch/max"] < 1e-5 for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stages.grpo.sampling={answer: {length_limit: 4}, guidance_scale: 2.0}", "guidance_scale is of images"),
+        ("stages.grpo.sampling={answer: {length_limit: 4}, thought: {length_limit: 4}}", "give one of them"),
+        ("stages.grpo.sampling.thought.template=think", "must hold {prompt} once"),
+        ("understanding=null", "give the recipe one"),
+        ("policy.family=masked", "draws images alone"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(override: str, message: str) -> None:
+    extra = [] if "masked" not in override else ["stages.grpo.sampling.unmasking={steps: 4, order: random}"]
+    with pytest.raises(RecipeError, match=message):
+        read_recipe(TINY, [override, *extra])
+
+
+def test_a_stop_that_is_no_token_is_told_with_the_nearest(run: RunFolder, tmp_path: Path) -> None:
+    recipe = read_recipe(TINY, [f"run_dir={tmp_path / 'run'}", "stages.grpo.sampling.thought.stop=[<eso>]"])
+    start = CheckpointPolicy(path=str(run.stage("sft") / "model"))
+    recipe = recipe.model_copy(update={"policy": start, "stages": {"grpo": recipe.stages["grpo"]}})
+    with pytest.raises(ValueError, match="'<eso>', which is no token. Nearest: <eos>"):
+        run_recipe(recipe, lambda _: None)
+
+
+def test_a_run_is_resumed_with_the_recipe_it_wrote(run: RunFolder) -> None:
+    """A resolved recipe, which names every default, is a valid one."""
+    validate_recipe(yaml.safe_load((run.path / "config.yaml").read_text()), "config.yaml")
