@@ -73,6 +73,8 @@ class Layout:
     after_source: tuple[int, ...] = ()
     family: str = "llama"
     """Who reads the checkpoint: a name of `rlmm.policies.families`, or file.py:NAME."""
+    text_end: int | None = None
+    """What ends a text that the policy writes; None: the tokenizer's end of sequence."""
 
     def prefix(self, prompt_ids: Sequence[int], sources: Sequence[Sequence[int]] = ()) -> tuple[int, ...]:
         """The conditioning ids before an image span: `question`, begin-of-image."""

@@ -17,7 +17,7 @@ class Writing(Strict):
     template: str | None = None
     """How the prompt is written, with {prompt} in it; as before an image if null."""
     stop: tuple[str, ...] = ()
-    """Tokens that end the text, by name; the tokenizer's end of sequence where none is named."""
+    """Tokens that end the text, by name; the family's own or the tokenizer's end of sequence where none is named."""
 
     @field_validator("template")
     @classmethod

@@ -42,7 +42,8 @@ class CausalPolicy(TransformerPolicy):
         for index, span in enumerate(trajectory.spans):
             where = trajectory.target_mask & (trajectory.span == index)
             hidden_KNH = torch.stack([hidden_KBSH[names.index(name)][where] for name in span.law.streams(replay=True)])
-            support = trajectory.support[where] if trajectory.support is not None else None
+            kept = trajectory.support if span.law.truncated else None
+            support = None if kept is None else kept[where]
             tokens_N = trajectory.ids[where]
             logp_N, entropy_N = self.decide(span.law, hidden_KNH, tokens_N, support, entropy_gradient=entropy_gradient)
             logp_BS = logp_BS.masked_scatter(where, logp_N)

@@ -51,7 +51,7 @@ def response_of(policy: TransformerPolicy, sampling: Sampling) -> Response:
     layout, written = policy.layout, sampling.written
     if written is None:
         return Response((sampling.span(layout),), policy.spelling)
-    stop = stop_tokens(policy.tokenizer, written)
+    stop = stop_tokens(policy.spelling, written)
     spans = (written.span(layout, stop),) if sampling.thought is None else (
         written.span(layout, stop), sampling.span(layout),
     )  # fmt: skip
@@ -68,9 +68,12 @@ def writing_spelling(spelling: Spelling, writing: Writing, length: int, draws: b
     return replace(spelling, layout=layout, text=length, draws=draws)
 
 
-def stop_tokens(tokenizer: PreTrainedTokenizerBase, writing: Writing) -> tuple[int, ...]:
+def stop_tokens(spelling: Spelling, writing: Writing) -> tuple[int, ...]:
     """Ids of the tokens that end a text."""
+    tokenizer = spelling.tokenizer
     if not writing.stop:
+        if spelling.layout.text_end is not None:
+            return (spelling.layout.text_end,)
         if tokenizer.eos_token_id is None:
             raise ValueError("the tokenizer has no end-of-sequence token; name the tokens that end a text in `stop`")
         return (int(tokenizer.eos_token_id),)

@@ -41,7 +41,7 @@ def understood(stage: Stage | None, notes: Notes) -> Understanding:
 def _cell(row: Understood | None) -> tuple[str, str]:
     if row is None:
         return "–", ""
-    interval = "" if row.low is None or row.high is None else f"{row.low:.3f} to {row.high:.3f}"
+    interval = "" if row.low is None or row.high is None else f"[{row.low:.3f}, {row.high:.3f}]"
     return f"{row.mean:.3f}", interval
 
 

@@ -96,7 +96,7 @@ def _spelled(tokens: ImageTokens, spelling: Spelling, writing: Writing, row: Exa
     if row.texts:
         # The text is plain text: no template stands around it.
         plain = writing_spelling(spelling, Writing(template="{prompt}"), 0, True)
-        text = [*plain.encode(row.texts[0]), stop_tokens(spelling.tokenizer, writing)[0]]
+        text = [*plain.encode(row.texts[0]), stop_tokens(spelling, writing)[0]]
         spelling = writing_spelling(spelling, writing, len(text), draws)
     elif not draws:
         raise UnusablePrompt(NOTHING, f"prompt {row.prompt!r:.200} leads to nothing")

@@ -140,10 +140,11 @@ def test_text_and_image_are_laid_out_alike_in_every_row() -> None:
     assert not uncond.sees_BS[:, :LIMIT].any() and uncond.sees_BS[:, LIMIT:].all()
 
 
-def test_supports_of_both_spans_are_kept_and_survive_the_disk(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("text_k", "image_k"), [(2, 3), (2, 0), (0, 3)])
+def test_supports_of_the_spans_are_kept_and_survive_the_disk(tmp_path: Path, text_k: int, image_k: int) -> None:
     policy = make_policy()
-    thought = dataclasses.replace(THOUGHT, law=dataclasses.replace(THOUGHT.law, top_k=2))
-    image = dataclasses.replace(image_span(policy), law=dataclasses.replace(image_span(policy).law, top_k=3))
+    thought = dataclasses.replace(THOUGHT, law=dataclasses.replace(THOUGHT.law, top_k=text_k))
+    image = dataclasses.replace(image_span(policy), law=dataclasses.replace(image_span(policy).law, top_k=image_k))
     made = draw(policy, 20, (thought, image))
     write_trajectory(tmp_path / "made.parquet", made, {})
     read, _ = read_trajectory(tmp_path / "made.parquet")

@@ -9,8 +9,12 @@ from transformers import Emu3ForConditionalGeneration, GenerationConfig, JanusFo
 
 from rlmm.codecs import codec_hash, load_codec, save_codec
 from rlmm.config.policy import Lora
+from rlmm.config.sampling import Sampling, Written
 from rlmm.policies.families.loading import checkpoint_codec, load_policy
 from rlmm.policies.layout_io import Supervised, read_codes, supervised_batch
+from rlmm.policies.responses import response_of, texts_of
+from rollouts.contract import Request
+from rollouts.interleaved import generate_spans
 from rollouts.law import Law
 from rollouts.torch_engine.causal import TorchEngine
 from rollouts.trajectory import Span
@@ -42,6 +46,24 @@ def test_sampler_log_probs_are_the_trainers_cached_or_not_and_through_a_wrapper(
     assert int(decided.min()) >= low and int(decided.max()) < high
     for position, token in policy.layout.grid.forced().items():
         assert (cached.ids[:, position] == token).all() and not cached.target_mask[:, position].any()
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_a_thought_and_its_image_have_the_sampled_log_probs(name: str) -> None:
+    policy = peaked(name)
+    response = response_of(policy, Sampling(guidance_scale=2.0, thought=Written(length_limit=4, top_k=30)))
+    streams = response.streams("a red circle", [])
+    asked = Request("a", streams, tuple(range(4)), tuple(f"a/{i}" for i in range(4)))
+    engine = TorchEngine(policy, num_layers=policy.sizes.num_hidden_layers)
+    made = generate_spans(engine, policy.layout, [asked], response.spans)
+    with torch.no_grad():
+        found = policy.log_probs(made).logp_BS
+    assert float((found - made.sampler_logp)[made.target_mask].abs().max()) < 1e-4
+    text = made.ids[made.target_mask & (made.span == 0)]
+    low, high = policy.layout.text
+    assert int(text.min()) >= low and int(text.max()) < high and len(text.unique()) > 1
+    assert read_codes(policy.layout, made.ids[:, -policy.layout.grid.length :]).min() >= 0
+    assert len(texts_of(policy.tokenizer, made)) == 4
 
 
 @pytest.mark.parametrize("name", SIZES)

@@ -12,6 +12,7 @@ from rollouts.contract import Grid, Layout
 from rollouts.vllm_engine import plugin
 from rollouts.vllm_engine.local import LocalHost
 from tests.integration.programs import answer_of
+from tests.integration.vllm_requests import check_writing
 
 SIZES = {"max_length": 16, "dtype": "float32", "max_rows": 4, "max_prompt_tokens": 16, "kv_bytes": 1 << 20}
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
@@ -40,6 +41,12 @@ def test_two_streams_in_one_request_are_the_same_samples(found: dict[str, Any]) 
     for law, one in facts["laws"].items():
         assert one.pop("gap") < 1e-4, law
         assert all(one.values()), (law, one)
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_a_text_and_its_image_are_the_torch_engines(found: dict[str, Any]) -> None:
+    check_writing(found["writing"])
 
 
 @needs_vllm
@@ -74,7 +81,7 @@ def test_tied_embeddings_and_forced_row_ends(found: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("case", "says"),
     [
-        ("text", "one image span"),
+        ("two spans", "one span at a time"),
         ("no stream", "the law needs 'uncond'"),
         ("too long", "262 positions and the engine has 256"),
         ("nothing", "no requests"),

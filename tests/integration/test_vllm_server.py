@@ -20,7 +20,16 @@ from rollouts.vllm_engine.engine import VllmEngine
 from rollouts.vllm_engine.launch import Server
 from rollouts.vllm_engine.server import ServerHost
 from rollouts.vllm_engine.transfer import FolderTransfer
-from tests.integration.vllm_requests import change, check_laws, check_sync, gap, make_policy, sample
+from tests.integration.vllm_requests import (
+    change,
+    check_laws,
+    check_sync,
+    check_writing,
+    gap,
+    make_policy,
+    sample,
+    writing,
+)
 
 pytestmark = [
     pytest.mark.slow,
@@ -59,6 +68,10 @@ def server_of(engine: Recovering) -> Server:
 
 def test_trainer_and_torch_engine_agree(engine: Recovering, policy: CausalPolicy) -> None:
     check_laws(engine, policy)
+
+
+def test_a_text_and_its_image_are_the_torch_engines(engine: Recovering, policy: CausalPolicy) -> None:
+    check_writing(writing(engine, policy))
 
 
 def test_a_sync_reaches_the_weights_that_run_and_a_skipped_one_shows(engine: Recovering, policy: CausalPolicy) -> None:

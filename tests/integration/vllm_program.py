@@ -32,7 +32,17 @@ from rollouts.law import Law
 from rollouts.trajectory import Span
 from rollouts.vllm_engine import plugin
 from rollouts.vllm_engine.engine import VllmEngine
-from tests.integration.vllm_requests import PROMPTS, agrees, change, gap, make_policy, requests, sample, under_laws
+from tests.integration.vllm_requests import (
+    PROMPTS,
+    agrees,
+    change,
+    gap,
+    make_policy,
+    requests,
+    sample,
+    under_laws,
+    writing,
+)
 
 
 def refusal(call: Callable[[], Any]) -> str:
@@ -81,7 +91,7 @@ def faults(engine: Any, policy: CausalPolicy) -> dict[str, Any]:
     lacking = Request("lacking", {"cond": first.streams["cond"]}, (1,), ("x",))
     long = Request("long", {"cond": tuple([9] * 250)}, (1,), ("x",))
     found: dict[str, Any] = {
-        "text": refusal(lambda: engine.generate([first], [Span("text", law, 5)])),
+        "two spans": refusal(lambda: engine.generate([first], [span, span])),
         "no stream": refusal(lambda: engine.generate([lacking], [guided])),
         "too long": refusal(lambda: engine.generate([long], [span])),
         "nothing": refusal(lambda: engine.generate([], [span])),
@@ -244,6 +254,7 @@ def main() -> None:
     # An odd number of rows, and a prefill too small for all prompts: guided samples fit only in waves.
     engine = build_engine(VllmEngineConfig(max_rows=7, max_prompt_tokens=130, kv_megabytes=32), policy)
     found["laws"] = under_laws(engine, policy)
+    found["writing"] = writing(engine, policy)
     found["syncs"] = syncs(engine, policy)
     found["faults"] = faults(engine, policy)
     found["sleep"] = sleeping(engine, policy)

@@ -1,5 +1,6 @@
 """What the tests of the vLLM engines ask for: a small peaked policy, prompts, laws, and the torch engine's answers."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from rlmm.policies.families.llama import build
 from rlmm.policies.transformer import TransformerPolicy
 from rollouts.contract import Request
 from rollouts.fingerprint import weights_fingerprint
+from rollouts.interleaved import generate_spans
 from rollouts.law import Law
 from rollouts.torch_engine.causal import TorchEngine
 from rollouts.trajectory import Span, Trajectory
@@ -124,3 +126,28 @@ def under_laws(engine: Any, policy: TransformerPolicy) -> dict[str, Any]:
             == (wanted.seed, wanted.group_id, wanted.sample_id),
         }
     return found
+
+
+def writing(engine: Any, policy: TransformerPolicy) -> dict[str, Any]:
+    """A text and a guided image after it: the gap to the trainer, the texts' lengths, and whether the torch engine's
+    trajectory is the same."""
+    layout = policy.layout
+    text = Span("text", Law(layout.text, top_k=40), 9, stop=tuple(range(*layout.text))[::4])
+    image = Span("image", Law(layout.image, guidance_scale=2.0), layout.grid.length)
+    asked = [
+        replace(request, streams={name: ids[: -len(layout.boi)] for name, ids in request.streams.items()})
+        for request in requests(policy)
+    ]
+    made = generate_spans(engine, layout, asked, [text, image])
+    wanted = generate_spans(TorchEngine(policy, num_layers=2), layout, asked, [text, image])
+    return {
+        "gap": gap(policy, made),
+        "lengths": sorted({int(n) for n in (made.target_mask & (made.span == 0)).sum(1)}),
+        "same tokens": torch.equal(made.ids, wanted.ids),
+        "same masks": torch.equal(made.target_mask, wanted.target_mask),
+    }
+
+
+def check_writing(facts: dict[str, Any]) -> None:
+    assert facts["gap"] < 1e-4 and facts["same tokens"] and facts["same masks"], facts
+    assert len(facts["lengths"]) > 1, facts

@@ -48,6 +48,7 @@ def layout(checkpoint: Checkpoint) -> Layout:
         grid=Grid(height // step, width // step, ending=(checkpoint.token(END),)),
         template=checkpoint.options.template or "{prompt}" + SEPARATOR,
         family=FAMILY.name,
+        text_end=checkpoint.token(SEPARATOR),  # </s> lies below the image codes, outside the slice of text
     )
 
 
