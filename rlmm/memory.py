@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from rlmm.config.data import Data, RowsData, ScenesData
 from rlmm.config.engines import TorchEngineConfig, VllmServerConfig, VllmSizes
 from rlmm.config.policy import CheckpointPolicy, NewPolicy
 from rlmm.config.recipe import Recipe
@@ -67,15 +68,32 @@ def memory_plans(recipe: Recipe) -> list[MemoryPlan]:
     stages = {name: stage for name, stage in recipe.stages.items() if isinstance(stage, SftStage | GrpoStage)}
     half = isinstance(recipe.policy, CheckpointPolicy) and recipe.policy.dtype == "bfloat16"
     held = FLOAT_BYTES // 2 if half else FLOAT_BYTES
-    return [_plan(name, stage, size, total, layout, held) for name, stage in stages.items()]
+    sources = _has_sources(recipe.data)
+    return [
+        _plan(name, stage, size, total, layout, held, _length(stage, layout, sources)) for name, stage in stages.items()
+    ]
+
+
+def _has_sources(data: Data) -> bool:
+    """Whether prompts hold an image; one is counted."""
+    if isinstance(data, RowsData):
+        return data.sources_column is not None
+    return isinstance(data, ScenesData) and data.variant != "text_to_image"
+
+
+def _length(stage: SftStage | GrpoStage, layout: Layout, sources: bool) -> int:
+    """Positions of a sequence: prompt, source image, text at its longest, image."""
+    written = stage.sampling.written if isinstance(stage, GrpoStage) else None
+    draws = not isinstance(stage, GrpoStage) or stage.sampling.answer is None
+    text = 0 if written is None else written.length_limit
+    return PROMPT_TOKENS + text + (sources + draws) * layout.grid.length
 
 
 def _plan(
-    name: str, stage: SftStage | GrpoStage, shape: NewPolicy, total: int, layout: Layout, held: int
+    name: str, stage: SftStage | GrpoStage, shape: NewPolicy, total: int, layout: Layout, held: int, length: int
 ) -> MemoryPlan:
     trained = _trained(stage, shape, total, layout)
     streams = len(stage.sampling.law(layout.image).streams()) if isinstance(stage, GrpoStage) else 1
-    length = layout.grid.length + PROMPT_TOKENS
     rows = stage.micro_batch_size * streams * (_states(stage) if isinstance(stage, GrpoStage) else 1)
     frozen = isinstance(stage, GrpoStage) and stage.objective.kl.coefficient > 0 and stage.lora is None
     return MemoryPlan(

@@ -55,6 +55,7 @@ def _grpo(stage: dict[str, Any]) -> dict[str, Any]:
     updates = dict(stage.get("objective") or {}).get("updates_per_rollout", 1)
     samples = max(2, updates)
     return _trained(stage) | {
+        "sampling": _short(dict(stage.get("sampling") or {})),
         "prompts_per_step": 2,
         "samples_per_prompt": samples,
         "micro_batch_size": 2 * samples // updates,
@@ -64,8 +65,13 @@ def _grpo(stage: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _short(sampling: dict[str, Any]) -> dict[str, Any]:
+    """A random policy ends no text, so the limit is what is written."""
+    return {k: v | {"length_limit": 8} if k in ("thought", "answer") and v else v for k, v in sampling.items()}
+
+
 def _eval(stage: dict[str, Any]) -> dict[str, Any]:
-    return stage | {"prompts": 4, "skip": 0, "sampling_seeds": 1, "temperatures": [1.0]}
+    return _short(stage) | {"prompts": 4, "skip": 0, "sampling_seeds": 1, "temperatures": [1.0]}
 
 
 STAGES: Mapping[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
