@@ -81,19 +81,34 @@ def sample(
     seed: int = 0,
     steps: Annotated[int | None, typer.Option(min=1, help="Of a masked policy: forward passes an image")] = None,
     order: Annotated[str, typer.Option(help="Of a masked policy: random, ancestral, confidence")] = "random",
+    source: Annotated[
+        list[Path] | None, typer.Option(help="An image that every prompt is about; may be given again")
+    ] = None,
+    sampling: Annotated[
+        list[str] | None,
+        typer.Option(help="key=value as in a stage's sampling section, e.g. answer={length_limit: 64}"),
+    ] = None,
     policy: Annotated[
         list[str] | None, typer.Option(help="Of a published checkpoint: key=value as in a recipe's policy section")
     ] = None,
 ) -> None:
-    """Draw a grid of images, one row a prompt, from a checkpoint."""
+    """Draw a grid of images, one row a prompt, from a checkpoint; print what it writes, where it writes."""
     from rlmm.config.policy import CheckpointPolicy
+    from rlmm.config.sampling import Sampling
     from rlmm.config.settings import read_settings
-    from rlmm.sampling import sample_grid
+    from rlmm.sampling import draw_samples, read_image
 
-    law = {"temperature": temperature, "guidance_scale": guidance_scale}
     options = read_settings(CheckpointPolicy, policy or [], "image_size=[512, 512]", path=model)
-    sample_grid(options, prompts, samples, seed=seed, steps=steps, order=order, **law).save(out)
-    say(f"wrote {out}")
+    unmasking = {} if steps is None else {"unmasking": {"steps": steps, "order": order}}
+    law = {"temperature": temperature, "guidance_scale": guidance_scale, **unmasking}
+    asked = read_settings(Sampling, sampling or [], "thought={length_limit: 64}", **law)
+    images = [read_image(path) for path in source or []]
+    made = draw_samples(options, prompts, samples, asked, seed=seed, sources=images)
+    for place, text in enumerate(made.texts if asked.written else []):
+        say(f"{prompts[place // samples]}: {text}")
+    if made.images:
+        made.grid().save(out)
+        say(f"wrote {out}")
 
 
 @app.command()

@@ -1,16 +1,21 @@
-"""Images from a checkpoint, as a grid: what `rlmm sample` draws."""
+"""What a checkpoint draws or writes for some prompts: what `rlmm sample` shows."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 from PIL import Image
 
+from rlmm.codecs import Codec
 from rlmm.config.engines import TorchEngineConfig
 from rlmm.config.masked import UnmaskingConfig
 from rlmm.config.policy import CheckpointPolicy
 from rlmm.config.sampling import Sampling
 from rlmm.data import Example
+from rlmm.data.base import UnusableRow
+from rlmm.data.images import ImageReader, fit
 from rlmm.policies.families.loading import checkpoint_codec, load_policy
-from rlmm.policies.responses import response_of
+from rlmm.policies.responses import response_of, texts_of
 from rlmm.seeds import derive
 from rlmm.train import experience as phases
 from rlmm.train.engines import build_engine
@@ -21,19 +26,40 @@ from rollouts.contract import Layout
 GAP = 4
 
 
-def sample_grid(
+@dataclass(frozen=True)
+class Samples:
+    """Prompt after prompt, `columns` of each: images (none where texts alone were asked for) and texts (empty where
+    none were)."""
+
+    images: list[Image.Image]
+    texts: list[str]
+    columns: int
+
+    def grid(self) -> Image.Image:
+        """The images on a light sheet, a row a prompt. ValueError where there are none."""
+        if not self.images:
+            raise ValueError("answers were asked for, and no image was drawn; read `texts`")
+        width, height = self.images[0].size
+        rows = -(-len(self.images) // self.columns)
+        size = self.columns * (width + GAP) + GAP, rows * (height + GAP) + GAP
+        sheet = Image.new("RGB", size, (226, 226, 226))
+        for i, image in enumerate(self.images):
+            place = (GAP + i % self.columns * (width + GAP), GAP + i // self.columns * (height + GAP))
+            sheet.paste(image.convert("RGB"), place)
+        return sheet
+
+
+def draw_samples(
     source: CheckpointPolicy,
     prompts: Sequence[str],
     samples: int,
+    sampling: Sampling,
     *,
-    temperature: float,
-    guidance_scale: float,
-    seed: int,
-    steps: int | None = None,
-    order: str = "random",
-) -> Image.Image:
-    """One row a prompt, one column a sample. The same seed draws the same images. `steps` and `order`: how a masked
-    policy reveals them; by default in a quarter as many steps as there are positions.
+    seed: int = 0,
+    sources: Sequence[Image.Image] = (),
+) -> Samples:
+    """The same seed draws the same. `sources`: images that every prompt is about. A masked policy without an unmasking
+    reveals in a quarter as many steps as there are positions.
 
     Raises ValueError on an empty prompt and on a source that is no checkpoint.
     """
@@ -44,38 +70,45 @@ def sample_grid(
     policy.model.eval()
     policy.to(device())
     codec.eval()
-    unmasking = _unmasking(policy.layout, steps, order)
-    sampling = Sampling(temperature=temperature, guidance_scale=guidance_scale, unmasking=unmasking)
-    response, tokens = response_of(policy, sampling), ImageTokens(codec)
+    response, tokens = response_of(policy, _unmasked(sampling, policy.layout)), ImageTokens(codec)
+    shown = tuple(_fitted(image, codec) for image in sources)
     requests = [
         phases.request_for(
             response,
             tokens,
-            Example(prompt),
+            Example(prompt, sources=shown),
             str(p),
             [derive(seed, "sample", p, s) for s in range(samples)],
         )
         for p, prompt in enumerate(prompts)
     ]
     made = phases.generate(build_engine(TorchEngineConfig(), policy), response, requests, policy.model)
-    return grid(phases.decode_images(codec, policy.layout, made), columns=samples)
+    return Samples(phases.decode_images(codec, policy.layout, made), texts_of(policy.tokenizer, made), samples)
 
 
-def _unmasking(layout: Layout, steps: int | None, order: str) -> UnmaskingConfig | None:
+def read_image(path: Path) -> Image.Image:
+    """A picture in a file, upright. ValueError where there is none that can be read."""
+    try:
+        return ImageReader(root=None).read(path.read_bytes())
+    except (OSError, UnusableRow) as error:
+        raise ValueError(f"{path} is no readable picture: {error}") from error
+
+
+def _fitted(image: Image.Image, codec: Codec) -> Image.Image:
+    """Of the codec's size, the longer side cut."""
+    height, width = codec.image_size
+    return fit(image.convert("RGB" if codec.channels == 3 else "L"), (width, height), "crop")
+
+
+def _unmasked(sampling: Sampling, layout: Layout) -> Sampling:
+    """With an unmasking where the policy needs one."""
     if layout.mask is None:
-        if steps is not None or order != "random":
-            raise ValueError("steps and order are of masked policies, and this one decides one token after the other")
-        return None
-    default = max(1, len(layout.grid.decided()) // 4)
-    return UnmaskingConfig.model_validate({"steps": steps or default, "order": order})
-
-
-def grid(images: Sequence[Image.Image], columns: int) -> Image.Image:
-    """Images of one size on a light sheet."""
-    width, height = images[0].size
-    rows = -(-len(images) // columns)
-    sheet = Image.new("RGB", (columns * (width + GAP) + GAP, rows * (height + GAP) + GAP), (226, 226, 226))
-    for i, image in enumerate(images):
-        place = (GAP + i % columns * (width + GAP), GAP + i // columns * (height + GAP))
-        sheet.paste(image.convert("RGB"), place)
-    return sheet
+        if sampling.unmasking is not None:
+            raise ValueError("unmasking is of masked policies, and this one decides one token after the other")
+        return sampling
+    if sampling.unmasking is not None:
+        return sampling
+    steps = max(1, len(layout.grid.decided()) // 4)
+    return sampling.model_copy(
+        update={"unmasking": UnmaskingConfig.model_validate({"steps": steps, "order": "random"})}
+    )

@@ -10,11 +10,12 @@ from peft import PeftModel
 
 from rlmm.config.policy import CheckpointPolicy
 from rlmm.config.recipe import Recipe, RecipeError, validate_recipe
+from rlmm.config.sampling import Sampling
 from rlmm.memory import memory_plans
 from rlmm.pipeline import run_recipe
 from rlmm.policies.families.loading import load_policy
 from rlmm.run_folder import RunFolder
-from rlmm.sampling import sample_grid
+from rlmm.sampling import draw_samples
 from tests.families.checkpoints import tiny
 
 CLASSES = {
@@ -84,7 +85,7 @@ def test_the_image_tokenizer_is_the_published_one_to_the_end(run: tuple[str, Run
 def test_what_a_run_made_draws(run: tuple[str, RunFolder]) -> None:
     _, folder = run
     source = CheckpointPolicy(path=str(folder.path / "merged"))
-    sheet = sample_grid(source, ["add a red circle"], 2, temperature=1.0, guidance_scale=2.0, seed=0)
+    sheet = draw_samples(source, ["add a red circle"], 2, Sampling(guidance_scale=2.0)).grid()
     assert sheet.size == (2 * 52 + 4, 52 + 4)
     assert len({sheet.getpixel((x, y)) for x in range(4, 52) for y in range(4, 52)}) > 20
 

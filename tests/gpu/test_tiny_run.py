@@ -7,8 +7,9 @@ import torch
 
 from rlmm.config.policy import CheckpointPolicy
 from rlmm.config.recipe import read_recipe
+from rlmm.config.sampling import Sampling
 from rlmm.pipeline import run_recipe
-from rlmm.sampling import sample_grid
+from rlmm.sampling import draw_samples
 from rlmm.train import experience as phases
 from rlmm.train.metrics import MetricsFile
 from tests.integration.conftest import TINY
@@ -36,7 +37,7 @@ def test_a_run_samples_trains_and_evaluates_on_the_device(
 
     monkeypatch.setattr(phases, "generate", watched)
     folder = run_recipe(read_recipe(recipe, [f"run_dir={tmp_path}", *overrides]), lambda line: None)
-    sample_grid(CheckpointPolicy(path=str(tmp_path / "merged")), ["a"], 1, temperature=1.0, guidance_scale=1.0, seed=0)
+    draw_samples(CheckpointPolicy(path=str(tmp_path / "merged")), ["a"], 1, Sampling())
     assert set(devices) == {"cuda"} and len(devices) > 3
     rows = MetricsFile(folder.stage("grpo") / "metrics.jsonl").read()
     assert all(row["mismatch/mean"] < 1e-5 for row in rows if "mismatch/mean" in row)

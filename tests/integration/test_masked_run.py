@@ -13,12 +13,13 @@ from transformers import AutoModelForCausalLM
 from rlmm.config.engines import VllmServerConfig
 from rlmm.config.policy import CheckpointPolicy
 from rlmm.config.recipe import Recipe, RecipeError, read_recipe, validate_recipe
+from rlmm.config.sampling import Sampling
 from rlmm.pipeline import run_recipe
 from rlmm.policies.families.loading import load_policy
 from rlmm.policies.masked import MaskedPolicy
 from rlmm.rollout_server import server_plan
 from rlmm.run_folder import RunFolder
-from rlmm.sampling import sample_grid
+from rlmm.sampling import draw_samples
 from rlmm.train.metrics import MetricsFile
 from rollouts.assembly import one_image_span
 from rollouts.law import Law
@@ -82,13 +83,13 @@ def test_exports_are_bidirectional_in_plain_transformers(run: RunFolder) -> None
 
 def test_sampling_takes_steps_and_order(run: RunFolder, tmp_path: Path) -> None:
     folder = run.path / "merged"
-    law = {"temperature": 1.0, "guidance_scale": 1.0, "seed": 0}
     source = CheckpointPolicy(path=str(folder))
-    for steps, order in ((None, "random"), (4, "ancestral"), (12, "confidence")):
-        one, same = (sample_grid(source, ["a"], 2, steps=steps, order=order, **law) for _ in "ab")  # pyrefly: ignore
+    for unmasking in (None, {"steps": 4, "order": "ancestral"}, {"steps": 12, "order": "confidence"}):
+        sampling = Sampling.model_validate({"unmasking": unmasking})
+        one, same = (draw_samples(source, ["a"], 2, sampling).grid() for _ in "ab")
         assert one.tobytes() == same.tobytes()
     with pytest.raises(ValueError, match="at most 12"):
-        sample_grid(source, ["a"], 1, steps=13, **law)  # pyrefly: ignore
+        draw_samples(source, ["a"], 1, Sampling.model_validate({"unmasking": {"steps": 13, "order": "random"}}))
 
 
 def weights(folder: RunFolder) -> dict[str, torch.Tensor]:

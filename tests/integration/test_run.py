@@ -13,9 +13,10 @@ from PIL import Image
 
 from rlmm.config.policy import CheckpointPolicy
 from rlmm.config.recipe import Recipe, read_recipe
+from rlmm.config.sampling import Sampling
 from rlmm.pipeline import run_recipe
 from rlmm.policies.families.loading import load_policy
-from rlmm.sampling import sample_grid
+from rlmm.sampling import draw_samples
 from rlmm.train.metrics import MetricsFile
 from rollouts.store import read_trajectory
 from tests.integration.conftest import TINY, TinyRun
@@ -127,12 +128,11 @@ def test_the_evaluation_has_rows_intervals_and_contrasts(tiny_run: TinyRun) -> N
 
 def test_sampling_is_repeatable_and_refuses_an_empty_prompt(tiny_run: TinyRun) -> None:
     source = CheckpointPolicy(path=str(tiny_run.folder.path / "merged"))
-    first, again = (
-        sample_grid(source, ['render "A"', "b"], 3, temperature=1.0, guidance_scale=2.0, seed=5) for _ in range(2)
-    )
+    law = Sampling(guidance_scale=2.0)
+    first, again = (draw_samples(source, ['render "A"', "b"], 3, law, seed=5).grid() for _ in range(2))
     assert first.tobytes() == again.tobytes() and first.size == (3 * 100 + 4, 2 * 36 + 4)
     with pytest.raises(ValueError, match="prompt 2 is empty"):
-        sample_grid(source, ["a", " "], 1, temperature=1.0, guidance_scale=1.0, seed=0)
+        draw_samples(source, ["a", " "], 1, Sampling())
 
 
 def final_weights(recipe: Recipe) -> dict[str, torch.Tensor]:

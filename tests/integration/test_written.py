@@ -1,16 +1,21 @@
 """Recipes in which the policy writes: a thought before its image, answers about images, and what it understands."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from PIL import Image
 
 from rlmm.config.policy import CheckpointPolicy
 from rlmm.config.recipe import RecipeError, read_recipe, validate_recipe
+from rlmm.config.sampling import Sampling
 from rlmm.pipeline import run_recipe
 from rlmm.run_folder import RunFolder
+from rlmm.sampling import draw_samples, read_image
 from rlmm.train.metrics import MetricsFile
 from rollouts.store import read_trajectory
 
@@ -73,6 +78,24 @@ def test_grpo_on_answers_learns_what_is_rewarded(run: RunFolder, tmp_path: Path)
     rewards = [row["reward/mean"] for row in rows]
     assert sum(rewards[-4:]) / 4 > sum(rewards[:4]) / 4 + 0.2
     assert all(row["mismatch/max"] < 1e-5 for row in rows)
+
+
+def test_a_checkpoint_answers_about_a_picture_and_edits_one(run: RunFolder, tmp_path: Path) -> None:
+    model, picture = str(run.stage("grpo") / "model"), tmp_path / "in.png"
+    Image.linear_gradient("L").convert("RGB").save(picture)
+    out = tmp_path / "out.png"
+    common = [sys.executable, "-m", "rlmm.cli", "sample", model, "what is shown?", "--samples", "2", "--out", str(out)]
+    answers = ["--source", str(picture), "--sampling", "answer={length_limit: 5}"]
+    done = subprocess.run([*common, *answers], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("what is shown?: ") == 2 and not out.exists()
+    thought = Sampling.model_validate({"guidance_scale": 2.0, "thought": {"length_limit": 5}})
+    made = draw_samples(CheckpointPolicy(path=model), ["a"], 2, thought, sources=[read_image(picture)])
+    assert made.grid().size == (2 * 52 + 4, 56) and len(made.texts) == 2
+    bare = draw_samples(CheckpointPolicy(path=model), ["a"], 2, thought)
+    assert bare.texts != made.texts, "the source must matter"
+    with pytest.raises(ValueError, match="is no readable picture"):
+        read_image(Path(__file__))
 
 
 @pytest.mark.parametrize(
