@@ -13,7 +13,7 @@ from rlmm.config.policy import CheckpointPolicy
 from rlmm.config.recipe import Recipe, validate_recipe
 from rlmm.config.stages import EvalStage, ExportStage, GrpoStage
 from rlmm.export_card import CardInfo, HeldOut, model_card
-from rlmm.policies.families.loading import model_class_name, tiny_folder
+from rlmm.policies.families.loading import model_class, tiny_folder
 from rlmm.run_folder import RunFolder, environment
 from rlmm.train.context import StageContext, parent, published_base
 
@@ -82,11 +82,12 @@ def _card(recipe: Recipe, run: RunFolder, stage: str, *, adapter: bool) -> CardI
     trained = [n for n in names if not isinstance(recipe.stages[n], EvalStage | ExportStage)]
     config, codec = recipe.stages[stage], load_codec(run.stage(stage) / "model" / "codec").settings
     rows, columns = codec.grid
+    model = model_class(run.stage(stage) / "model")
     return CardInfo(
         name=f"{recipe.name}-{stage}",
         kind="adapter" if adapter else "merged",
         base=(published_base(_context(recipe, run, stage)) or "../base") if adapter else _origin(recipe),
-        model_class=model_class_name(run.stage(stage) / "model"),
+        model_class=model,
         recipe=recipe.name,
         stages=[(n, f"{recipe.stages[n].kind}, {getattr(recipe.stages[n], 'steps', 0)} steps") for n in trained],
         objective=config.objective.name if isinstance(config, GrpoStage) else "cross-entropy",
@@ -97,7 +98,7 @@ def _card(recipe: Recipe, run: RunFolder, stage: str, *, adapter: bool) -> CardI
         held_out=_held_out(run, stage),
         versions={name: version for name, version in environment()["packages"].items() if version},
         seed=recipe.seed,
-        limitations=(BIDIRECTIONAL,) if family_of(recipe.policy) == "masked" else (),
+        limitations=(BIDIRECTIONAL,) if model[0] == "transformers" and family_of(recipe.policy) == "masked" else (),
     )
 
 

@@ -28,7 +28,7 @@ class CardInfo:
     `base` is a hub id or the path of what the adapter sits on; `stages` are (name, description) in the order
     they ran; `codec` names the image tokenizer, `codec_path` where it lies beside the weights; `data` and
     `reward` are sentences; `versions` maps a library to its version; `limitations` are sentences beyond the
-    standing ones; `model_class` is the class of transformers that loads the model.
+    standing ones; `model_class` is what loads the model: the package to import it from, and the class.
     """
 
     name: str
@@ -45,7 +45,7 @@ class CardInfo:
     versions: Mapping[str, str] = field(default_factory=dict)
     limitations: Sequence[str] = ()
     license: str | None = None
-    model_class: str = "AutoModelForCausalLM"
+    model_class: tuple[str, str] = ("transformers", "AutoModelForCausalLM")
     seed: int | None = None
 
 
@@ -132,12 +132,12 @@ def _held_out_row(figure: HeldOut) -> str:
 
 
 def _loading(info: CardInfo) -> str:
-    name = info.model_class
-    lines = [f"from transformers import {name}", "", f'model = {name}.from_pretrained("path/to/this/folder")']
+    package, name = info.model_class
+    lines = [f"from {package} import {name}", "", f'model = {name}.from_pretrained("path/to/this/folder")']
     if info.kind == "adapter":
         lines = [
             "from peft import PeftModel",
-            f"from transformers import {name}",
+            f"from {package} import {name}",
             "",
             f"base = {name}.from_pretrained({info.base!r})",
             'model = PeftModel.from_pretrained(base, "path/to/this/folder")',

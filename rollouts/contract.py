@@ -71,6 +71,8 @@ class Layout:
     mask: int | None = None
     template: str = "{prompt}"
     after_source: tuple[int, ...] = ()
+    takes_sources: bool = True
+    """Whether a source image has a place before the prompt."""
     family: str = "llama"
     """Who reads the checkpoint: a name of `rlmm.policies.families`, or file.py:NAME."""
     text_end: int | None = None

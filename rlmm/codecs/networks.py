@@ -1,4 +1,5 @@
-"""The image tokenizers of published checkpoints: transformers' own classes, behind one pair of methods.
+"""The image tokenizers of published checkpoints, transformers' own classes where it has them, behind one pair of
+methods.
 
 Shapes: B images, C channels, H x W pixels, N = rows * cols tokens.
 """
@@ -12,6 +13,7 @@ from transformers import ChameleonVQVAE, ChameleonVQVAEConfig, Emu3VQVAE, Emu3VQ
 from transformers.models.janus.modeling_janus import JanusVQVAEDecoder
 
 from rlmm.codecs.base import Codec
+from rlmm.codecs.vqgan import VqganNetwork
 from rlmm.config.base import nearest
 from rlmm.config.codec import PretrainedCodec
 
@@ -81,6 +83,7 @@ NETWORKS: dict[str, Callable[[dict[str, Any]], nn.Module]] = {
     "emu3": Emu3Network,
     "janus": JanusNetwork,
     "chameleon": ChameleonNetwork,
+    "vqgan": VqganNetwork,
 }
 """Name in codec.json -> class with `encode` and `decode` of pixels that are shifted and scaled already."""
 

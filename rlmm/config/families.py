@@ -1,7 +1,5 @@
 """What a stage may ask of a policy's family: refused when the recipe is read, with the reason."""
 
-import json
-from pathlib import Path
 from typing import Literal
 
 from rlmm.config.engines import TorchEngineConfig
@@ -14,17 +12,17 @@ from rlmm.objectives.legality import IllegalObjective, LogProbKind, check_legal
 from rollouts.unmasking import check_steps
 
 Family = Literal["next_token", "masked"]
-LAYOUT = "layout.json"
 
 
 def family_of(policy: Policy) -> Family:
     """Of a recipe's policy. A checkpoint that cannot be read counts as next-token: its loading says what is wrong."""
+    from rlmm.policies.families.loading import is_masked  # the families know the settings that lie here
+
     if isinstance(policy, NewPolicy):
         return policy.family
-    path = Path(policy.path) / LAYOUT
     try:
-        return "masked" if json.loads(path.read_text()).get("mask") is not None else "next_token"
-    except (OSError, json.JSONDecodeError):
+        return "masked" if is_masked(policy) else "next_token"
+    except ValueError:
         return "next_token"
 
 
@@ -48,7 +46,10 @@ def _check_unmasking(place: str, given: UnmaskingConfig | None, family: Family, 
     if family == "masked" and given is None:
         raise ValueError(f"{place}: a masked policy needs it, e.g. {{steps: 8, order: random}}")
     if family == "next_token" and given is not None:
-        raise ValueError(f"{place}: a next-token policy decides one token after the other; leave it out")
+        raise ValueError(
+            f"{place}: a next-token policy decides one token after the other; leave it out (of a masked checkpoint "
+            "that a hub id names, name the family too: policy.family)"
+        )
     if given is not None and positions is not None:
         check_steps(given.record(), positions)
 

@@ -80,6 +80,9 @@ class CheckpointPolicy(Strict):
     """The prompt of the unconditional stream (a negative prompt), for families that take one; their own if null."""
     decoder: str | None = None
     """A file with the weights of the image decoder, for checkpoints that lack it (Chameleon's)."""
+    image_tokenizer: str | None = None
+    """A folder or hub id of the image tokenizer, for checkpoints that come without one (MMaDA, Show-o); the published
+    one if null."""
     tiny: bool = False
     """In place of the checkpoint a random instance of its family's class: a trial of the recipe (`model=tiny`)."""
     dtype: Literal["float32", "bfloat16"] | None = None

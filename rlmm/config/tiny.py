@@ -20,7 +20,8 @@ def tiny_recipe(raw: Mapping[str, Any]) -> dict[str, Any]:
     made["run_dir"] = f"runs/{raw.get('name')}-tiny"
     if policy.get("kind") == "checkpoint":
         policy |= {"tiny": True, "image_size": list(SIZE)}
-        policy.pop("decoder", None)  # a tiny instance brings its own
+        for setting in ("decoder", "image_tokenizer"):  # a tiny instance brings its own
+            policy.pop(setting, None)
     else:
         policy |= {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 64}
     if data.get("kind") == "rows":

@@ -68,7 +68,7 @@ def supervised_batch(layout: Layout, rows: Sequence[Supervised]) -> SequenceBatc
     """Prompt, text, image: right-padded. Targets are the image codes and the text, or without a text the prompt's.
 
     Source images, forced grid tokens, `bos` and begin-of-image are no targets: they are given, and nothing decides
-    them.
+    them. Neither are a template's special tokens that lie outside of the text slice.
     """
     return _right_padded(layout, [_spelled(layout, row) for row in rows])
 
@@ -78,7 +78,8 @@ def _spelled(layout: Layout, row: Supervised) -> tuple[list[int], list[bool], li
     asked = layout.question(row.prompt, row.sources)
     ids, kinds = [*asked, *row.text], [TEXT] * (len(asked) + len(row.text))
     taught = len(row.text) or len(row.prompt)
-    targets = [position >= len(ids) - taught for position in range(len(ids))]
+    low, high = layout.text
+    targets = [position >= len(ids) - taught and low <= token < high for position, token in enumerate(ids)]
     if row.image is not None:
         positions, span = set(layout.grid.decided()), spell_image(layout, row.image)
         ids += [*layout.boi, *span]

@@ -10,6 +10,7 @@ from rollouts.contract import Layout
 
 UNKNOWN = "prompt that the tokenizer cannot spell"
 TOO_LONG = "prompt too long for the model"
+NO_SOURCES = "source image for a family that draws from text alone"
 
 
 class UnusablePrompt(ValueError):
@@ -37,14 +38,15 @@ class Spelling:
 
         The text is data: a special token spelled in it is spelled out, not obeyed. Those of the template are obeyed.
         """
-        ids = [token for piece in self._pieces for token in self._ids(piece, prompt)]
-        if self.tokenizer.unk_token_id is not None and self.tokenizer.unk_token_id in ids:
+        pieces = [(piece, self._ids(piece, prompt)) for piece in self._pieces]
+        # A template may name that very token: phi's is the one that begins and ends a text.
+        if any(self.tokenizer.unk_token_id in ids for piece, ids in pieces if isinstance(piece, str)):
             raise UnusablePrompt(
                 UNKNOWN,
                 f"prompt {prompt!r} has characters that the policy's tokenizer does not know: it cannot tell it from "
                 "other such prompts: rewrite it, or use a checkpoint whose tokenizer covers them",
             )
-        return ids
+        return [token for _, ids in pieces for token in ids]
 
     @cached_property
     def _pieces(self) -> list[str | int]:
@@ -68,6 +70,12 @@ class Spelling:
             ids = self.encode(prompt)
         except UnusablePrompt as error:
             return error
+        if sources and not self.layout.takes_sources:
+            return UnusablePrompt(
+                NO_SOURCES,
+                f"prompt {prompt!r:.200} has {sources} source images, and family {self.layout.family!r} draws from "
+                "text alone here: use rows without them, or a family that edits (emu3, chameleon, janus)",
+            )
         image, what = self.layout.grid.length, "the image" if self.draws else "the answer"
         length = len(self.layout.prefix(ids, [[self.layout.pad] * image] * sources)) + self.text + self.draws * image
         if length <= self.positions:

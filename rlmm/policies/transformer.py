@@ -6,9 +6,10 @@ A family adds how a trajectory is read: `hidden`, `log_probs`, `sequence_log_pro
 import copy
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
@@ -39,6 +40,8 @@ class TransformerPolicy(ABC):
     """Name prefixes of parameters that neither training nor sampling needs (image tokenizers, encoders)."""
     untrained_parts: tuple[str, ...] = ()
     """Of those that sampling may need and that no image token depends on."""
+    projections: Mapping[str, str] = MappingProxyType({})
+    """What the model calls the projections of a Llama that `lora.target_modules` names, where it has other names."""
 
     def __init__(self, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, layout: Layout) -> None:
         self.model, self.tokenizer, self.layout = model, tokenizer, layout
@@ -184,21 +187,31 @@ class TransformerPolicy(ABC):
 
     def add_lora(self, config: Lora, seed: int) -> None:
         """Wrap the model in a fresh LoRA adapter, whose weights are a function of `seed`."""
+        targets = list(dict.fromkeys(self.projections.get(name, name) for name in config.target_modules))
         linear = [name for name, module in self.base.named_modules() if isinstance(module, nn.Linear)]
         known = {name.rsplit(".", 1)[-1] for name in linear if not name.startswith(self.frozen_parts)}
-        unknown = [name for name in config.target_modules if name not in known]
+        unknown = [name for name in targets if name not in known]
         if unknown:
             raise ValueError(f"lora.target_modules names {unknown[0]!r}.{nearest(unknown[0], sorted(known))}")
         settings = LoraConfig(
             r=config.rank,
             lora_alpha=config.alpha,
-            target_modules=list(config.target_modules),
-            exclude_modules="|".join(rf"{re.escape(part)}.*" for part in self.frozen_parts) or None,
-            task_type="CAUSAL_LM",
+            target_modules=targets,
+            exclude_modules="|".join(self._without_adapter(linear)) or None,
+            # PEFT's causal class asks for what only models that go from left to right have.
+            task_type="CAUSAL_LM" if hasattr(self.base, "prepare_inputs_for_generation") else None,
         )
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             self.model = get_peft_model(self.base, settings)
+
+    def _without_adapter(self, linear: list[str]) -> list[str]:
+        """Patterns of the layers that take none: those with no part in drawing, and a head that shares its name with a
+        projection (LLaDA's)."""
+        head = self.base.get_output_embeddings()
+        names = [name for name in linear if self.base.get_submodule(name) is head]
+        shared = [n for n in names if sum(name.rsplit(".", 1)[-1] == n.rsplit(".", 1)[-1] for name in linear) > 1]
+        return [*(rf"{re.escape(part)}.*" for part in self.frozen_parts), *map(re.escape, shared)]
 
     def save(self, folder: Path) -> None:
         """The full model, an adapter folded into a copy of it, with tokenizer and layout, in transformers' files."""

@@ -20,7 +20,7 @@ from rlmm.policies.spelling import Spelling
 from rlmm.policies.transformer import TransformerPolicy
 from rollouts.contract import Layout
 
-SETTINGS = frozenset({"image_size", "template", "null_prompt", "decoder"})
+SETTINGS = frozenset({"image_size", "template", "null_prompt", "decoder", "image_tokenizer"})
 """Of a recipe's policy, those that only some families have a use for."""
 
 
@@ -89,11 +89,12 @@ class Family:
     """How the checkpoints of a family are read.
 
     Attributes:
-        architectures: classes of transformers, as config.json names them.
+        architectures: classes of transformers or of `rlmm.policies.models`, as config.json names them.
         policy: how its sequences are embedded and decided.
         layout: where text and image live in the vocabulary, from a published checkpoint.
         codec: the image tokenizer inside a published checkpoint.
         settings: what of `SETTINGS` a recipe may say of such a checkpoint.
+        masked: whether an image is revealed (masked diffusion), and not written from left to right.
         tiny: writes a random instance of the real class with the published vocabulary, special tokens and grid rules,
             and a few thousand weights beside them: what tests and `model=tiny` run.
     """
@@ -105,6 +106,7 @@ class Family:
     codec: Callable[[Checkpoint], Codec]
     tiny: Callable[[Path, tuple[int, int]], None] | None = None
     settings: frozenset[str] = frozenset({"image_size", "template"})
+    masked: bool = False
 
 
 def _safetensors(source: str, part: str) -> Iterator[tuple[str, Tensor]]:

@@ -21,16 +21,16 @@ from rewards.functions import load_function
 from rlmm.codecs import Codec, load_codec
 from rlmm.config.base import nearest
 from rlmm.config.policy import CheckpointPolicy
-from rlmm.policies.families import chameleon, emu3, janus, llama
+from rlmm.policies.families import chameleon, emu3, janus, llama, mmada
 from rlmm.policies.families.base import SETTINGS, Checkpoint, Family
 from rlmm.policies.layout_io import LAYOUT_FILE, load_layout
+from rlmm.policies.models import CLASSES
 from rlmm.policies.spelling import Spelling
 from rlmm.policies.transformer import TransformerPolicy
 from rollouts.contract import Layout
 
-FAMILIES: Mapping[str, Family] = {
-    family.name: family for family in (llama.FAMILY, emu3.FAMILY, chameleon.FAMILY, chameleon.LUMINA, janus.FAMILY)
-}
+SHIPPED = (llama.FAMILY, emu3.FAMILY, chameleon.FAMILY, chameleon.LUMINA, janus.FAMILY, mmada.FAMILY)
+FAMILIES: Mapping[str, Family] = {family.name: family for family in SHIPPED}
 """Name -> family. Another one needs no entry: a recipe names it as `policy.family: my_family.py:family`."""
 
 
@@ -126,10 +126,21 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
         return made.from_config(config) if made is AutoModelForCausalLM else made(config)
 
 
-def model_class_name(source: Path | str) -> str:
-    """The class of transformers that loads a checkpoint's model."""
+def model_class(source: Path | str) -> tuple[str, str]:
+    """What loads a checkpoint's model: the package to import from, and the class."""
     config = load_config(source)
-    return _model_class(_by_class(config), config).__name__
+    name = _model_class(_by_class(config), config).__name__
+    return CLASSES[name].__module__ if name in CLASSES else "transformers", name
+
+
+def is_masked(options: CheckpointPolicy) -> bool:
+    """Whether a checkpoint is of a masked family: by its name, else by the files of a folder. Of a hub id without a
+    name nothing is known before it is loaded: False. Raises ValueError as `find_family` does."""
+    if own_folder(options.path) and not options.tiny:
+        return load_layout(Path(options.path)).mask is not None
+    if options.family is not None:
+        return find_family(options.family).masked
+    return Path(options.path).is_dir() and _by_class(load_config(options.path)).masked
 
 
 def tiny_folder(options: CheckpointPolicy) -> Path:
@@ -176,6 +187,8 @@ def _by_class(config: PretrainedConfig) -> Family:
 
 
 def _model_class(family: Family, config: PretrainedConfig) -> Any:
-    """The class of transformers that the checkpoint was saved from, where it is one of the family's."""
+    """The class that the checkpoint was saved from, where it is one of the family's."""
     known = [name for name in config.architectures or () if name in family.architectures]
-    return getattr(transformers, known[0]) if known else AutoModelForCausalLM
+    if not known:
+        return AutoModelForCausalLM
+    return CLASSES[known[0]] if known[0] in CLASSES else getattr(transformers, known[0])
