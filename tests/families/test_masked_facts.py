@@ -1,6 +1,7 @@
 """What a masked family states of its checkpoints, against what was published of them (tests/fixtures/families)."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rlmm.codecs import NetworkCodec
+from rlmm.codecs.vq_model import vq_model_config, vq_model_name
 from rlmm.codecs.vqgan import MAGVITV2, VqganNetwork
 from rlmm.config.families import family_of
 from rlmm.config.policy import CheckpointPolicy
 from rlmm.policies.families.base import Checkpoint
-from rlmm.policies.families.loading import checkpoint_codec, empty_model, layout_of, load_policy
+from rlmm.policies.families.loading import checkpoint_codec, empty_model, layout_of, load_policy, load_spelling
+from rlmm.policies.layout_io import supervised_batch
 from rlmm.policies.models import LLaDAConfig, MMadaConfig
 from tests.families.checkpoints import facts
 from tests.families.masked_checkpoints import MASKED, SIZE, tiny
@@ -53,6 +56,51 @@ def test_mmada_is_spelled_as_published() -> None:
     assert layout.vocab_size == facts("mmada")["config"]["vocab_size"]
 
 
+def test_lumina_dimoo_is_spelled_as_published() -> None:
+    stated = facts("lumina_dimoo")
+    layout, token = layout_of(tiny("lumina_dimoo").path, tiny("lumina_dimoo")), stated["tokens"]
+    checkpoint = Checkpoint(tiny("lumina_dimoo").path, tiny("lumina_dimoo"))
+    text = {number: name for name, number in checkpoint.vocabulary.items()}
+    prompt = list(checkpoint.spelled(layout, "a cat"))
+    whole = spelled("lumina_dimoo", prompt)
+    assert "".join(text[i] for i in [layout.bos, *prompt]) == stated["template"].format(prompt="a cat")
+    null = [layout.bos, *layout.null(prompt)]
+    assert "".join(text[i] for i in null) == stated["templates"]["unconditional"] and token["<uncondition>"] in null
+    row = [*[token["mask"]] * 4, token["newline"]]
+    assert whole[1 + len(prompt) :] == [
+        token["answer_start"], token["boi"], *row * 3, token["eoi"], token["answer_end"],
+    ]  # fmt: skip
+    assert layout.image == (token["first_image"], token["last_image"] + 1)
+    assert layout.vocab_size == stated["config"]["vocab_size_from_slices"]
+    spelling = load_spelling(checkpoint.source, checkpoint.options.model_copy(update={"image_size": (1024, 1024)}))
+    assert spelling.fault("a cat", 0) is None
+
+
+def test_a_templates_tokens_outside_of_the_text_are_no_targets_and_neither_is_what_announces_an_image() -> None:
+    layout = layout_of(tiny("lumina_dimoo").path, tiny("lumina_dimoo"))
+    prompt = list(Checkpoint(tiny("lumina_dimoo").path, tiny("lumina_dimoo")).spelled(layout, "a cat"))
+    batch = supervised_batch(layout, [prompt], [list(range(12))])
+    targets = batch.ids_BT[0][batch.target_BT[0]].tolist()
+    assert targets == [i for i in prompt if i < 126336] + [126356 + code for code in range(12)]
+    assert len(targets) < len(prompt) + 12
+
+
+def test_a_tokenizer_that_begins_with_bos_keeps_it(tmp_path: Path) -> None:
+    shutil.copytree(tiny("lumina_dimoo").path, tmp_path / "bos")
+    file = tmp_path / "bos" / "tokenizer.json"
+    bos = {"id": "<|startoftext|>", "ids": [126080], "tokens": ["<|startoftext|>"]}
+    adds = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": bos["id"], "type_id": 0}},
+            {"Sequence": {"id": "A", "type_id": 0}}], "pair": [{"Sequence": {"id": "A", "type_id": 0}},
+            {"Sequence": {"id": "B", "type_id": 1}}], "special_tokens": {bos["id"]: bos}}  # fmt: skip
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"post_processor": adds}))
+    options = tiny("lumina_dimoo").model_copy(update={"path": str(tmp_path / "bos")})
+    layout, plain = layout_of(options.path, options), layout_of(tiny("lumina_dimoo").path, tiny("lumina_dimoo"))
+    checkpoint = Checkpoint(options.path, options)
+    assert layout.bos == 126080 and layout.template == "<system>" + plain.template
+    prefix = layout.prefix(checkpoint.spelled(layout, "a cat"))
+    assert prefix == (126080, *plain.prefix(checkpoint.spelled(plain, "a cat")))
+
+
 @pytest.mark.parametrize("name", MASKED)
 def test_the_mask_can_be_drawn_in_no_modality(name: str) -> None:
     layout = layout_of(tiny(name).path, tiny(name))
@@ -67,7 +115,10 @@ def test_a_families_own_size_is_the_published_one(name: str) -> None:
     assert len(grid.decided()) == OWN_TOKENS[name]
 
 
-OWN_TOKENS = {"mmada": facts("mmada")["config"]["num_vq_tokens"]}
+OWN_TOKENS = {
+    "mmada": facts("mmada")["config"]["num_vq_tokens"],
+    "lumina_dimoo": facts("lumina_dimoo")["config"]["image_body_length_1024"] - 64,
+}
 
 
 @pytest.mark.parametrize(("name", "config"), [("mmada", published_mmada())])
@@ -81,6 +132,54 @@ def test_the_full_model_has_the_published_weights(name: str, config: LLaDAConfig
     # 6.98 billion without the tables: model card of LLaDA's successor, which compares the two.
     tables = 2 * config.rows * config.d_model
     assert (sum(weight.numel() for weight in model.parameters()) - tables) / 1e9 == pytest.approx(6.98, abs=0.005)
+
+
+def test_amuseds_tokenizer_gives_the_codes_and_pixels_of_diffusers_class() -> None:
+    golden = facts("vq_model")
+    shapes, config = golden["weights"], vq_model_config(golden["config"], "here")
+    network = VqganNetwork(config).double()
+    theirs = {name: vq_model_name(name, 3) for name in network.state_dict()}
+    assert sorted(theirs.values()) == sorted(shapes)
+    weights = {name: golden_weight(i, shapes[name]) for i, name in enumerate(sorted(shapes))}
+    network.load_state_dict({name: weights[published] for name, published in theirs.items()})
+    place = torch.arange(2 * 3 * 16 * 24, dtype=torch.float64)
+    with torch.no_grad():
+        codes, latents = network.encode(((place**1.3).sin() / 2 + 0.5).reshape(2, 3, 16, 24))
+        pixels = network.decode((torch.arange(48) * 29 % 64).view(2, 4, 6))
+    torch.testing.assert_close(latents.flatten()[:8].tolist(), golden["latents"], rtol=0, atol=1e-9)
+    assert codes.tolist() == golden["codes"] and len({*golden["codes"][0]}) > 5
+    torch.testing.assert_close(pixels.flatten()[::97].tolist()[:24], golden["pixels"], rtol=0, atol=1e-9)
+
+
+def golden_weight(number: int, shape: list[int]) -> torch.Tensor:
+    """The rule in the fixture."""
+    place = torch.arange(math.prod(shape), dtype=torch.float64)
+    if len(shape) == 1:
+        return 0.5 + 0.5 * (place + number).sin()
+    return (place * 0.7 + number).sin().reshape(shape) * (2.0 / max(1, math.prod(shape[1:]))) ** 0.5
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"mid_block_add_attention": True}, "mid_block_add_attention: True"),
+        ({"down_block_types": ["AttnDownEncoderBlock2D"]}, "a block AttnDownEncoderBlock2D"),
+        ({"block_out_channels": [64, 96]}, "96 channels"),
+    ],
+)
+def test_a_vq_model_of_another_build_is_refused(change: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=f"image tokenizer of here has {says}"):
+        vq_model_config(facts("vq_model")["config"] | change, "here")
+
+
+def test_a_llada_that_does_not_draw_is_named(tmp_path: Path) -> None:
+    shutil.copytree(tiny("lumina_dimoo").path, tmp_path / "text")
+    file = tmp_path / "text" / "config.json"
+    text_alone = json.loads(file.read_text()) | {"vocab_size": 126464, "architectures": ["LLaDAModelLM"]}
+    file.write_text(json.dumps(text_alone))
+    options = CheckpointPolicy(path=str(tmp_path / "text"))
+    with pytest.raises(ValueError, match="has a table of 126464 rows, and image codes go up to 134548"):
+        layout_of(options.path, options)
 
 
 def test_an_architecture_that_was_never_published_is_refused() -> None:

@@ -21,7 +21,7 @@ from rewards.functions import load_function
 from rlmm.codecs import Codec, load_codec
 from rlmm.config.base import nearest
 from rlmm.config.policy import CheckpointPolicy
-from rlmm.policies.families import chameleon, emu3, janus, llama, mmada
+from rlmm.policies.families import chameleon, emu3, janus, llama, lumina_dimoo, mmada
 from rlmm.policies.families.base import SETTINGS, Checkpoint, Family
 from rlmm.policies.layout_io import LAYOUT_FILE, load_layout
 from rlmm.policies.models import CLASSES
@@ -29,7 +29,15 @@ from rlmm.policies.spelling import Spelling
 from rlmm.policies.transformer import TransformerPolicy
 from rollouts.contract import Layout
 
-SHIPPED = (llama.FAMILY, emu3.FAMILY, chameleon.FAMILY, chameleon.LUMINA, janus.FAMILY, mmada.FAMILY)
+SHIPPED = (
+    llama.FAMILY,
+    emu3.FAMILY,
+    chameleon.FAMILY,
+    chameleon.LUMINA,
+    janus.FAMILY,
+    mmada.FAMILY,
+    lumina_dimoo.FAMILY,
+)
 FAMILIES: Mapping[str, Family] = {family.name: family for family in SHIPPED}
 """Name -> family. Another one needs no entry: a recipe names it as `policy.family: my_family.py:family`."""
 

@@ -13,6 +13,7 @@ from rlmm.policies.models.llada import LLaDAConfig, LLaDAForMultiModalGeneration
 CLASSES: Mapping[str, type[PreTrainedModel]] = {
     "MMadaModelLM": MMadaModelLM,
     "LLaDAForMultiModalGeneration": LLaDAForMultiModalGeneration,
+    "LLaDAModelLM": LLaDAForMultiModalGeneration,
 }
 """Name in a checkpoint's config.json -> class. Their configurations are known to transformers' AutoConfig from here on,
 before any code that a checkpoint brings along, which is never run."""
