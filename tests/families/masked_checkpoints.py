@@ -16,9 +16,9 @@ from rollouts.torch_engine.masked import MaskedTorchEngine
 from rollouts.trajectory import Span, Trajectory
 from rollouts.unmasking import Unmasking
 
-MASKED = ("mmada", "lumina_dimoo")
+MASKED = ("mmada", "lumina_dimoo", "show_o")
 SIZE = (48, 64)
-LARGER = {"mmada": 6, "lumina_dimoo": 6}
+LARGER = {"mmada": 6, "lumina_dimoo": 6, "show_o": 6}
 """What weights are multiplied by, so that what a position sees matters: a wrong attention or prefix shows."""
 _scratch = tempfile.TemporaryDirectory()
 

@@ -9,6 +9,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Regex, Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from transformers import PreTrainedTokenizerFast
 
 from rlmm.codecs import NetworkCodec
 from rlmm.codecs.vq_model import vq_model_config, vq_model_name
@@ -18,7 +22,7 @@ from rlmm.config.policy import CheckpointPolicy
 from rlmm.policies.families.base import Checkpoint
 from rlmm.policies.families.loading import checkpoint_codec, empty_model, layout_of, load_policy, load_spelling
 from rlmm.policies.layout_io import supervised_batch
-from rlmm.policies.models import LLaDAConfig, MMadaConfig
+from rlmm.policies.models import LLaDAConfig, MMadaConfig, Showo, ShowoConfig
 from tests.families.checkpoints import facts
 from tests.families.masked_checkpoints import MASKED, SIZE, tiny
 
@@ -54,6 +58,78 @@ def test_mmada_is_spelled_as_published() -> None:
     assert layout.image == tuple(facts("mmada")["config"]["image_logits_slice"]) and layout.pad == token["[iPAD]"]
     assert layout.image == (token["first_image"], token["last_image"] + 1)
     assert layout.vocab_size == facts("mmada")["config"]["vocab_size"]
+
+
+def test_show_o_is_spelled_as_published() -> None:
+    layout, token = layout_of(tiny("show_o").path, tiny("show_o")), facts("show_o")["tokens"]
+    checkpoint = Checkpoint(tiny("show_o").path, tiny("show_o"))
+    named = {name: number for name, number in token.items() if name in checkpoint.vocabulary}
+    assert len(named) == 11 and all(checkpoint.vocabulary[name] == number for name, number in named.items())
+    prompt = list(checkpoint.spelled(layout, "a cat"))
+    wanted = [token["<|t2i|>"], token["bos"], *prompt[1:-1], token["eos"], token["<|soi|>"]]
+    assert len(prompt) == 7
+    assert spelled("show_o", prompt) == [*wanted, *[token["mask"]] * 12, token["<|eoi|>"]]
+    assert layout.prefix(layout.null(prompt)) == (token["<|t2i|>"], token["bos"], token["eos"], token["<|soi|>"])
+    assert layout.image == tuple(facts("show_o")["config"]["image_logits_slice"]) and layout.pad == token["[PAD]"]
+    assert layout.vocab_size == facts("show_o")["config"]["vocab_size"]
+
+
+@pytest.mark.parametrize("normed", [True, False])
+def test_show_o_is_read_as_its_authors_keep_it(normed: bool, tmp_path: Path) -> None:
+    """A config.json of the table alone, a pickle of weights, and the tokenizer of another checkpoint."""
+    stated, phi = facts("show_o")["config"], tmp_path / "phi"
+    words = {f"<w{i}>": i for i in range(stated["llm_vocab_size"])} | {"<|endoftext|>": 50256}
+    words = {word: number for word, number in words.items() if word != "<w50256>"}
+    words |= {letter: words.pop(f"<w{200 + i}>") for i, letter in enumerate("a cirle")}
+    plain = Tokenizer(WordLevel(words, unk_token="<|endoftext|>"))
+    plain.pre_tokenizer = Split(Regex(r"[\s\S]"), "isolated")
+    end = "<|endoftext|>"
+    PreTrainedTokenizerFast(tokenizer_object=plain, bos_token=end, eos_token=end, unk_token=end).save_pretrained(phi)
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    model = Showo(ShowoConfig(**small, qk_layernorm=normed))
+    folder = tmp_path / "showo"
+    folder.mkdir()
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    table = {name: stated[name] for name in ("vocab_size", "llm_vocab_size", "codebook_size", "mask_token_id")}
+    record = {"_class_name": "Showo", **table, "num_vq_tokens": 1024, "w_clip_vit": False}
+    (folder / "config.json").write_text(json.dumps(record | small | {"llm_model_path": str(phi)}))
+    options = CheckpointPolicy(path=str(folder))
+    policy = load_policy(options.path, options)
+    assert policy.layout.family == "show_o" and len(policy.layout.grid.decided()) == 1024
+    assert policy.layout.image == tuple(stated["image_logits_slice"]) and family_of(options) == "masked"
+    tokens = facts("show_o")["tokens"]
+    assert policy.encode_prompt("a circle")[::9] == [tokens["bos"], tokens["eos"]]
+    for name, weight in policy.base.named_parameters():
+        assert weight.equal(model.get_parameter(name))
+    assert any("q_layernorm" in name for name, _ in policy.base.named_parameters()) == normed
+    policy.save(tmp_path / "saved")
+    again = load_policy(tmp_path / "saved")
+    assert again.encode_prompt("a circle") == policy.encode_prompt("a circle")
+
+
+def test_a_show_o_with_clip_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "Showo", "w_clip_vit": True}))
+    with pytest.raises(ValueError, match="reads pictures through CLIP"):
+        load_policy(tmp_path, CheckpointPolicy(path=str(tmp_path), family="show_o"))
+
+
+@pytest.mark.parametrize("normed", [True, False])
+def test_the_full_show_o_has_the_published_weights(normed: bool) -> None:
+    config = ShowoConfig(qk_layernorm=normed, architectures=["Showo"])
+    stated = facts("show_o")
+    assert all(getattr(config, name) == stated["config"][name] for name in PHI)
+    shapes = {n: list(weight.shape) for n, weight in empty_model(config).state_dict().items()}
+    wanted = stated["weights"] | (stated["weights_where_queries_and_keys_are_normed"] if normed else {})
+    assert {n: shapes.get(n) for n in wanted} == wanted
+    assert {n for n in shapes if ".layers.23." in n} == {n for n in wanted if ".layers.23." in n}
+    assert {n for n in shapes if ".layers." not in n} == {n for n in wanted if ".layers." not in n}
+
+
+PHI = (
+    "vocab_size", "llm_vocab_size", "mask_token_id", "hidden_size", "intermediate_size", "num_hidden_layers",
+    "num_attention_heads", "num_key_value_heads", "hidden_act", "layer_norm_eps", "max_position_embeddings",
+)  # fmt: skip
 
 
 def test_lumina_dimoo_is_spelled_as_published() -> None:
@@ -118,6 +194,7 @@ def test_a_families_own_size_is_the_published_one(name: str) -> None:
 OWN_TOKENS = {
     "mmada": facts("mmada")["config"]["num_vq_tokens"],
     "lumina_dimoo": facts("lumina_dimoo")["config"]["image_body_length_1024"] - 64,
+    "show_o": facts("show_o")["config"]["num_vq_tokens_256"],
 }
 
 

@@ -2,18 +2,18 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PhiForCausalLM
 
 from rlmm.codecs import codec_hash, load_codec, save_codec
 from rlmm.config.policy import Lora
 from rlmm.policies.families.loading import checkpoint_codec, load_policy
 from rlmm.policies.layout_io import read_codes, supervised_batch
 from rlmm.policies.masked import States
-from rlmm.policies.models import MMadaConfig, MMadaModelLM
+from rlmm.policies.models import MMadaConfig, MMadaModelLM, Showo
 from rlmm.policies.spelling import NO_SOURCES
 from rollouts.law import Law
 from rollouts.unmasking import Unmasking
@@ -69,6 +69,34 @@ def test_llada_is_transformers_llama_without_the_causal_mask() -> None:
     assert float((found[0, 3] - cut[0, 3]).abs().max()) > 1e-2  # what comes later is seen
 
 
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_show_o_is_transformers_phi_under_the_published_mask(implementation: str) -> None:
+    """Two prompts, one left-padded and one right-padded, and the mask written out place by place."""
+    policy = peaked("show_o")
+    model = cast(Showo, policy.base)
+    model.set_attn_implementation(implementation)
+    text, image = [50300, 50256, 40, 41, 42, 50256], [50296, 50310, 58497, 50320, 50297]
+    pads = [50295] * 3
+    ids = torch.tensor([[*pads, *text, *image], [*text, *image, *pads]])
+    seen = ids != 50295
+    allowed = torch.zeros(2, 14, 14, dtype=torch.bool)
+    for row, start in ((0, 9), (1, 6)):
+        for query in range(14):
+            for key in range(14):
+                whole = start <= query < start + len(image)
+                allowed[row, query, key] = bool(seen[row, key]) and (whole or key <= query)
+    phi = PhiForCausalLM(model.config)
+    phi.load_state_dict(model.showo.state_dict())
+    positions = (seen.long().cumsum(-1) - 1).clamp_min(0)
+    bias = torch.zeros(2, 1, 14, 14).masked_fill(~allowed[:, None], torch.finfo(torch.float32).min)
+    with torch.no_grad():
+        found = model(ids, seen, positions).logits
+        wanted = phi.eval()(input_ids=ids, attention_mask=bias, position_ids=positions).logits
+        causal = phi(input_ids=ids, attention_mask=seen, position_ids=positions).logits
+    torch.testing.assert_close(found[seen], wanted[seen], rtol=0, atol=1e-4)
+    assert float((found - causal)[seen].abs().max()) > 1e-2
+
+
 @pytest.mark.parametrize("order", ["random", "ancestral", "confidence"])
 @pytest.mark.parametrize("law", LAWS)
 @pytest.mark.parametrize("name", MASKED)
@@ -112,7 +140,8 @@ def test_supervised_log_probs_are_those_of_the_sampled_states(name: str) -> None
 
 @pytest.mark.parametrize("name", MASKED)
 def test_what_a_position_sees(name: str) -> None:
-    """An image position sees the prompt and every image position. Padding is seen by none."""
+    """An image position sees the prompt and every image position, and so does the prompt, but for Show-o's, which sees
+    what comes before. Padding is seen by none."""
     policy = peaked(name)
     low = policy.layout.image[0]
     prefix = policy.layout.prefix(policy.encode_prompt("a circle"))
@@ -133,6 +162,9 @@ def test_what_a_position_sees(name: str) -> None:
         changed[0, place] = token
         moved = (read(changed) - plain).abs().amax(-1) > 1e-4
         assert moved[start:].all()
+        seen_by_text = name != "show_o" or place < start
+        assert moved[: start - 1].all() if name != "show_o" else not moved[: min(place, start - 1)].any()
+        assert moved[start - 1] and seen_by_text == bool(moved[start - 2])
 
 
 @pytest.mark.parametrize("name", MASKED)
@@ -145,7 +177,7 @@ def test_lora_trains_the_projections_of_every_layer_and_no_head(name: str) -> No
     made = sample(policy, Law(policy.layout.image, guidance_scale=2.0), Unmasking(3))  # pyrefly: ignore
     policy.log_probs(made).logp_BS.sum().backward()
     gradients = [p.grad for n, p in policy.model.named_parameters() if "lora_B" in n]
-    assert all(gradient is not None and gradient.abs().sum() > 0 for gradient in gradients)
+    assert all(gradient is not None and 0 < gradient.abs().sum() < torch.inf for gradient in gradients)
 
 
 @pytest.mark.parametrize("name", MASKED)
@@ -160,6 +192,13 @@ def test_pixels_become_codes_and_pixels_again_and_the_codec_is_kept(name: str, t
     back = load_codec(tmp_path)
     assert codec_hash(back) == codec_hash(codec)
     assert back.encode(images).equal(codes) and back.decode(codes).equal(pixels)
+
+
+def test_show_os_text_is_never_masked() -> None:
+    policy = load_policy(tiny("show_o").path, tiny("show_o"))
+    batch = supervised_batch(policy.layout, [policy.encode_prompt("a circle")], [list(range(12))])
+    with pytest.raises(ValueError, match="text is causal.*text_weight: 0"):
+        policy.sequence_log_probs(replace(batch, noised_BT=batch.target_BT))
 
 
 @pytest.mark.parametrize("name", MASKED)

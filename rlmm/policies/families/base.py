@@ -10,12 +10,14 @@ from typing import Any, cast
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
 from rlmm.codecs import Codec
 from rlmm.config.base import nearest
 from rlmm.config.policy import CheckpointPolicy
+from rlmm.policies.models import Showo, ShowoConfig
 from rlmm.policies.spelling import Spelling
 from rlmm.policies.transformer import TransformerPolicy
 from rollouts.contract import Layout
@@ -35,16 +37,27 @@ class Checkpoint:
     def config(self) -> PretrainedConfig:
         """Raises ValueError where there is none."""
         try:
+            stated, _ = PretrainedConfig.get_config_dict(self.source)
+            if stated.get("_class_name") == Showo.__name__:  # no format of transformers'
+                return ShowoConfig.published(self.source, stated)
             return AutoConfig.from_pretrained(self.source)
         except (OSError, ValueError) as error:
             raise _unreadable(self.source, error) from error
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Show-o comes without one: its language model's, with what Show-o adds to it."""
+        added_to = self.config if isinstance(self.config, ShowoConfig) else None
+        if added_to is not None and _found(self.source, TOKENIZER_CONFIG_FILE) is not None:
+            added_to = None
+        source = self.source if added_to is None else added_to.llm_model_path
         try:
-            return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(self.source))
+            made = cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(source))
         except (OSError, ValueError) as error:
-            raise _unreadable(self.source, error) from error
+            raise _unreadable(source, error) from error
+        if added_to is not None:
+            added_to.complete(made)
+        return made
 
     @cached_property
     def vocabulary(self) -> dict[str, int]:

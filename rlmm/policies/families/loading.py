@@ -21,7 +21,7 @@ from rewards.functions import load_function
 from rlmm.codecs import Codec, load_codec
 from rlmm.config.base import nearest
 from rlmm.config.policy import CheckpointPolicy
-from rlmm.policies.families import chameleon, emu3, janus, llama, lumina_dimoo, mmada
+from rlmm.policies.families import chameleon, emu3, janus, llama, lumina_dimoo, mmada, show_o
 from rlmm.policies.families.base import SETTINGS, Checkpoint, Family
 from rlmm.policies.layout_io import LAYOUT_FILE, load_layout
 from rlmm.policies.models import CLASSES
@@ -30,14 +30,9 @@ from rlmm.policies.transformer import TransformerPolicy
 from rollouts.contract import Layout
 
 SHIPPED = (
-    llama.FAMILY,
-    emu3.FAMILY,
-    chameleon.FAMILY,
-    chameleon.LUMINA,
-    janus.FAMILY,
-    mmada.FAMILY,
-    lumina_dimoo.FAMILY,
-)
+    llama.FAMILY, emu3.FAMILY, chameleon.FAMILY, chameleon.LUMINA, janus.FAMILY,
+    mmada.FAMILY, lumina_dimoo.FAMILY, show_o.FAMILY,
+)  # fmt: skip
 FAMILIES: Mapping[str, Family] = {family.name: family for family in SHIPPED}
 """Name -> family. Another one needs no entry: a recipe names it as `policy.family: my_family.py:family`."""
 
@@ -64,10 +59,10 @@ def load_policy(source: Path | str, options: CheckpointPolicy | None = None) -> 
     family = find_family(layout.family)
     named = None if options is None else options.dtype or (None if own_folder(source) else "float32")
     dtype = "auto" if named is None else getattr(torch, named)
+    kind = _model_class(family, checkpoint.config)
+    known = {"config": checkpoint.config} if kind in CLASSES.values() else {}
     try:
-        model, report = _model_class(family, checkpoint.config).from_pretrained(
-            checkpoint.source, dtype=dtype, output_loading_info=True
-        )
+        model, report = kind.from_pretrained(checkpoint.source, dtype=dtype, output_loading_info=True, **known)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(
             f"{source} is not a readable checkpoint ({error}); give a complete model folder or a hub id"

@@ -32,12 +32,12 @@ class Marks:
     pad: int
 
 
-def unified_layout(checkpoint: Checkpoint, marks: Marks, *, text: int, own: int, family: str) -> Layout:
+def unified_layout(checkpoint: Checkpoint, marks: Marks, *, text: int | None, own: int, family: str) -> Layout:
     """`<|t2i|> <bos> prompt <eos> <|soi|>`, codes, `<|eoi|>`; unconditionally the prompt is empty. The codes follow the
     tokenizer's last token.
 
     Args:
-        text: where the tokens end that text is made of.
+        text: where the tokens end that text is made of; None: where the codes begin.
         own: side in pixels of the images that the checkpoint was made for.
     """
     height, width = checkpoint.size((own, own), STEP)
@@ -51,7 +51,7 @@ def unified_layout(checkpoint: Checkpoint, marks: Marks, *, text: int, own: int,
     around = f"{tokenizer.bos_token}{{}}{tokenizer.eos_token}"
     plain = Layout(
         vocab_size=config.vocab_size,
-        text=(0, text),
+        text=(0, first if text is None else text),
         image=(first, first + CODES),
         bos=marks.task,
         pad=marks.pad,

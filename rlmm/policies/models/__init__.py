@@ -9,15 +9,18 @@ from collections.abc import Mapping
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from rlmm.policies.models.llada import LLaDAConfig, LLaDAForMultiModalGeneration, MMadaConfig, MMadaModelLM
+from rlmm.policies.models.showo import Showo, ShowoConfig
 
 CLASSES: Mapping[str, type[PreTrainedModel]] = {
     "MMadaModelLM": MMadaModelLM,
     "LLaDAForMultiModalGeneration": LLaDAForMultiModalGeneration,
     "LLaDAModelLM": LLaDAForMultiModalGeneration,
+    "Showo": Showo,
 }
 """Name in a checkpoint's config.json -> class. Their configurations are known to transformers' AutoConfig from here on,
 before any code that a checkpoint brings along, which is never run."""
 
-for _config, _model in ((MMadaConfig, MMadaModelLM), (LLaDAConfig, LLaDAForMultiModalGeneration)):
+_PAIRS = ((MMadaConfig, MMadaModelLM), (LLaDAConfig, LLaDAForMultiModalGeneration), (ShowoConfig, Showo))
+for _config, _model in _PAIRS:
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
     AutoModelForCausalLM.register(_config, _model, exist_ok=True)
