@@ -71,24 +71,25 @@ def test_llada_is_transformers_llama_without_the_causal_mask() -> None:
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_show_o_is_transformers_phi_under_the_published_mask(implementation: str) -> None:
-    """Two prompts, one left-padded and one right-padded, and the mask written out place by place."""
+    """Two sequences with text after the image, one left-padded, one right-padded, and the mask place by place."""
     policy = peaked("show_o")
     model = cast(Showo, policy.base)
     model.set_attn_implementation(implementation)
     text, image = [50300, 50256, 40, 41, 42, 50256], [50296, 50310, 58497, 50320, 50297]
-    pads = [50295] * 3
-    ids = torch.tensor([[*pads, *text, *image], [*text, *image, *pads]])
+    pads, after = [50295] * 3, [43, 44]
+    ids = torch.tensor([[*pads, *text, *image, *after], [*text, *image, *after, *pads]])
     seen = ids != 50295
-    allowed = torch.zeros(2, 14, 14, dtype=torch.bool)
+    places = range(ids.shape[1])
+    allowed = torch.zeros(2, len(places), len(places), dtype=torch.bool)
     for row, start in ((0, 9), (1, 6)):
-        for query in range(14):
-            for key in range(14):
+        for query in places:
+            for key in places:
                 whole = start <= query < start + len(image)
                 allowed[row, query, key] = bool(seen[row, key]) and (whole or key <= query)
     phi = PhiForCausalLM(model.config)
     phi.load_state_dict(model.showo.state_dict())
     positions = (seen.long().cumsum(-1) - 1).clamp_min(0)
-    bias = torch.zeros(2, 1, 14, 14).masked_fill(~allowed[:, None], torch.finfo(torch.float32).min)
+    bias = torch.zeros(allowed[:, None].shape).masked_fill(~allowed[:, None], torch.finfo(torch.float32).min)
     with torch.no_grad():
         found = model(ids, seen, positions).logits
         wanted = phi.eval()(input_ids=ids, attention_mask=bias, position_ids=positions).logits
