@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PhiForCausalLM
 from rlmm.codecs import codec_hash, load_codec, save_codec
 from rlmm.config.policy import Lora
 from rlmm.policies.families.loading import checkpoint_codec, load_policy
-from rlmm.policies.layout_io import read_codes, supervised_batch
+from rlmm.policies.layout_io import Supervised, read_codes, supervised_batch
 from rlmm.policies.masked import States
 from rlmm.policies.models import MMadaConfig, MMadaModelLM, Showo
 from rlmm.policies.spelling import NO_SOURCES
@@ -127,7 +127,8 @@ def test_supervised_log_probs_are_those_of_the_sampled_states(name: str) -> None
     made = sample(policy, Law(policy.layout.image), Unmasking(3))
     codes = read_codes(policy.layout, made.ids).tolist()
     prompts = [policy.encode_prompt(row.rsplit("/", 1)[0]) for row in made.sample_id]
-    batch = supervised_batch(policy.layout, prompts, codes)
+    rows = [Supervised(prompt, image) for prompt, image in zip(prompts, codes, strict=True)]
+    batch = supervised_batch(policy.layout, rows)
     hidden_BS = made.target_mask & (torch.arange(made.ids.shape[1]) % 3 != 0)
     noised_BT = torch.zeros_like(batch.mask_BT)
     for row, prompt in enumerate(prompts):
@@ -197,7 +198,7 @@ def test_pixels_become_codes_and_pixels_again_and_the_codec_is_kept(name: str, t
 
 def test_show_os_text_is_never_masked() -> None:
     policy = load_policy(tiny("show_o").path, tiny("show_o"))
-    batch = supervised_batch(policy.layout, [policy.encode_prompt("a circle")], [list(range(12))])
+    batch = supervised_batch(policy.layout, [Supervised(policy.encode_prompt("a circle"), range(12))])
     with pytest.raises(ValueError, match="text is causal.*text_weight: 0"):
         policy.sequence_log_probs(replace(batch, noised_BT=batch.target_BT))
 
