@@ -16,10 +16,10 @@ Family = Literal["next_token", "masked"]
 
 def family_of(policy: Policy) -> Family:
     """Of a recipe's policy. A checkpoint that cannot be read counts as next-token: its loading says what is wrong."""
-    from rlmm.policies.families.loading import is_masked  # the families know the settings that lie here
-
     if isinstance(policy, NewPolicy):
         return policy.family
+    from rlmm.policies.families.loading import is_masked  # which itself reads the settings beside this file
+
     try:
         return "masked" if is_masked(policy) else "next_token"
     except ValueError:
