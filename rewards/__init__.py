@@ -26,6 +26,8 @@ REWARDS: dict[str, Callable[..., Reward]] = {
     "wer": answers.wer,
     "bleu": answers.bleu,
     "cider": answers.cider,
+    "pairwise": judges.pairwise,
+    "ranking": judges.ranking,
     "function": own.function,
 }
 """Every reward by name. An entry's keyword arguments are the reward's options; its docstring's first line

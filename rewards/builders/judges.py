@@ -150,3 +150,43 @@ def viescore(server: Connect, *, max_tokens: int = 512) -> Reward:
     from rewards.verifier.viescore import VieScoreReward
 
     return VieScoreReward(server(), max_tokens=max_tokens)
+
+
+@_served
+def pairwise(
+    server: Connect,
+    *,
+    better: str = "overall",
+    opponents: int = 0,
+    disagreement: Literal["tie", "unavailable"] = "tie",
+    min_share: float = 0.5,
+    min_mass: float = 0.5,
+    top_logprobs: int = 20,
+) -> Reward:
+    """A served multimodal model's win rate of each sample over its group, pairs in both orders."""
+    from rewards.verifier.pairwise import PairwiseReward
+
+    return PairwiseReward(
+        server(),
+        better=better,
+        opponents=opponents,
+        disagreement=disagreement,
+        min_share=min_share,
+        min_mass=min_mass,
+        top_logprobs=top_logprobs,
+    )
+
+
+@_served
+def ranking(
+    server: Connect,
+    *,
+    better: str = "overall",
+    min_agreement: float = 0.5,
+    max_tokens: int = 512,
+    reasks: int = 2,
+) -> Reward:
+    """A served multimodal model's ranking of each group at once, in two orders."""
+    from rewards.verifier.ranking import RankingReward
+
+    return RankingReward(server(), better=better, min_agreement=min_agreement, max_tokens=max_tokens, reasks=reasks)

@@ -148,6 +148,14 @@ def messages(view: View, task: str, *, shows: Shows = "prompt") -> list[dict[str
     return chat([*content, {"type": "text", "text": prompt + task}])
 
 
+def comparison(views: Sequence[View], task: str) -> list[dict[str, Any]]:
+    """A chat about several samples of one prompt (and one set of sources), numbered from 1 in the order given."""
+    content = pictures("Before the edit", views[0].sources)
+    for number, view in enumerate(views, 1):
+        content += pictures(f"{'Result' if view.edit else 'Picture'} {number}", view.images)
+    return chat([*content, {"type": "text", "text": asked_by(views[0]) + task}])
+
+
 def asked_by(view: View) -> str:
     """The prompt between its delimiters, and what it is."""
     asked = "The edit was asked for by this instruction" if view.edit else "It was asked for by this prompt"
