@@ -15,6 +15,8 @@ REWARDS: dict[str, Callable[..., Reward]] = {
     "not_blank": pictures.not_blank,
     "edge_density": pictures.edge_density,
     "colour_entropy": pictures.colour_entropy,
+    "no_painted_text": pictures.no_painted_text,
+    "changed": pictures.changed,
     "yes_no": judges.yes_no,
     "checklist": judges.checklist,
     "expected_score": judges.expected_score,

@@ -1,5 +1,7 @@
 """Rewards that look at the pixels: text, scenes, guards."""
 
+from typing import Literal
+
 from rewards.base import Reward
 
 
@@ -71,3 +73,27 @@ def colour_entropy() -> Reward:
     from rewards.guards import colours
 
     return colours()
+
+
+def no_painted_text(
+    *,
+    forbid: Literal["judge", "any"] = "judge",
+    min_characters: int = 3,
+    text_column: str | None = None,
+    side: int = 512,
+    min_confidence: float = 0.5,
+    threads: int = 1,
+) -> Reward:
+    """1 for a picture without writing for its judge, 0 for one with it; for a gate."""
+    from rewards.page import PageReader
+    from rewards.painted import PaintedTextReward
+
+    reader = PageReader(side=side, min_confidence=min_confidence, threads=threads)
+    return PaintedTextReward(reader, forbid=forbid, min_characters=min_characters, text_column=text_column)
+
+
+def changed(*, side: int = 16, without_source: Literal["unavailable", "pass"] = "unavailable") -> Reward:
+    """How far an edit is from its source, 0 for a copy; for a gate."""
+    from rewards.copies import ChangedReward
+
+    return ChangedReward(side=side, without_source=without_source)
