@@ -6,6 +6,7 @@ from typing import Any
 
 from rewards.base import Reward, Sample, Score
 from rewards.builders import answers, judges, own, pictures
+from rewards.builders import judges, models, own, pictures
 from rewards.names import nearest
 
 REWARDS: dict[str, Callable[..., Reward]] = {
@@ -17,6 +18,11 @@ REWARDS: dict[str, Callable[..., Reward]] = {
     "colour_entropy": pictures.colour_entropy,
     "no_painted_text": pictures.no_painted_text,
     "changed": pictures.changed,
+    "clip_score": models.clip_score,
+    "siglip": models.siglip,
+    "pickscore": models.pickscore,
+    "hpsv2": models.hpsv2,
+    "aesthetic": models.aesthetic,
     "yes_no": judges.yes_no,
     "checklist": judges.checklist,
     "expected_score": judges.expected_score,

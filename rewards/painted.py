@@ -13,7 +13,7 @@ from rapidfuzz import fuzz
 from rewards.base import Sample, Score
 from rewards.gold import GoldPair
 from rewards.gold_images import scene_image, word_image
-from rewards.images import CorruptImage, load_all
+from rewards.images import load_or_invalid
 from rewards.names import nearest
 from rewards.ocr import Reader
 from rewards.text import normalise, quoted_spans
@@ -113,7 +113,7 @@ class PaintedTextReward:
 
     def score(self, samples: Sequence[Sample]) -> list[Score]:
         """One Score a sample; all readable images go to the reader in one call."""
-        loaded = [_load(sample) for sample in samples]
+        loaded = [load_or_invalid(sample) for sample in samples]
         readings = iter(self.reader.read([image for item in loaded if isinstance(item, list) for image in item]))
         return [
             item if isinstance(item, Score) else self._score(sample, "\n".join(next(readings) for _ in item))
@@ -141,10 +141,3 @@ class PaintedTextReward:
         column = sample.row.get(self.text_column)
         listed = [column] if isinstance(column, str) else column if isinstance(column, Sequence) else []
         return [span for span in listed if isinstance(span, str)]
-
-
-def _load(sample: Sample) -> list[Image.Image] | Score:
-    try:
-        return load_all(sample)
-    except CorruptImage as error:
-        return Score.invalid_output(str(error))
