@@ -23,6 +23,7 @@ REWARDS: dict[str, Callable[..., Reward]] = {
     "pickscore": models.pickscore,
     "hpsv2": models.hpsv2,
     "aesthetic": models.aesthetic,
+    "objects": models.objects,
     "yes_no": judges.yes_no,
     "checklist": judges.checklist,
     "expected_score": judges.expected_score,
