@@ -16,6 +16,8 @@ REWARDS: dict[str, Callable[..., Reward]] = {
     "not_blank": pictures.not_blank,
     "edge_density": pictures.edge_density,
     "colour_entropy": pictures.colour_entropy,
+    "jpeg_size": pictures.jpeg_size,
+    "distinct": pictures.distinct,
     "no_painted_text": pictures.no_painted_text,
     "changed": pictures.changed,
     "clip_score": models.clip_score,

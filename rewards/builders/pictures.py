@@ -75,6 +75,20 @@ def colour_entropy() -> Reward:
     return colours()
 
 
+def jpeg_size() -> Reward:
+    """Bits a pixel as a JPEG; for a gate, or clipped by a transform."""
+    from rewards.guards import jpeg_size
+
+    return jpeg_size()
+
+
+def distinct() -> Reward:
+    """The share of its group that a picture is no copy of; for a gate, or a small weight."""
+    from rewards.distinct import DistinctReward
+
+    return DistinctReward()
+
+
 def no_painted_text(
     *,
     forbid: Literal["judge", "any"] = "judge",
