@@ -39,6 +39,7 @@ REWARDS: dict[str, Callable[..., Reward]] = {
     "cider": answers.cider,
     "pairwise": judges.pairwise,
     "ranking": judges.ranking,
+    "remote": own.remote,
     "function": own.function,
 }
 """Every reward by name. An entry's keyword arguments are the reward's options; its docstring's first line

@@ -23,13 +23,19 @@ def connect(
     retries: int = 3,
     backoff_s: float = 0.5,
     concurrency: int = 16,
+    failures: int = 20,
+    cooldown_s: float = 15.0,
     extra_body: Mapping[str, Any] | None = None,
 ) -> "Client":
     """A client of a judge's server, asked first, where `check` is on, whether it serves the model."""
     from rewards.verifier.client import Client
     from rewards.verifier.server import Server
 
-    client = Client(Server(url, model, api_key_env, timeout_s, retries, backoff_s, concurrency, extra_body or {}))
+    client = Client(
+        Server(
+            url, model, api_key_env, timeout_s, retries, backoff_s, concurrency, extra_body or {}, failures, cooldown_s
+        )
+    )
     if check:
         client.check()
     return client
