@@ -5,8 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from rewards.base import Reward, Sample, Score
-from rewards.builders import answers, judges, own, pictures
-from rewards.builders import judges, models, own, pictures
+from rewards.builders import answers, judges, models, own, pictures
 from rewards.names import nearest
 
 REWARDS: dict[str, Callable[..., Reward]] = {
@@ -32,13 +31,13 @@ REWARDS: dict[str, Callable[..., Reward]] = {
     "rubric": judges.rubric,
     "target_match": judges.target_match,
     "viescore": judges.viescore,
+    "pairwise": judges.pairwise,
+    "ranking": judges.ranking,
     "exact_match": answers.exact_match,
     "anls": answers.anls,
     "wer": answers.wer,
     "bleu": answers.bleu,
     "cider": answers.cider,
-    "pairwise": judges.pairwise,
-    "ranking": judges.ranking,
     "remote": own.remote,
     "function": own.function,
 }

@@ -1,8 +1,8 @@
 """Samples and scores as JSON, for a reward in another process. Nothing that comes over a network is unpickled.
 
-A sample is ``{sample_id, group_id, prompt, text, images, source_images, target_images, row}`` with images as PNG in
-base64; a score ``{status, value, reason, parts}``. Row values may be what JSON has, and NumPy's scalars and arrays as
-lists of it.
+A sample is ``{sample_id, group_id, prompt, text, images, source_images, target_images, target_texts, row}`` with images
+as PNG in base64; a score ``{status, value, reason, parts}``. Row values may be what JSON has, and NumPy's scalars and
+arrays as lists of it.
 """
 
 import base64
@@ -40,6 +40,7 @@ class WireSample(_Closed):
     images: list[str] = []
     source_images: list[str] = []
     target_images: list[str] = []
+    target_texts: list[str] = []
     row: dict[str, Any] = {}
 
 
@@ -128,14 +129,27 @@ def send_sample(sample: Sample, columns: Sequence[str] | None = None) -> WireSam
         images=images,
         source_images=sources,
         target_images=targets,
+        target_texts=list(sample.target_texts),
         row=row,
     )
 
 
 def read_sample(sent: WireSample) -> Sample:
     """The sample that was sent. Raises WireError."""
-    given = {kind: tuple(map(read_png, getattr(sent, kind))) for kind in ("images", "source_images", "target_images")}
-    return Sample(sent.sample_id, sent.group_id, sent.prompt, text=sent.text, row=sent.row, **given)
+    images, sources, targets = (
+        tuple(map(read_png, given)) for given in (sent.images, sent.source_images, sent.target_images)
+    )
+    return Sample(
+        sample_id=sent.sample_id,
+        group_id=sent.group_id,
+        prompt=sent.prompt,
+        images=images,
+        text=sent.text,
+        source_images=sources,
+        target_images=targets,
+        target_texts=tuple(sent.target_texts),
+        row=sent.row,
+    )
 
 
 def send_score(score: Score) -> WireScore:

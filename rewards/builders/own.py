@@ -8,10 +8,10 @@ from rewards.base import Reward
 
 
 def function(*, target: str, name: str = "", **options: Any) -> Reward:
-    """Your own Python function, path/file.py:name or module:name."""
-    from rewards.functions import FunctionReward
+    """Your own Python function or class, path/file.py:name or module:name."""
+    from rewards.functions import load_reward
 
-    return FunctionReward(target, name=name, options=options)
+    return load_reward(target, name, options)
 
 
 def remote(

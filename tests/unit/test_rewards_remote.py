@@ -88,7 +88,7 @@ def remote(url: str, **options: Any) -> RemoteReward:
 
 def full() -> Sample:
     row = {"a": 1, "b": [1.5, None, {"c": "d"}], "n": np.float32(0.5), "v": np.arange(3), "yes": True}
-    return Sample("id", "gr", 'pr\u00fcfe "x"', (ONE, TWO), "text", (THREE,), (TWO,), row)
+    return Sample("id", "gr", 'pr\u00fcfe "x"', (ONE, TWO), "text", (THREE,), (TWO,), ("right", "also"), row)
 
 
 def test_a_sample_arrives_as_it_was_sent() -> None:
@@ -101,6 +101,7 @@ def test_a_sample_arrives_as_it_was_sent() -> None:
     for kind in ("images", "source_images", "target_images"):
         sent, arrived = (getattr(sample, kind) for sample in (full(), seen))
         assert len(sent) == len(arrived) and all(np.array_equal(a, b) for a, b in zip(sent, arrived, strict=True))
+    assert seen.target_texts == ("right", "also")
     assert seen.row == {"a": 1, "b": [1.5, None, {"c": "d"}], "n": 0.5, "v": [0, 1, 2], "yes": True}
 
 
