@@ -77,3 +77,12 @@ class Reward(Protocol):
         record.
         """
         ...
+
+
+@runtime_checkable
+class SeesGroups(Protocol):
+    """A reward whose score of a sample depends on the samples of its group: who ranks it, or looks for copies. Each
+    call has all samples of every group in it, one group after the other, and its scores are never cached.
+    """
+
+    whole_groups: Literal[True]

@@ -77,10 +77,11 @@ class CompositeReward:
     - ``min``: the smallest v (weights only switch terms on and off).
 
     A total is invalid output when any counting term is, else unavailable when any counting term is; the
-    reason names the term. A gate's term counts for this even at weight 0.
+    reason names the term. A gate's term counts for this even at weight 0. Where several gates are below their
+    thresholds, the lowest floor is the total.
     """
 
-    def __init__(self, terms: Sequence[Term], mode: Mode = "weighted_sum", gate: Gate | None = None) -> None:
+    def __init__(self, terms: Sequence[Term], mode: Mode = "weighted_sum", gates: Sequence[Gate] = ()) -> None:
         names = [term.name for term in terms]
         if len(set(names)) != len(names):
             raise ValueError(f"reward terms need different names, got {', '.join(names)}")
@@ -88,11 +89,11 @@ class CompositeReward:
             raise ValueError(f"no reward term has a weight other than 0 (terms: {', '.join(names) or 'none'})")
         if mode == "product" and any(term.weight < 0 for term in terms):
             raise ValueError("mode product is a weighted geometric mean and takes no negative weight")
-        if gate is not None and gate.term not in names:
-            raise ValueError(f"the gate's term {gate.term!r} is not a reward term. {nearest(gate.term, names)}")
+        if missing := [gate.term for gate in gates if gate.term not in names]:
+            raise ValueError(f"the gate's term {missing[0]!r} is not a reward term. {nearest(missing[0], names)}")
         self.terms = tuple(terms)
         self.mode: Mode = mode
-        self.gate = gate
+        self.gates = tuple(gates)
 
     def score(self, samples: Sequence[Sample]) -> list[Scored]:
         """One Scored a sample, in order. Raises what RewardRunner.score raises."""
@@ -104,14 +105,15 @@ class CompositeReward:
         return scored
 
     def _total(self, scores: Mapping[str, Score]) -> Score:
-        counting = [term for term in self.terms if term.weight or (self.gate and self.gate.term == term.name)]
+        gating = {gate.term for gate in self.gates}
+        counting = [term for term in self.terms if term.weight or term.name in gating]
         for status, make in (("invalid_output", Score.invalid_output), ("unavailable", Score.unavailable)):
             for term in counting:
                 if scores[term.name].status == status:
                     return make(f"{term.name}: {scores[term.name].reason}")
         values = {term.name: _value(scores[term.name]) for term in counting}
-        if self.gate is not None and values[self.gate.term] < self.gate.threshold:
-            return Score.ok(self.gate.floor)
+        if shut := [gate.floor for gate in self.gates if values[gate.term] < gate.threshold]:
+            return Score.ok(min(shut))
         weighted = [
             (term.name, term.weight, term.transform(raw(term, scores[term.name]))) for term in self.terms if term.weight
         ]

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from rewards.base import Sample, Score
+from rewards.base import Reward, Sample, Score
 from rewards.names import nearest
 from rewards.runner import RewardContractError
 
@@ -182,3 +182,23 @@ def _row_columns(samples: Sequence[Sample]) -> dict[str, list[Any]]:
     """Every column that any of the samples' rows has, None where a row lacks it."""
     names = dict.fromkeys(name for sample in samples for name in sample.row)
     return {name: [sample.row.get(name) for sample in samples] for name in names}
+
+
+def load_reward(target: str, name: str, options: Mapping[str, Any]) -> Reward:
+    """A user's reward: a function (`FunctionReward`), or a class that is a Reward when it is made with `options`.
+    RewardLoadError for what is neither.
+    """
+    found = load_function(target)
+    if not inspect.isclass(found):
+        return FunctionReward(target, name=name, options=options)
+    known = inspect.signature(found).parameters.values()
+    takes_any = any(item.kind is item.VAR_KEYWORD for item in known)
+    if not takes_any and (unknown := [key for key in options if key not in {item.name for item in known}]):
+        raise RewardLoadError(
+            f"{target} takes no option {unknown[0]!r}. {nearest(unknown[0], [i.name for i in known])}"
+        )
+    made = found(**options)
+    if not isinstance(made, Reward):
+        lacking = [part for part in ("name", "score", "fingerprint") if not hasattr(made, part)]
+        raise RewardLoadError(f"the class {target} is no reward: it has no {' and no '.join(lacking)}")
+    return made

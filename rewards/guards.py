@@ -5,6 +5,7 @@ Shapes: H, W pixels; N pictures; K numbers of a thumbnail.
 """
 
 import hashlib
+import io
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
@@ -21,6 +22,8 @@ BLANK_SHARE, BLANK_DISTANCE = 0.995, 16
 
 EDGE_STEP = 0.1
 """Two neighbours whose lightness differs by more than this, of 0 to 1, are an edge."""
+
+JPEG_QUALITY = 95
 
 THUMBNAIL, NEAR_SHARE, FLOOR = 16, 0.02, 4
 """Side of the thumbnails that are compared; the share of their summed variance that the squared difference of
@@ -52,6 +55,15 @@ def colour_entropy(pixels_HW3: np.ndarray) -> float:
     counts = np.bincount((levels[..., 0] * 64 + levels[..., 1] * 8 + levels[..., 2]).ravel())
     share = counts[counts > 0] / counts.sum()
     return float(abs(-(share * np.log2(share)).sum()))
+
+
+def jpeg_bits(pixels_HW3: np.ndarray) -> float:
+    """Bits a pixel of the picture as a JPEG at JPEG_QUALITY without chroma subsampling: what cannot be foretold in it.
+    Near 0 for a large blank one; noise has 10 and more. A small picture's file is headers for the most part.
+    """
+    file = io.BytesIO()
+    Image.fromarray(pixels_HW3).save(file, "JPEG", quality=JPEG_QUALITY, subsampling=0)
+    return 8 * file.tell() / (pixels_HW3.shape[0] * pixels_HW3.shape[1])
 
 
 @dataclass(frozen=True)
@@ -157,3 +169,8 @@ def colours() -> GuardReward:
     """The picture's colour entropy in bits, 0 to 9."""
     drawn = scene_image({(0, 0): ("circle", "red"), (2, 1): ("square", "blue"), (3, 3): ("triangle", "green")})
     return GuardReward("colour_entropy", colour_entropy, (drawn, scene_image({})))
+
+
+def jpeg_size() -> GuardReward:
+    """The picture's size as a JPEG, bits a pixel."""
+    return GuardReward("jpeg_size", jpeg_bits, (word_image("WORD"), word_image("")))

@@ -4,7 +4,7 @@ such.
 
 from PIL import Image
 
-from rewards.base import Sample
+from rewards.base import Sample, Score
 
 
 class CorruptImage(ValueError):
@@ -28,3 +28,11 @@ def load_all(sample: Sample) -> list[Image.Image]:
     if not sample.images:
         raise CorruptImage("the sample has no image")
     return [load_rgb(image) for image in sample.images]
+
+
+def load_or_invalid(sample: Sample) -> list[Image.Image] | Score:
+    """The sample's images in mode RGB, or the score of a sample whose images cannot be had."""
+    try:
+        return load_all(sample)
+    except CorruptImage as error:
+        return Score.invalid_output(str(error))

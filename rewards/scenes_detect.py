@@ -33,6 +33,8 @@ class Found:
     color: str | None
     y: float
     x: float
+    box: tuple[int, int, int, int] | None = None
+    """left, top, right, bottom."""
 
     @property
     def cell(self) -> tuple[int, int]:
@@ -104,11 +106,12 @@ def detect(image: Image.Image) -> Sequence[Found]:
         ys, xs = region.coords.T
         top, left, bottom, right = region.bbox
         if max(bottom - top, right - left) > MAX_EXTENT:
-            found.append(Found(None, None, *map(float, region.centroid)))
+            y, x = region.centroid
+            found.append(Found(None, None, float(y), float(x), (left, top, right, bottom)))
             continue
         color = int(labels[ys[0], xs[0]]) - 1
         distance = float(np.linalg.norm(rgb_HWC[ys, xs].mean(axis=0) - _COLORS[color]))
         name = list(PALETTE)[color] if distance <= MAX_COLOR_DISTANCE else None
         y, x = region.centroid
-        found.append(Found(_shape(region.image), name, float(y), float(x)))
+        found.append(Found(_shape(region.image), name, float(y), float(x), (left, top, right, bottom)))
     return found

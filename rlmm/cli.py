@@ -213,6 +213,23 @@ def reward_check(
     raise typer.Exit(0 if passed else 1)
 
 
+@reward_app.command("serve")
+def reward_serve(
+    name: Annotated[str, typer.Argument(help="A reward of `rlmm reward list`, or path/file.py:function")],
+    options: Annotated[list[str] | None, typer.Argument(help="key=value, as in a term's options")] = None,
+    host: Annotated[str, typer.Option(help="The address to listen on; there is no TLS")] = "127.0.0.1",
+    port: int = 8900,
+    token_env: Annotated[str, typer.Option(help="The environment variable with the token")] = "RLMM_REWARD_TOKEN",
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests scored at once")] = 1,
+    max_megabytes: Annotated[int, typer.Option(min=1, help="Of one request")] = 256,
+) -> None:
+    """Serve one reward over HTTP, for terms `name: remote` of runs in other environments."""
+    from rlmm.reward_server import serve_reward
+
+    say(f"serving {name} on http://{host}:{port}; interrupt to stop")
+    serve_reward(name, options or [], host, port, token_env, concurrency, max_megabytes)
+
+
 def main() -> None:
     """Run the command; an error a person can mend is one message without a traceback."""
     from rlmm.errors import MENDABLE

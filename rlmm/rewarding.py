@@ -40,8 +40,8 @@ def build_composite(config: Rewards) -> CompositeReward:
         )
         for term in config.terms
     ]
-    gate = None if config.gate is None else Gate(config.gate.term, config.gate.threshold, config.gate.floor)
-    return CompositeReward(terms, config.mode, gate)
+    gates = [Gate(gate.term, gate.threshold, gate.floor) for gate in config.gate]
+    return CompositeReward(terms, config.mode, gates)
 
 
 def gold_results(config: Rewards, pair: GoldPair | None = None) -> dict[str, GoldResult | None]:

@@ -60,9 +60,7 @@ def read_scores(answer: Answer, criteria: Sequence[Criterion]) -> dict[str, int]
     Text around the object is cut off. Raises BadAnswerError for a truncated answer, for one without a JSON object,
     and for a value that is missing, no integer or out of range: none of them is ever clamped or filled in.
     """
-    if answer.finish_reason != "stop":
-        raise BadAnswerError(f"the answer ended with finish_reason {answer.finish_reason!r}: {shown(answer.text)}")
-    found = _json_object(answer.text)
+    found = _finished(answer)
     scores: dict[str, int] = {}
     for criterion in criteria:
         value = found.get(criterion.key)
@@ -76,10 +74,29 @@ def read_scores(answer: Answer, criteria: Sequence[Criterion]) -> dict[str, int]
     return scores
 
 
+def read_ranking(answer: Answer, count: int) -> tuple[int, ...]:
+    """The numbers of `count` pictures, from 0, best first, from a JSON object whose `ranking` numbers them from 1.
+    Raises BadAnswerError for whatever is no such ranking: a picture twice, one left out, or one that was not shown.
+    """
+    found = _finished(answer).get("ranking")
+    if not isinstance(found, list) or not all(type(number) is int for number in found):
+        raise BadAnswerError(f"`ranking` is no list of integers: {shown(answer.text)}")
+    if sorted(found) != list(range(1, count + 1)):
+        raise BadAnswerError(f"`ranking` does not hold each of 1 to {count} once: {shown(answer.text)}")
+    return tuple(number - 1 for number in found)
+
+
 def reasoning(answer: Answer) -> str:
-    """The judge's own words in an answer that `read_scores` took."""
+    """The judge's own words in an answer that was read."""
     said = _json_object(answer.text).get("reasoning")
     return said if isinstance(said, str) else ""
+
+
+def _finished(answer: Answer) -> dict[str, Any]:
+    """The JSON object of an answer that came to its end."""
+    if answer.finish_reason != "stop":
+        raise BadAnswerError(f"the answer ended with finish_reason {answer.finish_reason!r}: {shown(answer.text)}")
+    return _json_object(answer.text)
 
 
 def _json_object(text: str) -> dict[str, Any]:

@@ -4,7 +4,11 @@ SHOWN = 200
 """Characters of a foreign text that an error repeats."""
 
 
-class JudgeError(OSError):
+class EndpointError(OSError):
+    """A server gave no answer that can be used; the text says why."""
+
+
+class JudgeError(EndpointError):
     """The judge gave no answer that can be used; the text says why."""
 
 

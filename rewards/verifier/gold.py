@@ -1,5 +1,9 @@
 """Gold pairs that any judge worth training on ranks rightly, drawn large enough for a vision encoder's patches."""
 
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
 from PIL import Image
 
 from rewards.base import Sample
@@ -14,13 +18,13 @@ def _shape(shape: str, color: str) -> Image.Image:
     return small.resize((small.width * SCALE, small.height * SCALE), Image.Resampling.NEAREST)
 
 
-def drawing_pair() -> GoldPair:
-    """A drawing as the prompt has it, against one of another thing."""
+def drawing_pair(row: Mapping[str, Any] | None = None) -> GoldPair:
+    """A drawing as the prompt has it, against one of another thing; `row` are the data row's columns."""
     prompt = "a simple flat drawing of one red circle on a white background"
     good, bad = _shape("circle", "red"), _shape("square", "blue")
     return GoldPair(
-        Sample("gold good", "gold", prompt, (good,)),
-        Sample("gold bad", "gold", prompt, (bad,)),
+        Sample("gold good", "gold", prompt, (good,), row=row or {}),
+        Sample("gold bad", "gold", prompt, (bad,), row=row or {}),
         "a red circle against a blue square",
     )
 
@@ -32,4 +36,14 @@ def edit_pair() -> GoldPair:
         Sample("gold good", "gold", prompt, (_shape("circle", "blue"),), source_images=(source,)),
         Sample("gold bad", "gold", prompt, (source,), source_images=(source,)),
         "a recoloured circle against the circle unchanged",
+    )
+
+
+def target_pair() -> GoldPair:
+    """A drawing like the target, against one of another thing."""
+    pair, target = drawing_pair(), (_shape("circle", "red"),)
+    return GoldPair(
+        replace(pair.good, target_images=target),
+        replace(pair.bad, target_images=target),
+        "a drawing like its target against another",
     )

@@ -6,12 +6,13 @@ semantic ones (one for text-to-image) and two perceptual ones, 0 to 10. The word
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from rewards.verifier.views import View
 
+Shows = Literal["prompt", "result", "target"]
 HIGHEST = 10
 """The best of the integers that a judge may give; the worst is 0."""
 
@@ -61,12 +62,18 @@ QUESTIONS = {
 
 @dataclass(frozen=True)
 class Criterion:
-    """One thing to score. `part` names it in a Score, `key` in the judge's JSON, worded so that high is good."""
+    """One thing to score. `part` names it in a Score, `key` in the judge's JSON, worded so that high is good. `edit`:
+    whether it is about an edit, None where it suits any sample. `shows`: what the judge sees of the sample: prompt,
+    sources and result, the result alone, or all of it and the target.
+    """
 
     part: str
     key: str
     low: str
     high: str
+    weight: float = 1.0
+    edit: bool | None = None
+    shows: Shows = "prompt"
 
 
 SUCCESS = Criterion(
@@ -80,18 +87,35 @@ OVER_EDIT = Criterion(
     "rest_unchanged",
     "the result has nothing left of the picture before the edit",
     "only what the instruction asks for differs, and the rest is as before",
+    edit=True,
 )
 NATURALNESS = Criterion(
     "naturalness",
     "naturalness",
     "the picture holds together nowhere: light, perspective, sizes and materials contradict each other",
     "it holds together everywhere, for the kind of picture it is, be it a photograph or a drawing",
+    shows="result",
 )
 ARTEFACTS = Criterion(
     "artefacts",
     "free_of_artefacts",
     "it is full of distortions, smears, seams, garbled letters, or body parts too many, missing or malformed",
     "it has none of these",
+    shows="result",
+)
+SAME_CONTENT = Criterion(
+    "same_content",
+    "same_content",
+    "the result shows nothing of what the wanted picture shows",
+    "it shows the same things as the wanted picture, in the same number, colour and place",
+    shows="target",
+)
+SAME_LOOK = Criterion(
+    "same_look",
+    "same_look",
+    "the result looks nothing like the wanted picture",
+    "style, light, colours and detail are those of the wanted picture",
+    shows="target",
 )
 
 
@@ -102,6 +126,8 @@ def semantic(view: View) -> tuple[Criterion, ...]:
 
 PERCEPTUAL = (NATURALNESS, ARTEFACTS)
 """What is scored from the generated picture alone."""
+CRITERIA = {item.part: item for item in (SUCCESS, OVER_EDIT, NATURALNESS, ARTEFACTS, SAME_CONTENT, SAME_LOOK)}
+"""The built-in criteria by name."""
 
 
 def escaped(text: str) -> str:
@@ -109,19 +135,40 @@ def escaped(text: str) -> str:
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
-def messages(view: View, task: str, *, with_prompt: bool = True) -> list[dict[str, Any]]:
+def messages(view: View, task: str, *, shows: Shows = "prompt") -> list[dict[str, Any]]:
     """A chat about one sample. What its questions share comes first, so that a server may reuse its cache."""
     content: list[dict[str, Any]] = []
-    if with_prompt:
-        content += _pictures("Before the edit", view.sources)
-    content += _pictures("After the edit" if with_prompt and view.edit else "The picture", view.images)
+    if shows != "result":
+        content += pictures("Before the edit", view.sources)
+    if shows == "target":
+        content += pictures("The wanted picture", view.targets)
+    compared = shows != "result" and (view.edit or shows == "target")
+    content += pictures(("After the edit" if view.edit else "The result") if compared else "The picture", view.images)
+    prompt = asked_by(view) if shows != "result" else ""
+    return chat([*content, {"type": "text", "text": prompt + task}])
+
+
+def comparison(views: Sequence[View], task: str) -> list[dict[str, Any]]:
+    """A chat about several samples of one prompt (and one set of sources), numbered from 1 in the order given."""
+    content = pictures("Before the edit", views[0].sources)
+    for number, view in enumerate(views, 1):
+        content += pictures(f"{'Result' if view.edit else 'Picture'} {number}", view.images)
+    return chat([*content, {"type": "text", "text": asked_by(views[0]) + task}])
+
+
+def asked_by(view: View) -> str:
+    """The prompt between its delimiters, and what it is."""
     asked = "The edit was asked for by this instruction" if view.edit else "It was asked for by this prompt"
-    prompt = f"{asked}:\n<prompt>\n{escaped(view.prompt)}\n</prompt>\n\n" if with_prompt else ""
-    content.append({"type": "text", "text": prompt + task})
-    return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": content}]
+    return f"{asked}:\n<prompt>\n{escaped(view.prompt)}\n</prompt>\n\n"
 
 
-def _pictures(label: str, urls: Sequence[str]) -> list[dict[str, Any]]:
+def chat(content: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The messages of one request."""
+    return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": list(content)}]
+
+
+def pictures(label: str, urls: Sequence[str]) -> list[dict[str, Any]]:
+    """Image parts of a chat, each after its label, numbered where there are several."""
     content: list[dict[str, Any]] = []
     for number, url in enumerate(urls, 1):
         place = f" ({number} of {len(urls)})" if len(urls) > 1 else ""
@@ -144,7 +191,16 @@ def rubric(criteria: Sequence[Criterion]) -> str:
 
 
 AGAIN = "\nAn earlier answer could not be read. Keep `reasoning` to one sentence and write the JSON object alone."
-"""Added to a rubric that is asked a second time."""
+REASKS = (AGAIN, AGAIN + " Begin with { and end with }.")
+"""What is added to a rubric that is asked again. At temperature 0 the same words would bring the same answer."""
+
+
+def digit_task(item: Criterion, lowest: int, highest: int) -> str:
+    """The task of scoring one criterion by a single digit."""
+    return (
+        f"How far does the following hold, from {lowest} to {highest}? {lowest} means that {item.low}; {highest} means "
+        f"that {item.high}.\nAnswer with a single digit from {lowest} to {highest} and nothing else."
+    )
 
 
 def schema(criteria: Sequence[Criterion]) -> dict[str, Any]:

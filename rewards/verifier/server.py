@@ -23,7 +23,8 @@ class Server:
     `url` with or without a last ``/v1``. `api_key_env` names the environment variable that holds the key, ''
     sends none. `timeout_s`: seconds for the connection and for each wait for bytes. `retries`: further tries
     after a lost connection, a 429 or a 5xx, the first after `backoff_s` seconds, then after twice as long each
-    time. `concurrency`: requests under way at once, in this process. `extra_body` joins every request, such as
+    time. `concurrency`: requests under way at once, in this process. After `failures` requests in a row without an
+    answer (0: never) none goes out for `cooldown_s` seconds. `extra_body` joins every request, such as
     ``{"chat_template_kwargs": {"enable_thinking": False}}``.
     """
 
@@ -35,6 +36,8 @@ class Server:
     backoff_s: float = 0.5
     concurrency: int = 16
     extra_body: Mapping[str, Any] = field(default_factory=dict)
+    failures: int = 20
+    cooldown_s: float = 15.0
 
     def __post_init__(self) -> None:
         self._check_types()
@@ -73,7 +76,11 @@ class Server:
 
     def _check_types(self) -> None:
         # A recipe's options come from YAML as they stand there.
-        texts, numbers, counts = ("url", "model", "api_key_env"), ("timeout_s", "backoff_s"), ("retries", "concurrency")
+        texts, numbers, counts = (
+            ("url", "model", "api_key_env"),
+            ("timeout_s", "backoff_s", "cooldown_s"),
+            ("retries", "concurrency", "failures"),
+        )
         wanted: dict[str, tuple[type, ...]] = {"extra_body": (Mapping,)}
         wanted |= dict.fromkeys(texts, (str,)) | dict.fromkeys(numbers, (int, float)) | dict.fromkeys(counts, (int,))
         for name, kinds in wanted.items():
@@ -107,4 +114,8 @@ class Server:
         if self.retries < 0 or self.concurrency < 1:
             raise ValueError(
                 f"retries must be at least 0 and concurrency at least 1, got {self.retries} and {self.concurrency}"
+            )
+        if self.failures < 0 or not 0 <= self.cooldown_s < math.inf:
+            raise ValueError(
+                f"failures and cooldown_s must be at least 0, got {self.failures} and {self.cooldown_s} seconds"
             )

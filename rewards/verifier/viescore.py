@@ -10,15 +10,11 @@ from functools import partial
 
 from rewards.base import Sample, Score
 from rewards.gold import GoldPair
-from rewards.verifier.answers import read_scores, reasoning
 from rewards.verifier.client import Client
-from rewards.verifier.errors import BadAnswerError, JudgeError
 from rewards.verifier.gold import drawing_pair
-from rewards.verifier.prompts import AGAIN, HIGHEST, PERCEPTUAL, Criterion, digest, messages, rubric, schema, semantic
+from rewards.verifier.marks import Marks, ask_marks, asked_for_marks
+from rewards.verifier.prompts import HIGHEST, PERCEPTUAL, digest, semantic
 from rewards.verifier.views import View, judge
-
-Marks = tuple[dict[str, int], str]
-"""The integers of one call by part, and what the judge said about them."""
 
 
 class VieScoreReward:
@@ -40,11 +36,7 @@ class VieScoreReward:
     def fingerprint(self) -> str:
         """The model and what it is asked; not where it is served."""
         views = View("?", ("",)), View("?", ("",), ("",))
-        asked = [
-            [messages(seen, rubric(items) + AGAIN, with_prompt=items is not PERCEPTUAL), schema(items)]
-            for seen in views
-            for items in (semantic(seen), PERCEPTUAL)
-        ]
+        asked = [asked_for_marks(seen, items, reasks=1) for seen in views for items in (semantic(seen), PERCEPTUAL)]
         return f"viescore/1 {self.client.server.identity()} max_tokens={self.max_tokens} prompts={digest(*asked)}"
 
     def score(self, samples: Sequence[Sample]) -> list[Score]:
@@ -56,24 +48,7 @@ class VieScoreReward:
         return [drawing_pair()]
 
     def _calls(self, view: View) -> list[Callable[[], Marks]]:
-        return [partial(self._ask, view, semantic(view), True), partial(self._ask, view, PERCEPTUAL, False)]
-
-    def _ask(self, view: View, criteria: Sequence[Criterion], with_prompt: bool) -> Marks:
-        task = rubric(criteria)
-        try:
-            return self._answer(view, criteria, task, with_prompt)
-        except BadAnswerError:
-            # At temperature 0 the same words would bring the same answer.
-            task += AGAIN
-        try:
-            return self._answer(view, criteria, task, with_prompt)
-        except BadAnswerError as error:
-            raise JudgeError(f"asked twice: {error}") from error
-
-    def _answer(self, view: View, criteria: Sequence[Criterion], task: str, with_prompt: bool) -> Marks:
-        asked = messages(view, task, with_prompt=with_prompt)
-        answer = self.client.chat(asked, self.max_tokens, response_format=schema(criteria))
-        return read_scores(answer, criteria), reasoning(answer)
+        return [partial(ask_marks, self.client, view, items, self.max_tokens) for items in (semantic(view), PERCEPTUAL)]
 
 
 def _total(answers: Sequence[Marks]) -> Score:

@@ -2,10 +2,11 @@
 
 import base64
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeVar
 
 from PIL import Image
 
@@ -18,11 +19,15 @@ A = TypeVar("A")
 
 @dataclass(frozen=True)
 class View:
-    """A sample's prompt and its images as data URLs. It is an edit where there are source images."""
+    """A sample's prompt and its images as data URLs. It is an edit where there are source images. `row` are the data
+    row's columns, of which a judge is shown what its reward takes from them.
+    """
 
     prompt: str
     images: tuple[str, ...]
     sources: tuple[str, ...] = ()
+    targets: tuple[str, ...] = ()
+    row: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def edit(self) -> bool:
@@ -36,11 +41,12 @@ def data_url(image: Image.Image) -> str:
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def view(sample: Sample) -> View | Score:
-    """What a judge is shown, or the score of a sample that no judge need be asked about.
+def view(sample: Sample, with_target: bool = False) -> View | Score:
+    """What a judge is shown, with the target images where asked for, or the score of a sample that no judge need be
+    asked about.
 
-    A generated image that is missing or does not decode is the policy's fault (invalid output); a source image that
-    does not decode, or an empty prompt, is not (unavailable).
+    A generated image that is missing or does not decode is the policy's fault (invalid output); a source or target
+    image that does not decode, or an empty prompt, is not (unavailable).
     """
     if not sample.prompt.strip():
         return Score.unavailable("the prompt is empty, so there is nothing to judge the image by")
@@ -48,11 +54,13 @@ def view(sample: Sample) -> View | Score:
         images = load_all(sample)
     except CorruptImage as error:
         return Score.invalid_output(str(error))
-    try:
-        sources = [load_rgb(image) for image in sample.source_images]
-    except CorruptImage as error:
-        return Score.unavailable(f"source image: {error}")
-    return View(sample.prompt, tuple(map(data_url, images)), tuple(map(data_url, sources)))
+    given: dict[str, tuple[str, ...]] = {}
+    for kind, shown in (("source", sample.source_images), ("target", sample.target_images if with_target else ())):
+        try:
+            given[kind] = tuple(data_url(load_rgb(image)) for image in shown)
+        except CorruptImage as error:
+            return Score.unavailable(f"{kind} image: {error}")
+    return View(sample.prompt, tuple(map(data_url, images)), given["source"], given["target"], sample.row)
 
 
 def judge(
@@ -60,12 +68,14 @@ def judge(
     workers: int,
     calls: Callable[[View], Sequence[Callable[[], A]]],
     total: Callable[[Sequence[A]], Score],
+    *,
+    with_target: bool = False,
 ) -> list[Score]:
     """One Score a sample, in order: `total` of what its `calls` answer. Calls of all samples run at once, `workers` of
     them at a time. A JudgeError of any of them, or of `calls` or `total`, makes its sample unavailable.
     """
     with ThreadPoolExecutor(workers, thread_name_prefix="judge") as pool:
-        views = list(pool.map(view, samples))
+        views = list(pool.map(partial(view, with_target=with_target), samples))
         pending = [seen if isinstance(seen, Score) else _submit(pool, calls, seen) for seen in views]
         return [item if isinstance(item, Score) else _collect(item, total) for item in pending]
 

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from rewards import check_options
 from rlmm.config.base import Strict, nearest
@@ -74,7 +74,8 @@ class Rewards(Strict):
     terms: tuple[RewardTerm, ...] = Field(..., min_length=1)
     mode: Literal["weighted_sum", "product", "min"] = "weighted_sum"
     """product is the weighted geometric mean."""
-    gate: GateConfig | None = None
+    gate: tuple[GateConfig, ...] = ()
+    """One gate, or a list of them: below any of them, the lowest of their floors is the total."""
     invalid_output_penalty: float = Field(0.0, allow_inf_nan=False)
     """The total of a sample that cannot be judged through the policy's own fault, as an undecodable image."""
     batch_size: int = Field(32, ge=1)
@@ -88,6 +89,11 @@ class Rewards(Strict):
     cache: int = Field(4096, ge=0)
     """Scores kept in memory, so that equal samples are scored once; 0 for a reward that answers at random."""
 
+    @field_validator("gate", mode="before")
+    @classmethod
+    def _one_or_several(cls, given: Any) -> Any:
+        return () if given is None else (given,) if isinstance(given, dict) else given
+
     @model_validator(mode="after")
     def _terms_fit_together(self) -> "Rewards":
         keys = [term.key for term in self.terms]
@@ -97,6 +103,6 @@ class Rewards(Strict):
             raise ValueError("every reward term has weight 0, so nothing counts; give one a weight")
         if self.mode == "product" and any(term.weight < 0 for term in self.terms):
             raise ValueError("mode product takes no negative weight; swap lo and hi of the term's transform")
-        if self.gate is not None and self.gate.term not in keys:
-            raise ValueError(f"the gate names no reward term: {self.gate.term!r}.{nearest(self.gate.term, keys)}")
+        if missing := [gate.term for gate in self.gate if gate.term not in keys]:
+            raise ValueError(f"the gate names no reward term: {missing[0]!r}.{nearest(missing[0], keys)}")
         return self

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from rewards import build
-from rewards.base import Sample
+from rewards.base import Sample, SeesGroups
 from rewards.gold import HasGold, gold_check_pairs
 from rewards.gold_images import scene_image, word_image
 from rewards.guards import (
@@ -18,13 +18,15 @@ from rewards.guards import (
     edge_density,
     fingerprint,
     is_blank,
+    jpeg_bits,
     near_duplicates,
     repeats_within,
     rgb,
 )
+from rewards.runner import RewardRunner
 from rlmm.data.words import render
 
-GUARDS = ("not_blank", "edge_density", "colour_entropy")
+GUARDS = ("not_blank", "edge_density", "colour_entropy", "jpeg_size")
 SCENE = {(0, 0): ("circle", "red"), (2, 1): ("square", "blue")}
 
 
@@ -148,3 +150,36 @@ def test_guard_scores_and_what_cannot_be_judged() -> None:
     (entropy,) = build("colour_entropy").score(samples[:1])
     assert density.value == edge_density(rgb(drawn)) and entropy.value == colour_entropy(rgb(drawn))
     assert density.value and entropy.value and math.isfinite(density.value + entropy.value)
+
+
+def test_jpeg_bits_grow_with_what_cannot_be_foretold() -> None:
+    blank = Image.new("RGB", (256, 256), "white")
+    smooth = Image.linear_gradient("L").convert("RGB")
+    noise = noisy(blank.point(lambda level: level // 2), 60)
+    bits = [jpeg_bits(rgb(image)) for image in (blank, smooth, noise)]
+    assert bits[0] < 0.3 and bits[0] < bits[1] < 3 < 10 < bits[2] < 24
+    file = BytesIO()
+    noise.save(file, "JPEG", quality=95, subsampling=0)
+    assert bits[2] == 8 * len(file.getvalue()) / 256**2
+
+
+def test_distinct_counts_the_copies_of_each_in_its_own_group() -> None:
+    word, other, scene = word_image("WORD"), word_image("LAMP"), scene_image(SCENE)
+    rows = [("a", word), ("b", word), ("a", noisy(word, 4)), ("a", other), ("b", scene), ("a", word), ("c", word)]
+    samples = [Sample(str(at), group, "p", (image,)) for at, (group, image) in enumerate(rows)]
+    broken = Sample("x", "b", "p")
+    reward = build("distinct")
+    assert isinstance(reward, SeesGroups)
+    scores = RewardRunner(reward, batch_size=1, cache=9).score([*samples, broken])
+    # of group a three of four are one picture, so each of them is unlike one of three others
+    assert [s.value for s in scores] == [
+        pytest.approx(1 / 3),
+        1,
+        pytest.approx(1 / 3),
+        1,
+        1,
+        pytest.approx(1 / 3),
+        None,
+        None,
+    ]
+    assert [s.status for s in scores[-2:]] == ["unavailable", "invalid_output"]

@@ -101,12 +101,19 @@ def test_a_term_of_weight_0_is_logged_and_cannot_take_the_total_down() -> None:
 def test_a_gate_puts_the_floor_below_its_threshold_only() -> None:
     gate = Gate("veto", 0.5, floor=-1.0)
     weights = {"veto": 0.0}
-    assert total({"a": 0.9, "veto": 0.49}, weights, gate=gate).value == -1.0
-    assert total({"a": 0.9, "veto": 0.5}, weights, gate=gate).value == 0.9
+    assert total({"a": 0.9, "veto": 0.49}, weights, gates=[gate]).value == -1.0
+    assert total({"a": 0.9, "veto": 0.5}, weights, gates=[gate]).value == 0.9
+
+
+def test_of_several_shut_gates_the_lowest_floor_counts() -> None:
+    gates = [Gate("veto", 0.5, floor=-1.0), Gate("copy", 0.1, floor=0.2)]
+    weights = {"veto": 0.0, "copy": 0.0}
+    for veto, copy, value in ((0.4, 0.0, -1.0), (0.6, 0.0, 0.2), (0.4, 0.2, -1.0), (0.6, 0.2, 0.9)):
+        assert total({"a": 0.9, "veto": veto, "copy": copy}, weights, gates=gates).value == value
 
 
 def test_a_gate_that_cannot_be_read_is_not_open() -> None:
-    score = total({"a": 0.9, "veto": None}, {"veto": 0.0}, gate=Gate("veto", 0.5))
+    score = total({"a": 0.9, "veto": None}, {"veto": 0.0}, gates=[Gate("veto", 0.5)])
     assert score.status == "unavailable" and "veto" in score.reason
 
 
@@ -127,7 +134,7 @@ def test_each_sample_gets_its_own_total_in_order() -> None:
         ([("a", 0.0)], {}, "weight other than 0"),
         ([], {}, "weight other than 0"),
         ([("a", -1.0)], {"mode": "product"}, "negative weight"),
-        ([("safety", 1.0)], {"gate": Gate("safty", 0.5)}, "Nearest: safety"),
+        ([("safety", 1.0)], {"gates": [Gate("safty", 0.5)]}, "Nearest: safety"),
     ],
 )
 def test_composites_that_cannot_work_are_refused(

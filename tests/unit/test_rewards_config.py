@@ -67,7 +67,17 @@ def test_the_composite_is_what_the_section_says() -> None:
     assert "0.3" in ink.runner.reward.fingerprint()
     runner = shapes.runner
     assert (runner.batch_size, runner.deadline_s, runner.retries, runner.cache.capacity) == (7, 3, 2, 9)
-    assert composite.mode == "min" and composite.gate is not None and composite.gate.floor == -1
+    assert composite.mode == "min" and [gate.floor for gate in composite.gates] == [-1]
+
+
+@pytest.mark.parametrize(("gate", "count"), [(None, 0), ([], 0), ({"term": "scenes", "threshold": 0.1}, 1)])
+def test_a_recipe_may_have_one_gate_or_several(gate: Any, count: int) -> None:
+    section = rewards(terms=[{"name": "scenes"}], gate=gate)
+    assert len(section.gate) == len(build_composite(section).gates) == count
+    again = Rewards.model_validate(section.model_dump())
+    assert again == section
+    twice = rewards(terms=[{"name": "scenes"}], gate=[gate, gate]) if count else None
+    assert twice is None or len(twice.gate) == 2
 
 
 @pytest.mark.parametrize("variant", ["text_to_image", "edit"])

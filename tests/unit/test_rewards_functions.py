@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from rewards import REWARDS, build
-from rewards.base import Sample, Score
+from rewards.base import Sample, Score, SeesGroups
 from rewards.functions import FunctionReward, RewardLoadError
 from rewards.runner import RewardContractError, RewardRunner
 
@@ -155,22 +155,39 @@ def test_two_files_of_one_name_do_not_hide_each_other(tmp_path: Path) -> None:
 def test_the_registry_builds_by_name_and_names_the_nearest(write: Write) -> None:
     reward = build("function", target=write("def f(samples, k):\n    return [k] * len(samples)\n"), k=2.0)
     assert RewardRunner(reward).score(SAMPLES)[0].value == 2.0
-    cheap = {
-        "ocr",
-        "tesseract",
-        "scenes",
-        "not_blank",
-        "edge_density",
-        "colour_entropy",
-        "exact_match",
-        "anls",
-        "wer",
-        "bleu",
-    }
-    assert set(REWARDS) == cheap | {"yes_no", "viescore", "function", "cider"}
+    assert {"ocr", "scenes", "yes_no", "clip_score", "objects", "remote", "function", "cider"} <= set(REWARDS)
+    assert all((make.__doc__ or "").strip() for make in REWARDS.values())
     with pytest.raises(ValueError, match="no reward 'scens'. Nearest: scenes"):
         build("scens")
     with pytest.raises(ValueError, match="no option 'hight'. Nearest: height"):
         build("ocr", hight=32)
     with pytest.raises(ValueError, match="needs the option 'target'"):
         build("function")
+
+
+CLASSES = """
+class Ranks:
+    name = "ranks"
+    whole_groups = True
+    def __init__(self, scale=1.0):
+        self.scale = scale
+    def fingerprint(self):
+        return f"ranks {self.scale}"
+    def score(self, samples):
+        return [self.scale * len(samples)] * len(samples)
+
+class Half:
+    name = "half"
+"""
+
+
+def test_a_class_of_ones_own_may_see_groups(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(CLASSES)
+    reward = build("function", target=f"{tmp_path / 'own.py'}:Ranks", scale=0.5)
+    assert isinstance(reward, SeesGroups) and reward.fingerprint() == "ranks 0.5"
+    samples = [Sample(str(at), group, "p") for at, group in enumerate("abaa")]
+    assert [score.value for score in RewardRunner(reward, batch_size=1).score(samples)] == [1.5, 0.5, 1.5, 1.5]
+    with pytest.raises(RewardLoadError, match="takes no option 'scael'. Nearest: scale"):
+        build("function", target=f"{tmp_path / 'own.py'}:Ranks", scael=1)
+    with pytest.raises(RewardLoadError, match="no score and no fingerprint"):
+        build("function", target=f"{tmp_path / 'own.py'}:Half")

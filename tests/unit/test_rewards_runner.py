@@ -3,7 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from PIL import Image
@@ -264,3 +264,64 @@ def test_metrics_are_flat_numbers() -> None:
 def test_settings_that_cannot_work_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         RewardRunner(Judge(numbers), **wrong)
+
+
+class Ranks:
+    """A reward that sees groups: the share of its group that a sample's number is above. `fails` names groups."""
+
+    name = "ranks"
+    whole_groups: Literal[True] = True
+
+    def __init__(self, fails: Sequence[str] = ()) -> None:
+        self.calls: list[list[str]] = []
+        self.fails = fails
+
+    def fingerprint(self) -> str:
+        return "ranks"
+
+    def score(self, samples: Sequence[Sample]) -> list[Score]:
+        self.calls.append([sample.sample_id for sample in samples])
+        if any(sample.group_id in self.fails for sample in samples):
+            raise OSError("no judge")
+        groups = {
+            sample.group_id: [one.row["n"] for one in samples if one.group_id == sample.group_id] for sample in samples
+        }
+        return [Score.ok(float(sorted(groups[s.group_id]).index(s.row["n"]))) for s in samples]
+
+
+def grouped(names: str) -> list[Sample]:
+    """A sample a letter, its group; its number is its place."""
+    return [Sample(f"{name}{at}", name, "p", row={"n": at}) for at, name in enumerate(names)]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 5, 99])
+def test_a_reward_that_sees_groups_gets_each_of_them_whole(batch_size: int) -> None:
+    reward = Ranks()
+    scores = RewardRunner(reward, batch_size=batch_size, cache=9).score(grouped("ababacb"))
+    assert [score.value for score in scores] == [0, 0, 1, 1, 2, 0, 2]
+    calls = {
+        1: ["a0 a2 a4", "b1 b3 b6", "c5"],
+        2: ["a0 a2 a4", "b1 b3 b6", "c5"],
+        3: ["a0 a2 a4", "b1 b3 b6", "c5"],
+        5: ["a0 a2 a4", "b1 b3 b6 c5"],
+        99: ["a0 a2 a4 b1 b3 b6 c5"],
+    }
+    assert [" ".join(call) for call in reward.calls] == calls[batch_size]
+
+
+def test_copies_in_a_group_are_not_scored_as_one_and_no_rank_is_cached() -> None:
+    reward = Ranks()
+    runner = RewardRunner(reward, cache=9)
+    twice = [Sample(str(at), "g", "p", row={"n": 1}) for at in range(2)]
+    assert len(runner.score(twice)) == 2 and len(reward.calls[0]) == 2
+    runner.score(twice)
+    assert len(reward.calls) == 2 and runner.stats.cached == 0
+
+
+def test_a_group_that_fails_costs_the_others_nothing() -> None:
+    reward = Ranks(fails="b")
+    runner = RewardRunner(reward, retries=0)
+    scores = runner.score(grouped("abab"))
+    assert [score.status for score in scores] == ["ok", "unavailable", "ok", "unavailable"]
+    assert [" ".join(call) for call in reward.calls] == ["a0 a2 b1 b3", "a0 a2", "b1 b3"]
+    assert runner.stats.unavailable == {"OSError": 2}

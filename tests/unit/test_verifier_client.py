@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from rewards.verifier import client as client_module
+from rewards import endpoint as client_module
 from rewards.verifier.client import CHECK_S, Client
 from rewards.verifier.errors import JudgeError
 from rewards.verifier.prompts import messages

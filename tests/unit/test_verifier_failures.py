@@ -3,21 +3,35 @@
 import json
 import random
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 from PIL import Image
 
 from rewards.base import Reward, Sample
+from rewards.verifier.checklist import ChecklistReward
+from rewards.verifier.criteria import TARGET
+from rewards.verifier.expected_score import ExpectedScoreReward
+from rewards.verifier.rubric import RubricReward
 from rewards.verifier.viescore import VieScoreReward
 from rewards.verifier.yes_no import YesNoReward
 from tests.unit.test_verifier_stub import MODEL, Reply, Stub, first_token, keys_of, says, serving, tokens
 
+GIVEN: Any = {"target_images": (Image.new("RGB", (4, 4), "red"),), "row": {"questions": ["Is it red?", "Is it a cat?"]}}
+SOURCE = Image.new("RGB", (4, 4), "blue")
 SAMPLES = [
-    Sample("d", "g", "a red cat", (Image.new("RGB", (4, 4), "red"),)),
-    Sample("e", "g", "paint it", (Image.new("RGB", (4, 4)),), source_images=(Image.new("RGB", (4, 4), "blue"),)),
+    Sample("d", "g", "a red cat", (Image.new("RGB", (4, 4), "red"),), **GIVEN),
+    Sample("e", "g", "paint it", (Image.new("RGB", (4, 4)),), source_images=(SOURCE,), **GIVEN),
 ]
-JUDGES: dict[str, Callable[..., Reward]] = {"yes_no": YesNoReward, "viescore": VieScoreReward}
+JUDGES: dict[str, Callable[..., Reward]] = {
+    "yes_no": YesNoReward,
+    "viescore": VieScoreReward,
+    "checklist": ChecklistReward,
+    "expected_score": ExpectedScoreReward,
+    "rubric": RubricReward,
+    "target_match": partial(RubricReward, criteria=TARGET),
+}
 
 SERVER_FAILURES = {
     "500": Reply({}, status=500),

@@ -180,7 +180,7 @@ def test_the_fingerprint_has_what_decides_the_score_and_not_where_it_is_made(mon
     others = [{"model": "m"}, {"max_tokens": 9}, {"extra_body": {"seed": 1}}]
     assert len({printed(**options) for options in [{}, *others]}) == 4
     before = printed()
-    monkeypatch.setattr("rewards.verifier.viescore.AGAIN", "Again!")
+    monkeypatch.setattr("rewards.verifier.marks.REASKS", ("Again!",))
     assert printed() != before
 
 

@@ -11,7 +11,8 @@ from PIL import Image
 from rewards import build
 from rewards.base import Sample
 from rewards.verifier.errors import JudgeError
-from rewards.verifier.yes_no import YesNoReward, read_questions, yes_probability
+from rewards.verifier.tokens import yes_probability
+from rewards.verifier.yes_no import YesNoReward, read_questions
 from tests.unit.test_verifier_stub import MODEL, Reply, Stub, first_token, pictures, serving, tokens, words
 
 ROOT = Path(__file__).resolve().parents[2]
