@@ -10,11 +10,12 @@ from peft import PeftModel
 
 from rlmm.config.policy import CheckpointPolicy
 from rlmm.config.recipe import Recipe, validate_recipe
+from rlmm.config.sampling import Sampling
 from rlmm.memory import memory_plans
 from rlmm.pipeline import run_recipe
 from rlmm.policies.families.loading import load_policy, model_class
 from rlmm.run_folder import RunFolder
-from rlmm.sampling import sample_grid
+from rlmm.sampling import draw_samples
 from rlmm.train.metrics import MetricsFile
 from tests.families.masked_checkpoints import MASKED, tiny
 
@@ -92,7 +93,8 @@ def test_sampler_and_trainer_agree_in_the_run(run: tuple[str, RunFolder]) -> Non
 def test_what_a_run_made_draws(run: tuple[str, RunFolder]) -> None:
     _, folder = run
     source = CheckpointPolicy(path=str(folder.path / "merged"))
-    sheet = sample_grid(source, ["a red circle"], 2, temperature=1.0, guidance_scale=2.0, seed=0, steps=4)
+    law = Sampling.model_validate({"guidance_scale": 2.0, "unmasking": {"steps": 4, "order": "random"}})
+    sheet = draw_samples(source, ["a red circle"], 2, law).grid()
     assert sheet.size == (2 * 52 + 4, 52 + 4)
     assert len({sheet.getpixel((x, y)) for x in range(4, 52) for y in range(4, 52)}) > 20
 
