@@ -43,6 +43,7 @@ def markdown(record: Mapping[str, Any]) -> str:
         f"| {row['arm']} - {row['baseline']} | {row['mean']:+.3f} | [{row['low']:+.3f}, {row['high']:+.3f}] |"
         for row in record["differences"]
     ]
+    lines += _beside(record.get("beside", {}))
     lines += ["", "Chosen on the validation prompts with equal trials:", ""]
     lines += [
         f"- {arm}: {_short(plan, arm, one['chosen'])}, temperature {one['chosen']['temperature']:g} "
@@ -50,6 +51,19 @@ def markdown(record: Mapping[str, Any]) -> str:
         for arm, one in arms.items()
     ]
     return "\n".join([*lines, "", f"Commit {record['commit']}.", ""])
+
+
+def _beside(told: Mapping[str, Mapping[str, list[float]]]) -> list[str]:
+    """A table of means over seeds, with the least and the greatest; nothing where nothing else was measured."""
+    names = list(dict.fromkeys(name for columns in told.values() for name in columns))
+    if not names:
+        return []
+    lines = ["", "Beside it, mean over seeds (least to greatest):", ""]
+    lines += ["| arm | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
+    for arm, columns in told.items():
+        cells = [f"{sum(v) / len(v):.3f} ({min(v):.3f} to {max(v):.3f})" for v in (columns[name] for name in names)]
+        lines.append(f"| {arm} | " + " | ".join(cells) + " |")
+    return lines
 
 
 def _short(plan: Mapping[str, Any], arm: str, chosen: Mapping[str, Any]) -> str:

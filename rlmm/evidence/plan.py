@@ -54,6 +54,8 @@ class Plan(Strict):
     judge: str
     """The held-out reward's label, e.g. tesseract."""
     metric: str = "exact"
+    also: tuple[str, ...] = ()
+    """Other metrics of the judge that are shown beside it, at the temperature chosen by the first."""
     unmasking: UnmaskingConfig | None = None
     """How a masked policy is evaluated."""
     validation: Prompts

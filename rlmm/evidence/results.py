@@ -40,17 +40,36 @@ def evaluation(run: RunFolder) -> dict[str, Any]:
     return json.loads((run.stage(EVALUATION) / "eval.json").read_text())
 
 
-def scores(record: Mapping[str, Any], plan: Plan) -> dict[tuple[str, float], float]:
-    """(arm, temperature) -> mean of the plan's metric by its judge. ValueError where the judge did not give it."""
+def scores(record: Mapping[str, Any], plan: Plan, metric: str | None = None) -> dict[tuple[str, float], float]:
+    """(arm, temperature) -> mean of a metric, the plan's if None, by its judge. ValueError where the judge did not give
+    it."""
+    wanted = metric or plan.metric
     found = {
         (row["arm"], row["temperature"]): row["mean"]
         for row in record["rows"]
-        if row["judge"] == plan.judge and row["metric"] == plan.metric
+        if row["judge"] == plan.judge and row["metric"] == wanted
     }
     if not found:
         known = sorted({f"{row['judge']} {row['metric']}" for row in record["rows"]})
-        raise ValueError(f"no evaluation by {plan.judge!r} has the metric {plan.metric!r}; there are {known}")
+        raise ValueError(f"no evaluation by {plan.judge!r} has the metric {wanted!r}; there are {known}")
     return found
+
+
+def beside(
+    plan: EvidencePlan, chosen: Mapping[str, Chosen], runs: Sequence[Mapping[str, Any]]
+) -> dict[str, dict[str, list[float]]]:
+    """What else is told of each arm, a value a seed: the plan's other metrics at the chosen temperature, and what the
+    arm understands where that was asked."""
+    told: dict[str, dict[str, list[float]]] = {arm: {} for arm in plan.all_arms}
+    for metric in plan.also:
+        for record in runs:
+            table = scores(record, plan, metric)
+            for arm, columns in told.items():
+                columns.setdefault(metric, []).append(table[arm, chosen[arm].temperature])
+    for record in runs:
+        for row in record.get("understanding", []):
+            told[row["arm"]].setdefault(f"understanding: {row['metric']}", []).append(row["mean"])
+    return told
 
 
 def choose(table: Mapping[tuple[str, float], float], arm: str, trials: int, temperatures: Sequence[float]) -> Chosen:
@@ -106,6 +125,7 @@ def result_record(
             }
             for arm in arms
         },
+        "beside": beside(plan, chosen, runs),
         "differences": [asdict(one) for one in differences(arms, values)],
         "compute": {
             "unit": f"seconds of training beyond {start}, rollouts and rewards included; {start}'s own for {start}",

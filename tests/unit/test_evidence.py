@@ -197,6 +197,26 @@ def test_an_arms_figures_are_those_of_the_temperature_and_trial_that_were_chosen
     assert record["commit"] == "abc123" and "host" not in record["environment"]
 
 
+def test_what_stands_beside_is_of_the_chosen_temperature_and_what_each_seed_understood() -> None:
+    runs = [judged(values, spent) for values, spent in zip(SEEDS, SECONDS, strict=True)]
+    for seed, run in enumerate(runs):
+        run["rows"] += [row | {"metric": "kept", "mean": row["mean"] + 10} for row in run["rows"]]
+        run["understanding"] = [{"arm": "grpo", "metric": "exact_match", "mean": 0.25 * (seed + 1)}]
+    chosen = {arm: Chosen(0, 0.5 if arm == "sft" else 1.0, 0.5) for arm in plan().all_arms}
+    found = result_record(plan(also=["kept"]), chosen, {}, runs, ENVIRONMENT)
+    assert found["beside"]["sft"] == {"kept": [10.4, 10.6]}
+    assert found["beside"]["grpo"] == {"kept": [10.6, 10.9], "understanding: exact_match": [0.25, 0.5]}
+    with pytest.raises(ValueError, match="has the metric 'lost'"):
+        result_record(plan(also=["lost"]), chosen, {}, runs, ENVIRONMENT)
+
+
+def test_the_page_shows_what_stands_beside() -> None:
+    told = {arm: {"kept": [0.5, 0.7]} for arm in plan().all_arms}
+    page = pages.markdown(two_seeds() | {"beside": told})
+    assert "| arm | kept |" in page and "| grpo | 0.600 (0.500 to 0.700) |" in page
+    assert "Beside it" not in pages.markdown(two_seeds())
+
+
 def test_the_page_has_the_records_figures() -> None:
     page = pages.markdown(two_seeds()).splitlines()
     assert page[0] == "# tiny: left_darkness value on 4 test prompts"
