@@ -147,6 +147,7 @@ def _cell(
     rows = [
         {"arm": name[0], "temperature": name[1], "seed": i % config.sampling_seeds, "prompt": sample.prompt}
         | {"image": phases.png_bytes(sample.images[0]) if sample.images else None, "text": sample.text}
+        | {"source": phases.png_bytes(sample.source_images[0]) if sample.source_images else None}
         | {f"score/{term}": column[i].value for term, column in scores.items()}
         | {f"reading/{term}": column[i].reason for term, column in scores.items()}
         for i, sample in enumerate(samples)

@@ -5,7 +5,7 @@ What is shown is the first of what is stored, in stored order: nothing is chosen
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,11 +39,12 @@ class ArmSample:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One prompt with the image of each arm, drawn with the same seed."""
+    """One prompt with the image of each arm, drawn with the same seed; `source`: the image that the prompt is about."""
 
     prompt: str
     seed: int
     samples: tuple[ArmSample, ...]
+    source: Picture | None = None
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,9 @@ class Group:
 
 def comparisons(path: Path, notes: Notes) -> dict[float, list[Comparison]]:
     """The first prompts of a samples.parquet by temperature, highest first, each prompt at its first seed."""
-    rows = read_rows(path, ("arm", "temperature", "seed", "prompt"), ("image", "text"), ("score/", "reading/"), notes)
+    rows = read_rows(
+        path, ("arm", "temperature", "seed", "prompt"), ("image", "text", "source"), ("score/", "reading/"), notes
+    )
     arms = list(dict.fromkeys(str(row["arm"]) for row in rows))
     shown: dict[float, dict[str, dict[str, Row]]] = {}
     seeds: dict[tuple[float, str], int] = {}
@@ -88,6 +91,7 @@ def comparisons(path: Path, notes: Notes) -> dict[float, list[Comparison]]:
                 prompt,
                 seeds[temperature, prompt],
                 tuple(_arm_sample(arm, by_arm.get(arm), broken) for arm in arms),
+                _source(by_arm.values()),
             )
             for prompt, by_arm in shown[temperature].items()
         ]
@@ -134,6 +138,12 @@ def _arm_sample(arm: str, row: Row | None, broken: list[str]) -> ArmSample:
     alt = f"{arm}, T={row['temperature']:g}, for the prompt: {row['prompt']}." + (f" {told}." if told else "")
     shown, why = _picture(row, alt, broken)
     return ArmSample(arm, shown, why, verdicts, text(row.get("text")) or "")
+
+
+def _source(rows: Iterable[Row]) -> Picture | None:
+    """The first source image that is there and can be read."""
+    given = next((row["source"] for row in rows if isinstance(row.get("source"), bytes)), None)
+    return None if given is None else picture(given, "The image that the prompt is about.")
 
 
 def _members(rows: list[Row], broken: list[str]) -> tuple[GroupMember, ...]:

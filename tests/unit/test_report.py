@@ -175,6 +175,15 @@ def test_samples_pair_the_arms_by_prompt_and_seed(tmp_path: Path) -> None:
         assert all(row.seed == 0 and [s.arm for s in row.samples] == list(ARMS) for row in rows)
 
 
+def test_an_edit_is_shown_beside_its_source_and_a_text_above_its_image(tmp_path: Path) -> None:
+    row = {"arm": "sft", "temperature": 1.0, "seed": 0, "image": png("X")}
+    told = [row | {"prompt": "edit", "source": png("Y"), "text": "red"}, row | {"prompt": "plain", "source": None}]
+    write_parquet(tmp_path / "samples.parquet", told)
+    edit, plain = comparisons(tmp_path / "samples.parquet", Notes())[1.0]
+    assert edit.source is not None and edit.source.width and edit.samples[0].wrote == "red"
+    assert plain.source is None and plain.samples[0].wrote == ""
+
+
 def test_arms_are_shown_at_the_same_seed_whatever_the_order_of_rows(tmp_path: Path) -> None:
     pairs = (("a", 5), ("a", 6), ("b", 6), ("b", 5))
     rows = [
