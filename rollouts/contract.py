@@ -19,13 +19,20 @@ class Grid:
     """The grammar of an image span: `rows` x `cols` codes in row-major order, then what the family forces.
 
     `row_end` is forced after each row (None: rows follow each other directly), `ending` after the last one. Forced
-    tokens are no decisions of the policy: they have no log-prob and are outside `target_mask`.
+    tokens are no decisions of the policy: they have no log-prob and are outside `target_mask`. `preview`: (rows, cols)
+    of codes that the policy decides first, of the same picture in small.
     """
 
     rows: int
     cols: int
     row_end: int | None = None
     ending: tuple[int, ...] = ()
+    preview: tuple[int, int] | None = None
+
+    @property
+    def ahead(self) -> int:
+        """Positions of the preview."""
+        return 0 if self.preview is None else self.preview[0] * self.preview[1]
 
     @property
     def stride(self) -> int:
@@ -34,12 +41,13 @@ class Grid:
     @property
     def length(self) -> int:
         """Positions of the whole span, forced ones included."""
-        return self.rows * self.stride + len(self.ending)
+        return self.ahead + self.rows * self.stride + len(self.ending)
 
     def forced(self) -> dict[int, int]:
         """Position in the span -> the token forced there."""
-        ends = {} if self.row_end is None else {(row + 1) * self.stride - 1: self.row_end for row in range(self.rows)}
-        return ends | {self.rows * self.stride + i: token for i, token in enumerate(self.ending)}
+        last = [self.ahead + (row + 1) * self.stride - 1 for row in range(self.rows)]
+        ends = {} if self.row_end is None else dict.fromkeys(last, self.row_end)
+        return ends | {self.length - len(self.ending) + i: token for i, token in enumerate(self.ending)}
 
     def decided(self) -> list[int]:
         """Positions the policy decides, in order: one a code."""
@@ -53,16 +61,18 @@ class Layout:
 
     `text` and `image` are half-open slices of token ids; code c of the codec is token `image[0] + c`. `template` says
     how a prompt's text is written before it is tokenized; `boi` are the tokens that announce an image (its size too,
-    where a family writes it), `after_source` those that follow a source image. The unconditional stream's prompt is
-    `null_prompt` (without `bos` and `boi`), or, where there is a `null_token`, the prompt with every token of it
-    replaced by that one, as Janus does: then the stream is a function of the tokens alone. `mask` stands for a position
-    that is not decided yet; only masked families have one, in neither slice, so it is never drawn.
+    where a family writes it), `before_source` those in front of a source image where they are others, `after_source`
+    those that follow one. `bos` is None where nothing stands
+    before the prompt. The unconditional stream's prompt is `null_prompt` (without `bos` and `boi`), or, where there is
+    a `null_token`, the prompt with every token of it replaced by that one, as Janus does: then the stream is a function
+    of the tokens alone. `mask` stands for a position that is not decided yet; only masked families have one, in neither
+    slice, so it is never drawn.
     """
 
     vocab_size: int
     text: tuple[int, int]
     image: tuple[int, int]
-    bos: int
+    bos: int | None
     pad: int
     boi: tuple[int, ...]
     grid: Grid
@@ -70,11 +80,14 @@ class Layout:
     null_token: int | None = None
     mask: int | None = None
     template: str = "{prompt}"
+    before_source: tuple[int, ...] | None = None
     after_source: tuple[int, ...] = ()
     takes_sources: bool = True
     """Whether a source image has a place before the prompt."""
     family: str = "llama"
     """Who reads the checkpoint: a name of `rlmm.policies.families`, or file.py:NAME."""
+    decides_text: bool = True
+    """Whether the policy has a head for text; without one a prompt is a condition alone, and is not learned."""
     text_end: int | None = None
     """What ends a text that the policy writes; None: the tokenizer's end of sequence."""
 
@@ -83,10 +96,15 @@ class Layout:
         return (*self.question(prompt_ids, sources), *self.boi)
 
     def question(self, prompt_ids: Sequence[int], sources: Sequence[Sequence[int]] = ()) -> tuple[int, ...]:
-        """The conditioning ids before a text span: bos, source images (each with its begin-of-image), prompt.
-        `sources` are spelled images: token ids, forced ones included."""
-        images = [token for source in sources for token in (*self.boi, *source, *self.after_source)]
-        return (self.bos, *images, *prompt_ids)
+        """The conditioning ids before a text span: bos, source images (each with what stands before and after one),
+        prompt. `sources` are spelled images: token ids, forced ones included."""
+        before = self.boi if self.before_source is None else self.before_source
+        images = [token for source in sources for token in (*before, *source, *self.after_source)]
+        return (*self._first, *images, *prompt_ids)
+
+    @property
+    def _first(self) -> tuple[int, ...]:
+        return () if self.bos is None else (self.bos,)
 
     def null(self, prompt_ids: Sequence[int]) -> tuple[int, ...]:
         """The prompt of the unconditional stream beside a prompt."""
@@ -101,19 +119,26 @@ class Layout:
 
     def given(self) -> tuple[int, ...]:
         """Tokens of the text slice that belong to no prompt: both streams have them."""
-        return tuple(sorted({self.bos, *self.boi, *self.after_source, *self.grid.forced().values()}))
+        return tuple(
+            sorted(
+                {*self._first, *self.boi, *(self.before_source or ()), *self.after_source, *self.grid.forced().values()}
+            )
+        )
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     @staticmethod
     def from_dict(record: Mapping[str, Any]) -> "Layout":
-        inner: dict[str, Any] = {**record["grid"], "ending": tuple(record["grid"]["ending"])}
-        tuples: dict[str, Any] = {
-            key: tuple(record[key]) for key in ("text", "image", "boi", "null_prompt", "after_source")
-        }
-        fields: dict[str, Any] = {**record, **tuples, "grid": Grid(**inner)}
-        return Layout(**fields)
+        grid = Grid(**_tuples(record["grid"], ("ending", "preview")))
+        tuples = _tuples(record, ("text", "image", "boi", "null_prompt", "before_source", "after_source"))
+        return Layout(**(tuples | {"grid": grid}))
+
+
+def _tuples(record: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """The record with its lists of these names as tuples again."""
+    found = {name: tuple(record[name]) for name in names if record.get(name) is not None}
+    return {**record, **found}
 
 
 @dataclass(frozen=True)
@@ -145,7 +170,7 @@ class CausalDecoder(Protocol):
     layout: Layout
 
     def hidden(self, ids_BT: Tensor, mask_BT: Tensor, *, cache: Any = None) -> Tensor:
-        """Final hidden states [B, T, H] of `ids_BT`; `mask_BT` covers what the cache already holds, too."""
+        """Final hidden states [B, T, H] of whole sequences; with a cache, of the positions that it lacks alone."""
         ...
 
     def head(self, hidden_NH: Tensor, vocabulary: tuple[int, int]) -> Tensor:

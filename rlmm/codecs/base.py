@@ -1,6 +1,6 @@
 """A codec: pixels to codes and codes to pixels. One token a patch, row-major.
 
-Shapes: B images, C channels, H x W pixels, N = rows * cols tokens.
+Shapes: B images, C channels, H x W pixels, N tokens: rows * cols, and before them a preview's where there is one.
 """
 
 from abc import ABC, abstractmethod
@@ -57,7 +57,7 @@ class Codec(nn.Module, ABC):
     def __init__(self, settings: StoredCodec) -> None:
         super().__init__()
         self.settings = settings
-        self.grid, self.num_codes = settings.grid, settings.num_codes
+        self.grid, self.tokens, self.num_codes = settings.grid, settings.tokens, settings.num_codes
         self.image_size, self.channels = settings.image_size, settings.channels
 
     @property
@@ -75,8 +75,9 @@ class Codec(nn.Module, ABC):
 
     def decode(self, ids_BN: Tensor) -> Tensor:
         """Images [B, C, H, W] float32 in [0, 1]; ValueError on codes outside [0, num_codes) or another count."""
-        if ids_BN.shape[-1] != self.grid[0] * self.grid[1]:
-            raise ValueError(f"{ids_BN.shape[-1]} codes an image; this codec's grid is {self.grid[0]}x{self.grid[1]}")
+        if ids_BN.shape[-1] != self.tokens:
+            grid = f"grid is {self.grid[0]}x{self.grid[1]}, {self.tokens} codes"
+            raise ValueError(f"{ids_BN.shape[-1]} codes an image; this codec's {grid}")
         if ids_BN.numel() and (int(ids_BN.min()) < 0 or int(ids_BN.max()) >= self.num_codes):
             raise ValueError(
                 f"codes from {int(ids_BN.min())} to {int(ids_BN.max())} are outside [0, {self.num_codes}): they are no "

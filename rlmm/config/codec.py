@@ -53,6 +53,11 @@ class CodecNetwork(Strict):
         """Rows and columns of tokens."""
         return self.image_size[0] // self.patch[0], self.image_size[1] // self.patch[1]
 
+    @property
+    def tokens(self) -> int:
+        """Codes of an image."""
+        return math.prod(self.grid)
+
 
 class FsqCodec(CodecNetwork):
     """Finite scalar quantization (Mentzer et al. 2023): a grid of levels, nothing to learn and nothing to die."""
@@ -130,6 +135,12 @@ class PretrainedCodec(Strict):
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     """Pixels in [0, 1] are shifted by `mean` and divided by `std` before the network sees them."""
     channels: Literal[3] = 3
+    preview: tuple[int, int] | None = None
+    """Rows and columns of codes of the image in small, which come before the others."""
+
+    @property
+    def tokens(self) -> int:
+        return math.prod(self.grid) + math.prod(self.preview or (0,))
 
 
 CodecConfig = Annotated[FsqCodec | VqCodec | LfqCodec, Field(discriminator="kind")]

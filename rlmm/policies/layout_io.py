@@ -39,7 +39,7 @@ def spell_image(layout: Layout, codes: Sequence[int]) -> list[int]:
     decided = grid.decided()
     if len(codes) != len(decided):
         raise ValueError(
-            f"{len(codes)} codes for a grid of {grid.rows}x{grid.cols} = {len(decided)}; the codec and the layout "
+            f"{len(codes)} codes for a grid of {grid.rows}x{grid.cols}, {len(decided)} codes; the codec and the layout "
             "disagree: rebuild one of them"
         )
     ids = [grid.forced().get(position, layout.pad) for position in range(grid.length)]
@@ -49,7 +49,7 @@ def spell_image(layout: Layout, codes: Sequence[int]) -> list[int]:
 
 
 def read_codes(layout: Layout, ids_BS: Tensor) -> Tensor:
-    """Codec codes [B, rows * cols] of image spans [B, S]."""
+    """Codec codes [B, N] of image spans [B, S]."""
     return ids_BS[:, layout.grid.decided()] - layout.image[0]
 
 
@@ -68,7 +68,7 @@ def supervised_batch(layout: Layout, rows: Sequence[Supervised]) -> SequenceBatc
     """Prompt, text, image: right-padded. Targets are the image codes and the text, or without a text the prompt's.
 
     Source images, forced grid tokens, `bos` and begin-of-image are no targets: they are given, and nothing decides
-    them. Neither are a template's special tokens that lie outside of the text slice.
+    them. Neither are a template's special tokens that lie outside of the text slice, nor text that no head decides.
     """
     return _right_padded(layout, [_spelled(layout, row) for row in rows])
 
@@ -77,7 +77,7 @@ def _spelled(layout: Layout, row: Supervised) -> tuple[list[int], list[bool], li
     """Ids, targets and modalities of a row."""
     asked = layout.question(row.prompt, row.sources)
     ids, kinds = [*asked, *row.text], [TEXT] * (len(asked) + len(row.text))
-    taught = len(row.text) or len(row.prompt)
+    taught = (len(row.text) or len(row.prompt)) if layout.decides_text else 0
     low, high = layout.text
     targets = [position >= len(ids) - taught and low <= token < high for position, token in enumerate(ids)]
     if row.image is not None:

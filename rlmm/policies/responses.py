@@ -69,7 +69,12 @@ def writing_spelling(spelling: Spelling, writing: Writing, length: int, draws: b
 
 
 def stop_tokens(spelling: Spelling, writing: Writing) -> tuple[int, ...]:
-    """Ids of the tokens that end a text."""
+    """Ids of the tokens that end a text. ValueError where the policy cannot write one, or they are unknown."""
+    if not spelling.layout.decides_text:
+        raise ValueError(
+            f"checkpoints of family {spelling.layout.family!r} have no head for text, so it cannot write any; leave "
+            "thought, answer and the texts of rows out"
+        )
     tokenizer = spelling.tokenizer
     if not writing.stop:
         if spelling.layout.text_end is not None:

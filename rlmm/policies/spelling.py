@@ -74,7 +74,8 @@ class Spelling:
             return UnusablePrompt(
                 NO_SOURCES,
                 f"prompt {prompt!r:.200} has {sources} source images, and family {self.layout.family!r} draws from "
-                "text alone here: use rows without them, or a family that edits (emu3, chameleon, janus)",
+                "text alone here: use rows without them, or a family that edits (emu3, chameleon, janus, "
+                "glm_image_edit)",
             )
         image, what = self.layout.grid.length, "the image" if self.draws else "the answer"
         length = len(self.layout.prefix(ids, [[self.layout.pad] * image] * sources)) + self.text + self.draws * image

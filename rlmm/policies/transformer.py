@@ -37,7 +37,9 @@ class TransformerPolicy(ABC):
 
     log_prob_kind: LogProbKind
     frozen_parts: tuple[str, ...] = ()
-    """Name prefixes of parameters that neither training nor sampling needs (image tokenizers, encoders)."""
+    """Name prefixes of parameters that no stage trains and no engine is handed (image tokenizers, encoders)."""
+    read_parts: tuple[str, ...] = ()
+    """Of those, the ones that prompts are read with."""
     untrained_parts: tuple[str, ...] = ()
     """Of those that sampling may need and that no image token depends on."""
     projections: Mapping[str, str] = MappingProxyType({})
@@ -77,18 +79,19 @@ class TransformerPolicy(ABC):
         return self.spelling.encode(prompt)
 
     def hidden(self, ids_BT: Tensor, mask_BT: Tensor, *, cache: Any = None, model: nn.Module | None = None) -> Tensor:
-        """Final hidden states [B, T, H]. `mask_BT` covers the cached positions too; positions count real tokens."""
+        """Final hidden states [B, T, H] of whole sequences; with a cache, of the positions that it lacks alone."""
         device, most = self.base.device, self.sizes.max_position_embeddings
         if mask_BT.shape[1] > most:
             raise ValueError(
                 f"a sequence of {mask_BT.shape[1]} tokens (prompt and image) exceeds the model's {most} positions; "
                 "shorten the prompts (data.max_prompt_characters) or raise policy.max_positions"
             )
-        position_BT = (mask_BT.long().cumsum(-1) - 1).clamp_min(0)[:, -ids_BT.shape[1] :].to(device)
+        ids_BT, mask_BT = ids_BT.to(device), mask_BT.to(device)
+        held = 0 if cache is None else cache.get_seq_length()
         inputs: dict[str, Any] = {
-            **self.embedded(ids_BT.to(device)),
-            "attention_mask": mask_BT.to(device),
-            "position_ids": position_BT,
+            **self.embedded(ids_BT[:, held:]),
+            "attention_mask": mask_BT,
+            "position_ids": self.positions(ids_BT, mask_BT)[..., held:],
         }
         # The body alone is cast, here, for sampler and trainer alike: head and softmax keep the weights' own.
         with torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
@@ -99,6 +102,10 @@ class TransformerPolicy(ABC):
             # position of logits is the cheapest the head offers.
             output = model(**inputs, use_cache=False, output_hidden_states=True, logits_to_keep=1)
         return output.hidden_states[-1].to(self.base.dtype)
+
+    def positions(self, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
+        """Positions [..., B, T] as the model's forward takes them: they count real tokens."""
+        return (mask_BT.long().cumsum(-1) - 1).clamp_min(0)
 
     def embedded(self, ids_BT: Tensor) -> dict[str, Tensor]:
         """Tokens as the model's forward takes them."""

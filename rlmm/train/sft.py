@@ -49,6 +49,11 @@ class SftSource:
         seed: int,
         understanding: Sequence[Supervised] = (),
     ) -> None:
+        if config.text_weight and not layout.decides_text:
+            raise ValueError(
+                f"text_weight {config.text_weight}: checkpoints of family {layout.family!r} have no head for text, so "
+                "a prompt cannot be learned; set it to 0"
+            )
         self.layout, self.config, self.seed = layout, config, seed
         self.rows, self.own = [*rows, *understanding], len(rows)
         mine = share(config.batch_size, "batch_size")

@@ -80,7 +80,7 @@ def _encoded(
 
 def checked(codes: Sequence[int], codec: Codec) -> Sequence[int]:
     """Codes that a row brought. ValueError where they are not of the codec."""
-    count = codec.grid[0] * codec.grid[1]
+    count = codec.tokens
     if len(codes) != count or min(codes) < 0 or max(codes) >= codec.num_codes:
         raise ValueError(
             f"a row of data.codes_column has {len(codes)} codes from {min(codes, default=0)} to "

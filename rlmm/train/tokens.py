@@ -80,10 +80,6 @@ def _read(file: Path, codec: Codec) -> dict[str, Tensor]:
         raise ValueError(
             f"{file} is no readable file of image codes ({error}); delete it, and they are made again"
         ) from error
-    if (
-        flat_RN.shape[1] != codec.grid[0] * codec.grid[1]
-        or int(flat_RN.max()) >= codec.num_codes
-        or int(flat_RN.min()) < 0
-    ):
+    if flat_RN.shape[1] != codec.tokens or int(flat_RN.max()) >= codec.num_codes or int(flat_RN.min()) < 0:
         raise ValueError(f"{file} holds codes that are not of this codec; delete it, and they are made again")
     return dict(zip(table.column("image").to_pylist(), flat_RN, strict=True))

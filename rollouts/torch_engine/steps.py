@@ -48,15 +48,12 @@ class ModelStepper:
     def hidden(self, ids_BT: Tensor) -> Tensor:
         """Last hidden states [N, H] after the response so far."""
         decoder, position, given = self.decoder, ids_BT.shape[1], self.prefixes
-        mask_NT = F.pad(self.mask_NP, (0, position), value=True)
-        if self.cache is None:
-            full = torch.cat([given.ids_QP[given.rows_N], ids_BT.repeat(given.streams, 1)], 1)
-            return decoder.hidden(full, mask_NT)[:, -1]
-        if position == 0:
+        if self.cache is not None and position == 0:
             last_NH = decoder.hidden(given.ids_QP, given.mask_QP, cache=self.cache)[:, -1][given.rows_N]
             self.cache = widen(self.cache, given.rows_N.to(last_NH.device))
             return last_NH
-        return decoder.hidden(ids_BT[:, -1:].repeat(given.streams, 1), mask_NT, cache=self.cache)[:, -1]
+        whole_NT = torch.cat([given.ids_QP[given.rows_N], ids_BT.repeat(given.streams, 1)], 1)
+        return decoder.hidden(whole_NT, F.pad(self.mask_NP, (0, position), value=True), cache=self.cache)[:, -1]
 
     def head(self, hidden_NH: Tensor, vocabulary: tuple[int, int]) -> Tensor:
         return self.decoder.head(hidden_NH, vocabulary)

@@ -133,8 +133,8 @@ def test_lumina_dimoo_is_spelled_as_published() -> None:
     text = {number: name for name, number in checkpoint.vocabulary.items()}
     prompt = list(checkpoint.spelled(layout, "a cat"))
     whole = spelled("lumina_dimoo", prompt)
-    assert "".join(text[i] for i in [layout.bos, *prompt]) == stated["template"].format(prompt="a cat")
-    null = [layout.bos, *layout.null(prompt)]
+    assert "".join(text[i] for i in layout.question(prompt)) == stated["template"].format(prompt="a cat")
+    null = layout.question(layout.null(prompt))
     assert "".join(text[i] for i in null) == stated["templates"]["unconditional"] and token["<uncondition>"] in null
     row = [*[token["mask"]] * 4, token["newline"]]
     assert whole[1 + len(prompt) :] == [
