@@ -178,6 +178,23 @@ def rollout_server(
 
 
 @app.command()
+def convert_llamagen(
+    transformer: Annotated[Path, typer.Argument(help="The published transformer, e.g. c2i_XL_384.pt")],
+    tokenizer: Annotated[Path, typer.Argument(help="The published image tokenizer, e.g. vq_ds16_c2i.pt")],
+    folder: Annotated[Path, typer.Argument(help="The folder to write, for policy.path")],
+    image_size: Annotated[int, typer.Option(help="Side in pixels of its images: the number in the first name")],
+    text_encoder: Annotated[
+        str | None, typer.Option(help="Of a text-conditional one: folder or id of flan-t5-xl")
+    ] = None,
+) -> None:
+    """LlamaGen's published pickles as a folder that recipes can name. Of the pickles tensors alone are read."""
+    from rlmm.policies.families.llamagen_convert import convert
+
+    convert(transformer, tokenizer, folder, image_size, text_encoder)
+    say(f"wrote {folder}")
+
+
+@app.command()
 def doctor() -> None:
     """Versions, devices and optional parts, and the fix for what does not fit."""
     from rlmm.doctor import print_report

@@ -13,6 +13,7 @@ from transformers import ChameleonVQVAE, ChameleonVQVAEConfig, Emu3VQVAE, Emu3VQ
 from transformers.models.janus.modeling_janus import JanusVQVAEDecoder
 
 from rlmm.codecs.base import Codec
+from rlmm.codecs.glm_image import GlmImageNetwork
 from rlmm.codecs.vqgan import VqganNetwork
 from rlmm.config.base import nearest
 from rlmm.config.codec import PretrainedCodec
@@ -83,6 +84,7 @@ NETWORKS: dict[str, Callable[[dict[str, Any]], nn.Module]] = {
     "emu3": Emu3Network,
     "janus": JanusNetwork,
     "chameleon": ChameleonNetwork,
+    "glm_image": GlmImageNetwork,
     "vqgan": VqganNetwork,
 }
 """Name in codec.json -> class with `encode` and `decode` of pixels that are shifted and scaled already."""
@@ -107,5 +109,6 @@ class NetworkCodec(Codec):
         return self.network.encode((images_BCHW - self.mean_C11) / self.std_C11)
 
     def _drawn(self, ids_BN: Tensor) -> Tensor:
-        pixels_BCHW = self.network.decode(ids_BN.unflatten(-1, self.grid))
+        own = self.grid[0] * self.grid[1]  # a preview shows the same picture
+        pixels_BCHW = self.network.decode(ids_BN[:, -own:].unflatten(-1, self.grid))
         return pixels_BCHW * self.std_C11 + self.mean_C11

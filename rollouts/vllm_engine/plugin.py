@@ -12,14 +12,23 @@ MODELS: dict[str, str] = {
     "Emu3ForConditionalGeneration": "rollouts.vllm_engine.families:Emu3",
     "ChameleonForConditionalGeneration": "rollouts.vllm_engine.families:Chameleon",
     "JanusForConditionalGeneration": "rollouts.vllm_engine.families:Janus",
+    "LlamaGenForImageGeneration": "rollouts.vllm_engine.llamagen:LlamaGen",
 }
 """Architectures that stock vLLM lacks: the name in a checkpoint's config.json -> "module:Class"."""
+
+UNSERVED: dict[str, str] = {
+    "GlmImageForConditionalGeneration": "a code's position follows from its row and column, and vLLM counts tokens",
+}
+"""Architectures that vLLM cannot serve, and why."""
 
 
 def register() -> None:
     """Make the architectures of `MODELS` known to vLLM. May be called many times."""
     from vllm import ModelRegistry
 
+    from rollouts.vllm_engine.configs import register_configs
+
+    register_configs()
     for architecture, target in MODELS.items():
         ModelRegistry.register_model(architecture, target)
 
@@ -31,11 +40,20 @@ def served_overrides(layout: Layout, config: Any, architecture: str, *, together
         config: the checkpoint's, as transformers reads it.
         architecture: the model's class.
         together: serve the model that carries both streams of a guided sample, where there is one.
+
+    Raises ValueError where vLLM cannot serve it.
     """
+    why = UNSERVED.get(architecture)
+    if getattr(config, "caption_config", None) is not None:
+        why = "its prompts are read by a T5 encoder, and a code's position does not depend on how long they are"
+    if why is not None:
+        raise ValueError(f"vLLM cannot sample from a {architecture}: {why}; set engine.kind: torch")
     if together and layout.null_token is not None and architecture == "LlamaForCausalLM":
         return two_stream_overrides(layout)
-    if config.get_text_config().vocab_size < layout.vocab_size:  # codes that the text's vocabulary does not hold
-        return {"text_config": {"vocab_size": layout.vocab_size}}
+    text = config.get_text_config()
+    if text.vocab_size < layout.vocab_size:  # codes that the text's vocabulary does not hold, or the other way round
+        whole = {"vocab_size": layout.vocab_size}
+        return whole if text is config else {"text_config": whole}
     return {}
 
 

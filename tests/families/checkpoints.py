@@ -1,5 +1,6 @@
 """Tiny random instances of the published classes, made once a test process, and what the tests do with them."""
 
+import importlib.util
 import json
 import tempfile
 from functools import cache
@@ -16,9 +17,28 @@ from rollouts.law import Law
 from rollouts.torch_engine.causal import TorchEngine
 from rollouts.trajectory import Span, Trajectory
 
-SIZES = {"emu3": (48, 48), "chameleon": (48, 48), "lumina_mgpt": (64, 64), "janus": (48, 48)}
-LARGER = {"emu3": 5, "chameleon": 2, "lumina_mgpt": 2, "janus": 6}
+SIZES = {
+    "emu3": (48, 48), "chameleon": (48, 48), "lumina_mgpt": (64, 64), "janus": (48, 48), "llamagen": (48, 48),
+    "llamagen_text": (48, 48),
+    "glm_image": (48, 48), "glm_image_edit": (48, 48),
+}  # fmt: skip
+LARGER = {
+    "emu3": 5,
+    "chameleon": 2,
+    "lumina_mgpt": 2,
+    "janus": 6,
+    "llamagen": 5,
+    "llamagen_text": 5,
+    "glm_image": 5,
+    "glm_image_edit": 5,
+}
 """What weights are multiplied by: much, but not so much that rounding in float32 reaches 1e-4 nats under guidance."""
+WRITERS = ("emu3", "chameleon", "lumina_mgpt", "janus")
+"""Families with a head for text."""
+PROMPTS = {"llamagen": ["207", "360", "22"]}
+"""Of families that do not take any text."""
+DIFFUSERS = importlib.util.find_spec("diffusers") is not None
+"""GLM-Image's decoder."""
 FACTS = Path(__file__).parents[1] / "fixtures" / "families"
 _scratch = tempfile.TemporaryDirectory()
 
@@ -47,17 +67,22 @@ def peaked(name: str) -> TransformerPolicy:
     return policy
 
 
+def prompts(name: str) -> list[str]:
+    """Three prompts that a family's policies take."""
+    return PROMPTS.get(name, ["a red circle", "two blue squares", "a"])
+
+
 def requests(policy: TransformerPolicy, prompts: list[str], samples: int = 2) -> list[Request]:
     layout = policy.layout
-    source = [*layout.grid.forced().values()]
+    source = [[*layout.grid.forced().values()]] if layout.takes_sources else []
     made = []
     for number, prompt in enumerate(prompts):
         ids = policy.encode_prompt(prompt)
         null = layout.null(ids)
         streams = {
-            "cond": layout.prefix(ids, [source]),
+            "cond": layout.prefix(ids, source),
             "uncond": layout.prefix(null),
-            "source": layout.prefix(null, [source]),
+            "source": layout.prefix(null, source),
         }
         seeds = tuple(100 * number + sample for sample in range(samples))
         made.append(Request(prompt, streams, seeds, tuple(f"{prompt}/{seed}" for seed in seeds)))
@@ -67,7 +92,7 @@ def requests(policy: TransformerPolicy, prompts: list[str], samples: int = 2) ->
 def sample(policy: TransformerPolicy, law: Law, *, use_cache: bool = True) -> Trajectory:
     engine = TorchEngine(policy, num_layers=policy.sizes.num_hidden_layers, use_cache=use_cache)
     span = Span("image", law, policy.layout.grid.length)
-    return engine.generate(requests(policy, ["a red circle", "two blue squares"]), [span])
+    return engine.generate(requests(policy, prompts(policy.layout.family)[:2]), [span])
 
 
 def facts(name: str) -> dict[str, Any]:

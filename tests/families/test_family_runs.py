@@ -1,5 +1,6 @@
 """A whole run from each published class: SFT on edits, GRPO with guidance and LoRA, evaluation, export, and back."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,37 +8,67 @@ import pytest
 import torch
 import transformers
 from peft import PeftModel
+from PIL import Image
 
 from rlmm.config.policy import CheckpointPolicy
 from rlmm.config.recipe import Recipe, RecipeError, validate_recipe
 from rlmm.config.sampling import Sampling
 from rlmm.memory import memory_plans
 from rlmm.pipeline import run_recipe
-from rlmm.policies.families.loading import load_policy
+from rlmm.policies.families.loading import layout_of, load_policy
 from rlmm.run_folder import RunFolder
 from rlmm.sampling import draw_samples
-from tests.families.checkpoints import tiny
+from tests.families.checkpoints import DIFFUSERS, PROMPTS, prompts, tiny
 
 CLASSES = {
     "emu3": "Emu3ForConditionalGeneration",
     "chameleon": "ChameleonForConditionalGeneration",
     "janus": "JanusForConditionalGeneration",
+    "llamagen": "LlamaGenForImageGeneration",
+    "llamagen_text": "LlamaGenForImageGeneration",
+    "glm_image_edit": "GlmImageForConditionalGeneration",
 }
 TRAINED = {"steps": 2, "learning_rate": 1.0e-3, "micro_batch_size": 2, "warmup_steps": 0}
+HELD_OUT = {
+    False: {"name": "scenes", "label": "verifier"},
+    True: {"function": "tests/recipes/rewards.py:left_darkness", "label": "verifier"},
+}
 GRPO: dict[str, Any] = {
     "kind": "grpo", **TRAINED, "prompts_per_step": 2, "samples_per_prompt": 2, "lora": {"rank": 4, "alpha": 8},
     "sampling": {"guidance_scale": 2.0, "source_scale": 1.5}, "gates": {"duplicate_share": 1.0, "flat_share": 1.0},
 }  # fmt: skip
 
 
+def edits(name: str) -> bool:
+    return layout_of(tiny(name).path, tiny(name)).takes_sources
+
+
+def data(name: str, folder: Path) -> dict[str, Any]:
+    """Scenes, edits of them where a family takes source images; of one that takes no text, rows with its prompts."""
+    if name not in PROMPTS:
+        variant = "edit" if edits(name) else "text_to_image"
+        return {"kind": "scenes", "variant": variant, "train_images": 8, "held_out": 8, "prompts": 8}
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [{"prompt": str(number), "image": f"{number}.png"} for number in range(16)]
+    for row in rows:
+        Image.effect_noise((48, 48), 60).convert("RGB").save(folder / row["image"])
+    (folder / "rows.json").write_text(json.dumps(rows))
+    return {"kind": "rows", "path": str(folder / "rows.json"), "target_column": "image", "held_out_share": 0.4}
+
+
+def law(name: str) -> dict[str, Any]:
+    """Two scales where there are source images to have one."""
+    return {"guidance_scale": 2.0} | ({"source_scale": 1.5} if edits(name) else {})
+
+
 def recipe(name: str, folder: Path, stages: dict[str, Any], **policy: Any) -> Recipe:
     return validate_recipe(
         {
             "name": name, "run_dir": str(folder),
-            "data": {"kind": "scenes", "variant": "edit", "train_images": 8, "held_out": 8, "prompts": 8},
+            "data": data(name, folder.parent / "rows"),
             "policy": tiny(name).model_dump() | policy,
             "rewards": {"terms": [{"function": "tests/recipes/rewards.py:left_darkness", "label": "dark"}]},
-            "held_out": {"terms": [{"name": "scenes", "label": "verifier"}]},
+            "held_out": {"terms": [HELD_OUT[name in PROMPTS]]},
             "stages": stages,
         },
         name,
@@ -46,10 +77,12 @@ def recipe(name: str, folder: Path, stages: dict[str, Any], **policy: Any) -> Re
 
 @pytest.fixture(scope="module", params=CLASSES)
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, RunFolder]:
+    if request.param.startswith("glm_image") and not DIFFUSERS:
+        pytest.skip("diffusers, which has the decoder, is not installed")
     name, folder = request.param, tmp_path_factory.mktemp(request.param) / "run"
     stages = {
         "sft": {"kind": "sft", **TRAINED, "batch_size": 4, "prompt_dropout": 0.2},
-        "grpo": GRPO,
+        "grpo": GRPO | {"sampling": law(name)},
         "evaluation": {"kind": "eval", "arms": ["sft", "grpo"], "prompts": 4, "temperatures": [1.0]},
         "export": {"kind": "export", "start_from": "grpo"},
     }
@@ -60,17 +93,21 @@ def test_the_adapter_on_its_base_is_the_merged_model_in_plain_transformers_and_p
     run: tuple[str, RunFolder],
 ) -> None:
     name, folder = run
-    kind = getattr(transformers, CLASSES[name])
     merged = load_policy(folder.path / "merged")
+    kind: Any = type(merged.base)
+    assert kind.__name__ == CLASSES[name]
     on_base = PeftModel.from_pretrained(kind.from_pretrained(folder.path / "base"), str(folder.path / "adapter"))
-    ids = torch.tensor([merged.layout.prefix(merged.encode_prompt("add a red circle"))])
+    ids = torch.tensor([merged.layout.prefix(merged.encode_prompt(prompts(name)[0]))])
     with torch.no_grad():
         wanted, found = (model.eval()(input_ids=ids).logits for model in (merged.model, on_base))
         base = kind.from_pretrained(folder.path / "base").eval()(input_ids=ids).logits
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
     assert float((found - base).abs().max()) > 1e-4
     card = (folder.path / "adapter" / "README.md").read_text()
-    assert f"from transformers import {CLASSES[name]}" in card
+    assert (
+        f"from {'transformers' if hasattr(transformers, CLASSES[name]) else kind.__module__} import {CLASSES[name]}"
+        in card
+    )
 
 
 def test_the_image_tokenizer_is_the_published_one_to_the_end(run: tuple[str, RunFolder]) -> None:
@@ -83,9 +120,9 @@ def test_the_image_tokenizer_is_the_published_one_to_the_end(run: tuple[str, Run
 
 
 def test_what_a_run_made_draws(run: tuple[str, RunFolder]) -> None:
-    _, folder = run
+    name, folder = run
     source = CheckpointPolicy(path=str(folder.path / "merged"))
-    sheet = draw_samples(source, ["add a red circle"], 2, Sampling(guidance_scale=2.0)).grid()
+    sheet = draw_samples(source, prompts(name)[:1], 2, Sampling(guidance_scale=2.0)).grid()
     assert sheet.size == (2 * 52 + 4, 52 + 4)
     assert len({sheet.getpixel((x, y)) for x in range(4, 52) for y in range(4, 52)}) > 20
 

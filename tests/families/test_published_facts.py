@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import ChameleonConfig, Emu3Config, JanusConfig, LlamaConfig, PretrainedConfig
+from transformers import ChameleonConfig, Emu3Config, GlmImageConfig, JanusConfig, LlamaConfig, PretrainedConfig
 
 from rlmm.config.policy import CheckpointPolicy
 from rlmm.policies.families.base import Checkpoint
@@ -21,10 +21,22 @@ from rlmm.policies.families.loading import (
     load_policy,
     load_spelling,
 )
+from rlmm.policies.models.llamagen import LlamaGenConfig
 from tests.families.checkpoints import SIZES, facts, tiny
 
-PUBLISHED = {"emu3": "emu3", "chameleon": "chameleon", "lumina_mgpt": "lumina_mgpt", "janus": "janus_pro_7b"}
-BILLIONS = {"emu3": 8.5, "chameleon": 7.0, "lumina_mgpt": 7.0, "janus": 7.4}
+PUBLISHED = {
+    "emu3": "emu3", "chameleon": "chameleon", "lumina_mgpt": "lumina_mgpt", "janus": "janus_pro_7b",
+    "llamagen": "llamagen", "llamagen_text": "llamagen", "glm_image": "glm_image", "glm_image_edit": "glm_image",
+}  # fmt: skip
+BILLIONS = {"emu3": 8.5, "chameleon": 7.0, "lumina_mgpt": 7.0, "janus": 7.4, "llamagen": 0.775 + 0.072}
+BILLIONS |= {"glm_image": 9 + 1.1, "glm_image_edit": 9 + 1.1, "llamagen_text": 0.775 + 0.072 + 1.22}
+"""With the image tokenizer's (LlamaGen: of XL, and VQ-16; GLM-Image: its vision encoder), and what reads the prompt."""
+
+
+FLAN_T5_XL = {
+    "vocab_size": 32128, "d_kv": 64, "d_ff": 5120, "num_layers": 24, "num_heads": 32, "feed_forward_proj": "gated-gelu",
+}  # fmt: skip
+"""google/flan-t5-xl, config.json."""
 
 
 def published_config(name: str) -> PretrainedConfig:
@@ -36,10 +48,33 @@ def published_config(name: str) -> PretrainedConfig:
                     "num_key_value_heads", "rms_norm_eps", "max_position_embeddings")
         if key in stated
     }  # fmt: skip
+    if name.startswith("glm_image"):
+        rope = {"rope_type": "default"} | {
+            key: stated[key] for key in ("rope_theta", "mrope_section", "partial_rotary_factor")
+        }
+        vision = {key.removeprefix("vision_"): value for key, value in stated.items() if key.startswith("vision_")}
+        return GlmImageConfig(
+            text_config=shape | {"rope_parameters": rope, "vision_vocab_size": vision.pop("vocab_size")},
+            vision_config=vision,
+            vq_config={"embed_dim": stated["vq_embed_dim"], "num_embeddings": stated["vq_num_embeddings"],
+                       "latent_channels": stated["vq_latent_channels"]},
+            architectures=["GlmImageForConditionalGeneration"],
+        )  # fmt: skip
     vq: dict[str, Any] = {"base_channels": stated["vq_base_channels"],
                           "channel_multiplier": stated["vq_channel_multiplier"],
                           "num_res_blocks": stated["vq_num_res_blocks"],
                           "embed_dim": stated["vq_embed_dim"]}  # fmt: skip
+    if name.startswith("llamagen"):
+        largest = stated["gpt_xl"]
+        return LlamaGenConfig(
+            vocab_size=stated["vocab_size"], hidden_size=largest["dim"], intermediate_size=largest["ffn"],
+            num_hidden_layers=largest["n_layer"], num_attention_heads=largest["n_head"],
+            rms_norm_eps=stated["norm_eps"], num_classes=stated["num_classes"], grid_size=24,
+            caption_tokens=stated["cls_token_num_t2i"],
+            caption_config=None if name == "llamagen" else FLAN_T5_XL | {"d_model": stated["caption_dim"]},
+            vq_config=vq | {"num_embeddings": stated["vq_codebook_size"], "latent_channels": stated["vq_z_channels"]},
+            architectures=["LlamaGenForImageGeneration"],
+        )  # fmt: skip
     if name == "emu3":
         vq |= {"codebook_size": stated["vq_codebook_size"], "attn_resolutions": stated["vq_attn_resolutions"]}
         shape["max_position_embeddings"] = stated["gen_max_position_embeddings"]
@@ -60,7 +95,7 @@ def published_config(name: str) -> PretrainedConfig:
     )
 
 
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("name", ["emu3", "chameleon", "lumina_mgpt", "janus"])
 def test_the_tiny_tokenizer_and_the_layout_have_the_published_ids(name: str) -> None:
     stated = facts(PUBLISHED[name])
     checkpoint, layout = Checkpoint(tiny(name).path, tiny(name)), layout_of(tiny(name).path, tiny(name))
@@ -76,11 +111,11 @@ def test_the_tiny_tokenizer_and_the_layout_have_the_published_ids(name: str) -> 
 
 
 def test_prompts_are_spelled_as_published() -> None:
-    emu3, chameleon, lumina, janus = (layout_of(tiny(n).path, tiny(n)) for n in SIZES)
-    spelled = {n: Checkpoint(tiny(n).path, tiny(n)) for n in SIZES}
+    names = ("emu3", "chameleon", "lumina_mgpt", "janus")
+    emu3, chameleon, lumina, janus = (layout_of(tiny(n).path, tiny(n)) for n in names)
+    spelled = {n: Checkpoint(tiny(n).path, tiny(n)) for n in names}
     text = {n: {number: token for token, number in one.vocabulary.items()} for n, one in spelled.items()}
-    names = [text["emu3"][token] for token in emu3.boi]
-    assert "".join(names) == "<|image start|>6*6<|image token|>"
+    assert "".join(text["emu3"][token] for token in emu3.boi) == "<|image start|>6*6<|image token|>"
     assert [text["emu3"][t] for t in (emu3.grid.row_end or 0, *emu3.grid.ending)] == [
         "<|extra_200|>", "<|extra_201|>", "<|image end|>",
     ]  # fmt: skip

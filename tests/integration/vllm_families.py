@@ -10,10 +10,10 @@ from rlmm.train.engines import build_engine
 from rollouts.law import Law
 from rollouts.torch_engine.causal import TorchEngine
 from rollouts.trajectory import Span
-from tests.families.checkpoints import peaked, requests
+from tests.families.checkpoints import PROMPTS, peaked, requests
 from tests.integration.vllm_requests import LAWS, agrees, change, gap
 
-PROMPTS = ["a", "two red circles and a very long blue line between them", 'render "HELLO"']
+TEXTS = ["a", "two red circles and a very long blue line between them", 'render "HELLO"']
 
 
 def family(name: str) -> dict[str, Any]:
@@ -27,11 +27,12 @@ def family(name: str) -> dict[str, Any]:
     found["agrees"].append(agrees(engine, policy))
     engine.sync(policy.named_weights(), 1)
     found["agrees"].append(agrees(engine, policy))
+    asked = PROMPTS.get(name, TEXTS)
     reference = TorchEngine(policy, num_layers=policy.sizes.num_hidden_layers)
     for law, settings in LAWS.items():
         span = Span("image", Law(policy.layout.image, **settings), policy.layout.grid.length)
-        made = engine.generate(requests(policy, PROMPTS), [span])
-        wanted = reference.generate(requests(policy, PROMPTS), [span])
+        made = engine.generate(requests(policy, asked), [span])
+        wanted = reference.generate(requests(policy, asked), [span])
         same = (made.ids == wanted.ids).float().mean()
         found["laws"][law] = {"gap": gap(policy, made), "same": float(same), "decided": int(made.target_mask.sum())}
     engine.close()

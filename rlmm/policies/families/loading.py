@@ -21,7 +21,7 @@ from rewards.functions import load_function
 from rlmm.codecs import Codec, load_codec
 from rlmm.config.base import nearest
 from rlmm.config.policy import CheckpointPolicy
-from rlmm.policies.families import chameleon, emu3, janus, llama, lumina_dimoo, mmada, show_o
+from rlmm.policies.families import chameleon, emu3, glm_image, janus, llama, llamagen, lumina_dimoo, mmada, show_o
 from rlmm.policies.families.base import SETTINGS, Checkpoint, Family
 from rlmm.policies.layout_io import LAYOUT_FILE, load_layout
 from rlmm.policies.models import CLASSES
@@ -31,6 +31,7 @@ from rollouts.contract import Layout
 
 SHIPPED = (
     llama.FAMILY, emu3.FAMILY, chameleon.FAMILY, chameleon.LUMINA, janus.FAMILY,
+    llamagen.FAMILY, llamagen.TEXT, glm_image.FAMILY, glm_image.EDIT,
     mmada.FAMILY, lumina_dimoo.FAMILY, show_o.FAMILY,
 )  # fmt: skip
 FAMILIES: Mapping[str, Family] = {family.name: family for family in SHIPPED}
@@ -68,7 +69,8 @@ def load_policy(source: Path | str, options: CheckpointPolicy | None = None) -> 
             f"{source} is not a readable checkpoint ({error}); give a complete model folder or a hub id"
         ) from error
     policy = family.policy(cast(PreTrainedModel, model), cast(PreTrainedTokenizerBase, checkpoint.tokenizer), layout)
-    missing = sorted(name for name in report["missing_keys"] if not name.startswith(policy.frozen_parts))
+    idle = tuple(part for part in policy.frozen_parts if part not in policy.read_parts)
+    missing = sorted(name for name in report["missing_keys"] if not name.startswith(idle))
     if missing:
         raise ValueError(
             f"{source} lacks {len(missing)} of the model's weights, the first of them {missing[0]!r}, and transformers "
