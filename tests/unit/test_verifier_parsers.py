@@ -292,8 +292,31 @@ class Saying(Client):
 
 PIECES = [
     *("{", "}", "[", "]", '"', ":", ",", "\\", "\n", " ", "-", ".", "0", "1", "7", "10", "11", "1e1", "9" * 400),
-    *("null", "true", "NaN", "yes", "no", "Yes", "Score:", "```json", "<think>", "</think>", "\x00", "\ud800", "½", "९"),
-    *('"success"', '"naturalness"', '"ranking"', '"reasoning"', '"success": 9', '"naturalness": 3', '"ranking": [2, 1]'),
+    *(
+        "null",
+        "true",
+        "NaN",
+        "yes",
+        "no",
+        "Yes",
+        "Score:",
+        "```json",
+        "<think>",
+        "</think>",
+        "\x00",
+        "\ud800",
+        "½",
+        "९",
+    ),
+    *(
+        '"success"',
+        '"naturalness"',
+        '"ranking"',
+        '"reasoning"',
+        '"success": 9',
+        '"naturalness": 3',
+        '"ranking": [2, 1]',
+    ),
 ]
 
 
