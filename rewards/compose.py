@@ -3,51 +3,30 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal
 
 from rewards.base import Sample, Score
 from rewards.names import nearest
 from rewards.runner import RewardContractError, RewardRunner
+from rewards.transforms import IN_GROUP, GroupTransform, Transform, by_group, identity, zscores
 
-Mode = Literal["weighted_sum", "product", "min"]
-
-
-class Transform(Protocol):
-    """Maps a finite raw value to the scale on which terms are combined."""
-
-    def __call__(self, value: float) -> float: ...
-
-
-def identity(value: float) -> float:
-    """The raw value."""
-    return value
-
-
-@dataclass(frozen=True)
-class Affine:
-    """Maps `lo` to 0 and `hi` to 1 and clips to [0, 1]. With hi < lo, a lower raw value is the better one."""
-
-    lo: float
-    hi: float
-
-    def __post_init__(self) -> None:
-        if self.lo == self.hi or not (math.isfinite(self.lo) and math.isfinite(self.hi)):
-            raise ValueError(f"affine needs two different finite ends, got lo={self.lo}, hi={self.hi}")
-
-    def __call__(self, value: float) -> float:
-        return min(1.0, max(0.0, (value - self.lo) / (self.hi - self.lo)))
+Mode = Literal["weighted_sum", "product", "geometric_mean", "min"]
+POWERS: tuple[Mode, ...] = ("product", "geometric_mean")
+"""Modes in which a weight is an exponent."""
 
 
 @dataclass(frozen=True)
 class Term:
     """One reward within a composite. A term of weight 0 is scored and logged, and does not count. `parts`: weights of
-    the score's parts, `value` among them, whose sum is the raw value; empty for the value alone."""
+    the score's parts, `value` among them, whose sum is the raw value; empty for the value alone. `in_group`: what
+    happens to the transformed values among those of their group."""
 
     name: str
     runner: RewardRunner
     weight: float = 1.0
     transform: Transform = identity
     parts: Mapping[str, float] = field(default_factory=dict)
+    in_group: GroupTransform = ""
 
 
 @dataclass(frozen=True)
@@ -73,51 +52,79 @@ class CompositeReward:
     With v the transformed values and w the weights of the terms that count (weight not 0):
 
     - ``weighted_sum``: sum of w * v (weights are used as given, not normalised).
-    - ``product``: the weighted geometric mean, prod v ** (w / sum w); v >= 0, and all w > 0.
+    - ``product``: prod v ** w; v >= 0, and all w > 0.
+    - ``geometric_mean``: the weighted one, prod v ** (w / sum w); v >= 0, and all w > 0.
     - ``min``: the smallest v (weights only switch terms on and off).
 
     A total is invalid output when any counting term is, else unavailable when any counting term is; the
     reason names the term. A gate's term counts for this even at weight 0. Where several gates are below their
     thresholds, the lowest floor is the total.
+
+    `normalise_terms`: each term is normalised in its group before the sum (GDPO, arXiv 2601.05242), not the sum
+    after it. Whatever looks at a group looks at those of its members alone that have a value from every term and pass
+    every gate.
     """
 
-    def __init__(self, terms: Sequence[Term], mode: Mode = "weighted_sum", gates: Sequence[Gate] = ()) -> None:
+    def __init__(
+        self,
+        terms: Sequence[Term],
+        mode: Mode = "weighted_sum",
+        gates: Sequence[Gate] = (),
+        normalise_terms: bool = False,
+    ) -> None:
         names = [term.name for term in terms]
         if len(set(names)) != len(names):
             raise ValueError(f"reward terms need different names, got {', '.join(names)}")
         if not any(term.weight for term in terms):
             raise ValueError(f"no reward term has a weight other than 0 (terms: {', '.join(names) or 'none'})")
-        if mode == "product" and any(term.weight < 0 for term in terms):
-            raise ValueError("mode product is a weighted geometric mean and takes no negative weight")
+        if mode in POWERS and any(term.weight < 0 for term in terms):
+            raise ValueError(f"mode {mode} has weights as exponents and takes no negative one")
+        if normalise_terms and mode != "weighted_sum":
+            raise ValueError(f"terms that are normalised in their group are summed; mode {mode} is for other scales")
         if missing := [gate.term for gate in gates if gate.term not in names]:
             raise ValueError(f"the gate's term {missing[0]!r} is not a reward term. {nearest(missing[0], names)}")
         self.terms = tuple(terms)
         self.mode: Mode = mode
         self.gates = tuple(gates)
+        self.normalise_terms = normalise_terms
 
     def score(self, samples: Sequence[Sample]) -> list[Scored]:
-        """One Scored a sample, in order. Raises what RewardRunner.score raises."""
+        """One Scored a sample, in order; `samples` are whole groups. Raises what RewardRunner.score raises."""
         by_term = {term.name: term.runner.score(samples) for term in self.terms}
-        scored: list[Scored] = []
-        for index in range(len(samples)):
-            scores = {name: column[index] for name, column in by_term.items()}
-            scored.append(Scored(self._total(scores), scores))
-        return scored
+        rows = [{name: column[at] for name, column in by_term.items()} for at in range(len(samples))]
+        settled = [self._settled(scores) for scores in rows]
+        open_rows = [at for at, total in enumerate(settled) if total is None]
+        made = dict(zip(open_rows, self._combined([(samples[at].group_id, rows[at]) for at in open_rows]), strict=True))
+        return [Scored(made[at] if total is None else total, rows[at]) for at, total in enumerate(settled)]
 
-    def _total(self, scores: Mapping[str, Score]) -> Score:
+    def _settled(self, scores: Mapping[str, Score]) -> Score | None:
+        """The total of a sample that some term has no value for, or that a gate shuts out; None for the others."""
         gating = {gate.term for gate in self.gates}
         counting = [term for term in self.terms if term.weight or term.name in gating]
         for status, make in (("invalid_output", Score.invalid_output), ("unavailable", Score.unavailable)):
             for term in counting:
                 if scores[term.name].status == status:
                     return make(f"{term.name}: {scores[term.name].reason}")
-        values = {term.name: _value(scores[term.name]) for term in counting}
-        if shut := [gate.floor for gate in self.gates if values[gate.term] < gate.threshold]:
-            return Score.ok(min(shut))
-        weighted = [
-            (term.name, term.weight, term.transform(raw(term, scores[term.name]))) for term in self.terms if term.weight
+        shut = [gate.floor for gate in self.gates if _value(scores[gate.term]) < gate.threshold]
+        return Score.ok(min(shut)) if shut else None
+
+    def _combined(self, rows: Sequence[tuple[str, Mapping[str, Score]]]) -> list[Score]:
+        """The totals of (group, its scores) rows that have a value from every term."""
+        groups = [group for group, _ in rows]
+        counting = [term for term in self.terms if term.weight]
+        columns = [self._column(term, groups, [scores[term.name] for _, scores in rows]) for term in counting]
+        return [
+            combine(
+                [(term.name, term.weight, column[at]) for term, column in zip(counting, columns, strict=True)],
+                self.mode,
+            )
+            for at in range(len(rows))
         ]
-        return combine(weighted, self.mode)
+
+    def _column(self, term: Term, groups: Sequence[str], scores: Sequence[Score]) -> list[float]:
+        values = [term.transform(raw(term, score)) for score in scores]
+        values = by_group(groups, values, IN_GROUP[term.in_group])
+        return by_group(groups, values, zscores) if self.normalise_terms else values
 
 
 def raw(term: Term, score: Score) -> float:
@@ -148,7 +155,7 @@ def combine(weighted: Sequence[tuple[str, float, float]], mode: Mode) -> Score:
     for name, _, value in weighted:
         if value < 0:
             return Score.unavailable(
-                f"{name}: {value} is negative and has no geometric mean; give the term an affine transform"
+                f"{name}: {value} is negative and can be no factor of a {mode}; give the term an affine transform"
             )
-    total = math.fsum(weight for _, weight, _ in weighted)
+    total = math.fsum(weight for _, weight, _ in weighted) if mode == "geometric_mean" else 1.0
     return Score.ok(math.prod(value ** (weight / total) for _, weight, value in weighted))

@@ -1,5 +1,6 @@
 """Errors a person can mend: shown as one message, without a traceback (RLMM_TRACEBACK=1 shows it)."""
 
+from rewards.failures import RewardFailureError
 from rewards.runner import RewardContractError
 from rlmm.config.recipe import RecipeError
 from rlmm.train.gates import GateError
@@ -9,6 +10,7 @@ MENDABLE: tuple[type[Exception], ...] = (
     RecipeError,
     GateError,
     RewardContractError,
+    RewardFailureError,
     EngineLost,
     ValueError,
     OSError,

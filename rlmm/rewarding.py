@@ -8,11 +8,12 @@ from typing import Any
 
 from rewards import build
 from rewards.base import Reward
-from rewards.compose import Affine, CompositeReward, Gate, Term, identity
+from rewards.compose import CompositeReward, Gate, Term
 from rewards.gold import GoldPair, GoldResult, HasGold, gold_check_pairs, pair_from_row
 from rewards.runner import RewardRunner
+from rewards.transforms import Affine, GroupTransform, Sigmoid, Transform, identity
 from rlmm.config.recipe import Recipe
-from rlmm.config.rewards import Rewards, RewardTerm
+from rlmm.config.rewards import AffineTransform, Rewards, RewardTerm, SigmoidTransform
 
 
 def build_reward(term: RewardTerm) -> Reward:
@@ -35,21 +36,35 @@ def build_composite(config: Rewards) -> CompositeReward:
                 cache=config.cache,
             ),
             term.weight,
-            identity if term.transform == "identity" else Affine(term.transform.lo, term.transform.hi),
+            transform_of(term),
             term.parts,
+            in_group_of(term),
         )
         for term in config.terms
     ]
     gates = [Gate(gate.term, gate.threshold, gate.floor) for gate in config.gate]
-    return CompositeReward(terms, config.mode, gates)
+    return CompositeReward(terms, config.mode, gates, config.normalise == "terms")
+
+
+def transform_of(term: RewardTerm) -> Transform:
+    """What happens to each of a term's values by itself."""
+    given = term.transform
+    if isinstance(given, AffineTransform):
+        return Affine(given.lo, given.hi)
+    return Sigmoid(given.centre, given.width) if isinstance(given, SigmoidTransform) else identity
+
+
+def in_group_of(term: RewardTerm) -> GroupTransform:
+    """What happens to a term's values among those of their group."""
+    return term.transform if term.transform in ("rank", "zscore") else ""
 
 
 def gold_results(config: Rewards, pair: GoldPair | None = None) -> dict[str, GoldResult | None]:
     """Each term's gold check, on `pair` or else on the pairs that the reward brings; None where there are
     none.
 
-    For a term that counts the other way round (a negative weight, or an affine transform with hi below lo),
-    the good sample of `pair` is the one with the lower raw score.
+    For a term that counts the other way round (a negative weight, an affine transform with hi below lo, a sigmoid of
+    negative width), the good sample of `pair` is the one with the lower raw score.
     """
     results: dict[str, GoldResult | None] = {}
     for term in config.terms:
@@ -61,7 +76,10 @@ def gold_results(config: Rewards, pair: GoldPair | None = None) -> dict[str, Gol
 
 
 def _oriented(pair: GoldPair, term: RewardTerm) -> GoldPair:
-    flipped = term.transform != "identity" and term.transform.hi < term.transform.lo
+    given = term.transform
+    flipped = (isinstance(given, AffineTransform) and given.hi < given.lo) or (
+        isinstance(given, SigmoidTransform) and given.width < 0
+    )
     return GoldPair(pair.bad, pair.good, pair.what) if (term.weight < 0) != flipped else pair
 
 

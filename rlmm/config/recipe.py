@@ -84,6 +84,7 @@ class Recipe(Strict):
                 "a checkpoint brings its own codec, and codes of a newly trained one would mean nothing to it; take the"
                 " codec stage out, or start from policy.kind new"
             )
+        _check_scales(self)
         _check_dtype(self.policy, self.stages)
         for name, stage in self.stages.items():
             if isinstance(stage, SftStage) and stage.understanding_share and self.understanding is None:
@@ -111,6 +112,27 @@ class Recipe(Strict):
     @property
     def folder(self) -> Path:
         return Path(self.run_dir or f"runs/{self.name}")
+
+
+def _check_scales(recipe: Recipe) -> None:
+    """Totals that are relative to their group tell nothing about a policy, and are not to be scaled a second time."""
+    judges = {"held_out": recipe.held_out} | (
+        {"understanding.rewards": u.rewards} if (u := recipe.understanding) else {}
+    )
+    for part, rewards in judges.items():
+        if rewards.relative:
+            raise ValueError(
+                f"{part} has {rewards.relative}, so its mean would be the same whatever the policy does; use affine or "
+                "sigmoid"
+            )
+    for name, stage in recipe.stages.items():
+        if not isinstance(stage, GrpoStage) or recipe.rewards.normalise == "total":
+            continue
+        if stage.objective.advantage.scale == "group_std":
+            raise ValueError(
+                f"rewards.normalise: terms has normalised each term in its group, and stage {name!r} would do it with "
+                "their sum again; set objective.advantage.scale: batch_std (GDPO) or none"
+            )
 
 
 def _check_dtype(policy: Policy, stages: Mapping[str, Stage]) -> None:

@@ -23,6 +23,21 @@ class AffineTransform(Strict):
         return self
 
 
+class SigmoidTransform(Strict):
+    """Maps a raw score smoothly to (0, 1), 1/2 at `centre`. With a negative width, a lower raw score is the better
+    one."""
+
+    centre: float = Field(..., allow_inf_nan=False)
+    width: float = Field(..., allow_inf_nan=False)
+    """How far from the centre a score has moved from 0.5 to 0.73."""
+
+    @model_validator(mode="after")
+    def _some_width(self) -> "SigmoidTransform":
+        if not self.width:
+            raise ValueError("width 0 would make every score 0 or 1; give it about the spread of the scores")
+        return self
+
+
 class RewardTerm(Strict):
     """One reward: a built-in by `name`, or your own Python function."""
 
@@ -36,8 +51,9 @@ class RewardTerm(Strict):
     """0 scores and logs the term without counting it."""
     parts: dict[str, Annotated[float, Field(allow_inf_nan=False)]] = {}
     """Weights of the score's parts, e.g. {value: 0.5, exact: 0.5}; by default its value alone."""
-    transform: Literal["identity"] | AffineTransform = "identity"
-    """What happens to the raw score before it is weighted."""
+    transform: Literal["identity", "rank", "zscore"] | AffineTransform | SigmoidTransform = "identity"
+    """What happens to the raw score before it is weighted. rank (0 to 1) and zscore are among the samples of its group
+    that every term has a score for and no gate shuts out."""
     options: dict[str, Any] = {}
     """The reward's own settings."""
 
@@ -72,8 +88,10 @@ class Rewards(Strict):
     """The rewards of a run and how they make one number."""
 
     terms: tuple[RewardTerm, ...] = Field(..., min_length=1)
-    mode: Literal["weighted_sum", "product", "min"] = "weighted_sum"
-    """product is the weighted geometric mean."""
+    mode: Literal["weighted_sum", "product", "geometric_mean", "min"] = "weighted_sum"
+    """In product and geometric_mean weights are exponents; the latter's add up to 1."""
+    normalise: Literal["total", "terms"] = "total"
+    """terms: each term is normalised in its group before they are summed (GDPO), and the sum is not after it."""
     gate: tuple[GateConfig, ...] = ()
     """One gate, or a list of them: below any of them, the lowest of their floors is the total."""
     invalid_output_penalty: float = Field(0.0, allow_inf_nan=False)
@@ -86,8 +104,24 @@ class Rewards(Strict):
     """
     retries: int = Field(1, ge=0)
     """How often a reward that raised is called again with the same batch."""
+    on_failure: Literal["exclude", "fail"] = "exclude"
+    """exclude: a sample without a score leaves its group, and training goes on; fail: the run stops."""
+    failed_share: float | None = Field(None, ge=0, le=1)
+    """The share of a rollout's samples that may be excluded; with more of them the run stops at once."""
     cache: int = Field(4096, ge=0)
     """Scores kept in memory, so that equal samples are scored once; 0 for a reward that answers at random."""
+
+    @property
+    def ceiling(self) -> float:
+        """The share of a rollout's samples that may be without a score."""
+        return 0.0 if self.on_failure == "fail" else 1.0 if self.failed_share is None else self.failed_share
+
+    @property
+    def relative(self) -> str:
+        """What makes totals comparable within a group alone, '' where nothing does."""
+        if self.normalise == "terms":
+            return "normalise: terms"
+        return next((f"transform: {term.transform}" for term in self.terms if term.transform in ("rank", "zscore")), "")
 
     @field_validator("gate", mode="before")
     @classmethod
@@ -101,8 +135,14 @@ class Rewards(Strict):
             raise ValueError(f"two reward terms are called {twice[0]!r}; give one of them a label")
         if not any(term.weight for term in self.terms):
             raise ValueError("every reward term has weight 0, so nothing counts; give one a weight")
-        if self.mode == "product" and any(term.weight < 0 for term in self.terms):
-            raise ValueError("mode product takes no negative weight; swap lo and hi of the term's transform")
+        if self.mode in ("product", "geometric_mean") and any(term.weight < 0 for term in self.terms):
+            raise ValueError(f"mode {self.mode} takes no negative weight; swap lo and hi of the term's transform")
+        if self.normalise == "terms" and self.mode != "weighted_sum":
+            raise ValueError(f"normalise: terms sums what it has normalised, and mode is {self.mode}; drop one of them")
+        if any(term.transform == "zscore" for term in self.terms) and self.mode != "weighted_sum":
+            raise ValueError(f"a zscore is negative for half of a group, which mode {self.mode} cannot take; use rank")
+        if self.on_failure == "fail" and self.failed_share is not None:
+            raise ValueError("on_failure: fail lets no sample fail, so failed_share would change nothing; drop one")
         if missing := [gate.term for gate in self.gate if gate.term not in keys]:
             raise ValueError(f"the gate names no reward term: {missing[0]!r}.{nearest(missing[0], keys)}")
         return self

@@ -124,6 +124,8 @@ class GrpoStage(Optimization):
     """Score every n-th rollout with the held-out judge too; 0 never does."""
     resample_flat: int = Field(0, ge=0)
     """How often a rollout's prompts whose group has no spread are replaced by others (DAPO's dynamic sampling)."""
+    score_chunk: int | None = Field(None, ge=1)
+    """So many prompts of a process are drawn, then scored while the next are drawn; by default all are drawn first."""
     store_every: int = Field(1, ge=1)
     """Keep every n-th rollout file with its images; the others are deleted once their updates are checkpointed."""
     lora: Lora | None = None

@@ -4,7 +4,8 @@ Every phase is a function of the step and the weights, so a rollout that is made
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -267,6 +268,14 @@ class Timed:
 
     def __exit__(self, *_: object) -> None:
         self.seconds[self._name] = self.seconds.get(self._name, 0.0) + time.perf_counter() - self._start
+
+    @contextmanager
+    def rest(self, name: str, other: str) -> Iterator[None]:
+        """What a phase takes beside the phase `other` within it."""
+        start, before = time.perf_counter(), self.seconds.get(other, 0.0)
+        yield
+        spent = time.perf_counter() - start - (self.seconds.get(other, 0.0) - before)
+        self.seconds[name] = self.seconds.get(name, 0.0) + spent
 
     def figures(self) -> Mapping[str, float]:
         return {f"time/{name}": seconds for name, seconds in self.seconds.items()}

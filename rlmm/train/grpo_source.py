@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from rewards.failures import FailurePolicy
 from rlmm.codecs import Codec
 from rlmm.config.objectives import ObjectiveConfig
 from rlmm.config.stages import GrpoStage
@@ -124,6 +125,8 @@ class GrpoSource:
         phases.store(
             phases.rollout_path(self.context.folder, rollout), rollout, experience, found.samples, found.scored
         )
+        everyone = [one.total for part in gather(found.scored) for one in part]
+        FailurePolicy(self.context.recipe.rewards.ceiling).check(everyone)
         figures = phases.rollout_figures(found.scored, reward_B, valid_B, result, found.made)
         figures |= replaced_figure(found, config) | self._held_out_figures(rollout, found, timed)
         check_shares(self.metrics.read(), figures, config.gates)

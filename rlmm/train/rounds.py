@@ -8,6 +8,7 @@ import torch
 
 from rewards.base import Sample
 from rewards.compose import CompositeReward, Scored
+from rewards.overlap import scored_behind
 from rlmm.config.objectives import AdvantageConfig
 from rlmm.config.stages import GrpoStage
 from rlmm.data import Dataset, Example
@@ -69,15 +70,32 @@ class Roller:
         return found
 
     def _once(self, rollout: int, prompts: Sequence[tuple[int, Example]], extra: int, timed: Timed) -> Rollout:
+        """The prompts' rollouts: chunk after chunk of `score_chunk` prompts, each scored while the next is drawn. What
+        comes out does not depend on the chunks: a row draws by its own seed, and a chunk has whole groups."""
+        size = self.config.score_chunk or len(prompts)
+        chunks = [prompts[at : at + size] for at in range(0, len(prompts), size)]
+        drawn = (self._drawn(rollout, chunk, extra, timed) for chunk in chunks)
+        with timed.rest("score", "rollout"):
+            if len(chunks) == 1:
+                parts = [(one, self.reward.score(one[1])) for one in drawn]
+            else:
+                parts = scored_behind(drawn, lambda one: self.reward.score(one[1]))
+        return Rollout(
+            concatenate([made for (made, _), _ in parts], self.policy.layout.pad),
+            [sample for (_, samples), _ in parts for sample in samples],
+            [one for _, scored in parts for one in scored],
+        )
+
+    def _drawn(
+        self, rollout: int, prompts: Sequence[tuple[int, Example]], extra: int, timed: Timed
+    ) -> tuple[Trajectory, list[Sample]]:
         config = self.config
         with timed("rollout"):
             requests = phases.rollout_requests(self.response, self.tokens, prompts, config, rollout, self.seed, extra)
             made = phases.generate(self.engine, self.response, requests, self.policy.model)
-        with timed("score"):
-            examples = [example for _, example in prompts for _ in range(config.samples_per_prompt)]
-            images = phases.decode_images(self.tokens.codec, self.policy.layout, made)
-            samples = phases.samples_of(made, examples, images, texts_of(self.policy.tokenizer, made))
-            return Rollout(made, samples, self.reward.score(samples))
+        examples = [example for _, example in prompts for _ in range(config.samples_per_prompt)]
+        images = phases.decode_images(self.tokens.codec, self.policy.layout, made)
+        return made, phases.samples_of(made, examples, images, texts_of(self.policy.tokenizer, made))
 
     def _flat(self, found: Rollout) -> list[int]:
         reward_B, valid_B = phases.totals(found.scored, self.penalty)

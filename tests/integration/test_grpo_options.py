@@ -130,3 +130,27 @@ def test_all_weights_resume_bit_identically(
     moved = (weights[0]["lm_head.weight"] != start).any(1)
     low, high = load_layout(straight.stage("grpo") / "model").image
     assert moved[low:high].all() and not moved[:low].any()
+
+
+@pytest.mark.parametrize("objective", ["grpo", "dr_grpo"])
+def test_scoring_behind_generation_changes_nothing(
+    variant: Callable[..., Recipe], tmp_path: Path, objective: str
+) -> None:
+    """Tokens, scores, advantages and their order are those of a rollout that is scored when all of it is there."""
+    asked = (
+        "stages.grpo.prompts_per_step=5", "stages.grpo.steps=1", f"stages.grpo.objective.name={objective}",
+        "stages.grpo.objective.updates_per_rollout=1", "rewards.normalise=terms",
+        "stages.grpo.objective.advantage.scale=batch_std",
+    )  # fmt: skip
+    found = {}
+    for chunk in ("null", "1", "2", "5"):
+        recipe = variant(*asked, f"stages.grpo.score_chunk={chunk}", f"run_dir={tmp_path / chunk}")
+        folder = run_recipe(recipe, lambda line: None)
+        made, columns = read_trajectory(folder.stage("grpo") / "rollouts" / "step-000000.parquet")
+        names = ("prompt", "image", "reward", "reward_status", "advantage", "kept", "reward/darkness")
+        found[chunk] = ([made.sample_id, made.ids.tolist(), *(list(columns[name]) for name in names)], made)
+        assert {"time/rollout", "time/score"} <= metrics(folder)[0].keys()
+    whole, trajectory = found.pop("null")
+    for parts, other in found.values():
+        assert parts == whole
+        torch.testing.assert_close(other.sampler_logp, trajectory.sampler_logp, rtol=0, atol=1e-5)

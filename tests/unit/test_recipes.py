@@ -47,6 +47,8 @@ def test_a_run_s_own_config_reads_back_as_the_same_recipe(path: Path, data: str)
         ("policy.num_heads=3", "not a multiple of num_heads"),
         ("stages.evaluation.temperatures=[]", "temperatures"),
         ("held_out.terms.0.label=darkness", "is in rewards and in held_out"),
+        ("held_out.terms.0.transform=rank", "held_out has transform: rank, so its mean"),
+        ("rewards.normalise=terms", "stage 'grpo' would do it with their sum again; set objective.advantage.scale"),
         ("stages.grpo.objective.updates_per_rollout=3", "samples_per_prompt = 4 is not a multiple"),
         ("stages.sft.schedule=constant stages.sft.warmup_steps=3", "constant_with_warmup"),
     ],

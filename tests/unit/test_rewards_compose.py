@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 
 from rewards.base import Sample, Score
-from rewards.compose import Affine, CompositeReward, Gate, Term, identity
+from rewards.compose import CompositeReward, Gate, Mode, Term
 from rewards.runner import RewardContractError, RewardRunner
+from rewards.transforms import Affine, identity
 
 SAMPLES = [Sample("s", "g", "p")]
 
@@ -35,14 +36,17 @@ def test_a_weighted_sum_takes_the_weights_as_given() -> None:
     assert total({"a": 0.5, "b": 3.0}, {"a": 2.0, "b": -0.1}).value == pytest.approx(0.7)
 
 
-def test_a_product_is_the_weighted_geometric_mean() -> None:
-    assert total({"a": 0.25, "b": 1.0}, mode="product").value == pytest.approx(0.5)
-    assert total({"a": 16.0, "b": 1.0}, {"a": 1.0, "b": 3.0}, mode="product").value == pytest.approx(2.0)
-    assert total({"a": 0.0, "b": 1.0}, mode="product").value == 0.0
+def test_a_product_and_the_weighted_geometric_mean() -> None:
+    modes: tuple[Mode, ...] = ("product", "geometric_mean")
+    assert [total({"a": 0.25, "b": 1.0}, mode=mode).value for mode in modes] == pytest.approx([0.25, 0.5])
+    weights = {"a": 1.0, "b": 3.0}
+    assert [total({"a": 16.0, "b": 2.0}, weights, mode=mode).value for mode in modes] == pytest.approx([128, 128**0.25])
+    assert [total({"a": 0.0, "b": 1.0}, mode=mode).value for mode in modes] == [0.0, 0.0]
 
 
-def test_a_product_of_a_negative_value_is_unavailable_and_names_the_term() -> None:
-    score = total({"good": 0.5, "cosine": -0.2}, mode="product")
+@pytest.mark.parametrize("mode", ["product", "geometric_mean"])
+def test_a_product_of_a_negative_value_is_unavailable_and_names_the_term(mode: Mode) -> None:
+    score = total({"good": 0.5, "cosine": -0.2}, mode=mode)
     assert score.status == "unavailable" and "cosine" in score.reason
 
 
@@ -76,7 +80,7 @@ def test_parts_of_a_score_make_the_raw_value_and_the_log_keeps_the_score() -> No
         composite({"exakt": 1.0}).score(SAMPLES)
 
 
-@pytest.mark.parametrize("mode", ["weighted_sum", "product", "min"])
+@pytest.mark.parametrize("mode", ["weighted_sum", "product", "geometric_mean", "min"])
 def test_an_unavailable_term_makes_the_total_unavailable_and_is_named(mode: Any) -> None:
     score = total({"fine": 1.0, "ocr": Score.unavailable("engine died")}, mode=mode)
     assert score.status == "unavailable" and score.value is None
@@ -133,7 +137,8 @@ def test_each_sample_gets_its_own_total_in_order() -> None:
         ([("a", 1.0), ("a", 1.0)], {}, "different names"),
         ([("a", 0.0)], {}, "weight other than 0"),
         ([], {}, "weight other than 0"),
-        ([("a", -1.0)], {"mode": "product"}, "negative weight"),
+        ([("a", -1.0)], {"mode": "product"}, "no negative one"),
+        ([("a", 1.0)], {"mode": "min", "normalise_terms": True}, "other scales"),
         ([("safety", 1.0)], {"gates": [Gate("safty", 0.5)]}, "Nearest: safety"),
     ],
 )

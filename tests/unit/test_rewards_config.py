@@ -10,10 +10,10 @@ from PIL import Image
 from pydantic import ValidationError
 
 from rewards.base import Sample
-from rewards.compose import Affine
 from rewards.gold import GoldPair, gold_check, pair_from_row
 from rewards.gold_images import word_image
 from rewards.scenes import ScenesReward
+from rewards.transforms import Affine, Sigmoid
 from rlmm.config.data import ScenesData
 from rlmm.config.rewards import Rewards
 from rlmm.data.scenes import build as build_scenes
@@ -42,6 +42,10 @@ def rewards(**raw: Any) -> Rewards:
         ({"terms": [{"name": "ocr", "weight": -1}], "mode": "product"}, "negative weight"),
         ({"terms": [{"name": "ocr", "transform": {"lo": 1, "hi": 1}}]}, "both 1"),
         ({"terms": [{"name": "ocr"}], "gate": {"term": "orc", "threshold": 0.5}}, "Nearest: ocr"),
+        ({"terms": [{"name": "ocr", "transform": {"centre": 1, "width": 0}}]}, "every score 0 or 1"),
+        ({"terms": [{"name": "ocr", "transform": "zscore"}], "mode": "product"}, "use rank"),
+        ({"terms": [{"name": "ocr"}], "mode": "min", "normalise": "terms"}, "mode is min"),
+        ({"terms": [{"name": "ocr"}], "on_failure": "fail", "failed_share": 0.5}, "change nothing"),
         ({"terms": [{"name": "ocr"}], "deadline_s": 0}, "greater than 0"),
     ],
 )
@@ -67,7 +71,18 @@ def test_the_composite_is_what_the_section_says() -> None:
     assert "0.3" in ink.runner.reward.fingerprint()
     runner = shapes.runner
     assert (runner.batch_size, runner.deadline_s, runner.retries, runner.cache.capacity) == (7, 3, 2, 9)
+    assert not composite.normalise_terms and section.ceiling == 1
     assert composite.mode == "min" and [gate.floor for gate in composite.gates] == [-1]
+
+
+def test_transforms_and_failure_policies_are_what_the_section_says() -> None:
+    given: list[Any] = ["identity", "rank", "zscore", {"centre": 2, "width": -1}]
+    terms = [{"name": "scenes", "label": str(at), "transform": transform} for at, transform in enumerate(given)]
+    composite = build_composite(rewards(terms=terms, normalise="terms"))
+    assert [term.in_group for term in composite.terms] == ["", "rank", "zscore", ""] and composite.normalise_terms
+    assert composite.terms[3].transform == Sigmoid(2, -1)
+    ceilings = [rewards(terms=terms, **more).ceiling for more in ({}, {"failed_share": 0.2}, {"on_failure": "fail"})]
+    assert ceilings == [1, 0.2, 0]
 
 
 @pytest.mark.parametrize(("gate", "count"), [(None, 0), ([], 0), ({"term": "scenes", "threshold": 0.1}, 1)])
