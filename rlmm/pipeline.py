@@ -15,6 +15,7 @@ from rlmm.report import write_report
 from rlmm.run_folder import RunFolder
 from rlmm.train.codec import run_codec_stage
 from rlmm.train.context import StageContext
+from rlmm.train.dpo import run_dpo
 from rlmm.train.gates import ceilings
 from rlmm.train.grpo import run_grpo
 from rlmm.train.processes import wait, world
@@ -24,6 +25,7 @@ STAGES: dict[str, Callable[[StageContext], None]] = {
     "codec": run_codec_stage,
     "sft": run_sft,
     "grpo": run_grpo,
+    "dpo": run_dpo,
     "eval": run_eval,
     "export": run_export,
 }

@@ -6,7 +6,7 @@ from rlmm.config.engines import TorchEngineConfig
 from rlmm.config.masked import UnmaskingConfig
 from rlmm.config.policy import NewPolicy, Policy
 from rlmm.config.sampling import Sampled
-from rlmm.config.stages import GrpoStage, SftStage, Stage
+from rlmm.config.stages import DpoStage, GrpoStage, SftStage, Stage
 from rlmm.objectives.estimators import Estimator
 from rlmm.objectives.legality import IllegalObjective, LogProbKind, check_legal
 from rollouts.unmasking import check_steps
@@ -38,7 +38,7 @@ def check_family(name: str, stage: Stage, policy: Policy, positions: int | None)
             raise ValueError(f"stage {name!r}: a masked policy draws images alone; leave thought and answer out")
     if isinstance(stage, GrpoStage):
         _check_grpo(name, stage, family)
-    elif isinstance(stage, SftStage) and stage.noise is not None and family == "next_token":
+    elif isinstance(stage, SftStage | DpoStage) and stage.noise is not None and family == "next_token":
         raise ValueError(f"stage {name!r}: noise is of masked policies, and this one is next-token; leave it out")
 
 

@@ -18,7 +18,7 @@ from rlmm.config.families import check_family
 from rlmm.config.policy import CheckpointPolicy, NewPolicy, Policy
 from rlmm.config.rewards import Rewards
 from rlmm.config.sampling import Written
-from rlmm.config.stages import CodecStage, EvalStage, ExportStage, GrpoStage, SftStage, Stage
+from rlmm.config.stages import CodecStage, EvalStage, ExportStage, PolicyStage, SftStage, Stage
 from rlmm.config.tiny import OVERRIDE, tiny_recipe
 from rlmm.installation import recipes_dir
 
@@ -104,7 +104,7 @@ class Recipe(Strict):
                     f"{nearest(unknown[0], before)}"
                 )
             check_family(name, stage, self.policy, None if self.codec is None else math.prod(self.codec.grid))
-            if isinstance(stage, SftStage | GrpoStage):
+            if isinstance(stage, PolicyStage):
                 before.append(name)
         return self
 
@@ -119,12 +119,12 @@ def _check_dtype(policy: Policy, stages: Mapping[str, Stage]) -> None:
     if not isinstance(policy, CheckpointPolicy) or policy.dtype != "bfloat16":
         return
     for name, stage in stages.items():
-        if isinstance(stage, SftStage | GrpoStage) and stage.lora is None:
+        if isinstance(stage, PolicyStage) and stage.lora is None:
             raise ValueError(
                 f"stage {name!r} trains all weights and policy.dtype is bfloat16, in which small updates round away; "
                 "give the stage a lora section, or set policy.dtype: float32 (and precision: bfloat16)"
             )
-        if isinstance(stage, SftStage | GrpoStage) and stage.precision != "bfloat16":
+        if isinstance(stage, PolicyStage) and stage.precision != "bfloat16":
             raise ValueError(
                 f"stage {name!r} has precision {stage.precision} and policy.dtype is bfloat16; set precision: bfloat16"
             )
@@ -135,8 +135,8 @@ def _references(stage: Any) -> list[str]:
         return list(stage.arms)
     if isinstance(stage, ExportStage):
         return [stage.start_from]
-    start = getattr(stage, "start_from", None)
-    return [start] if start and start != OWN_POLICY else []
+    named = (getattr(stage, "start_from", None), getattr(stage, "reference", None))
+    return [name for name in named if name and name != OWN_POLICY]
 
 
 class RecipeError(ValueError):

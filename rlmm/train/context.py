@@ -9,7 +9,7 @@ from rlmm.codecs import Codec, load_codec
 from rlmm.config.data import Data, RowsData, Split
 from rlmm.config.policy import CheckpointPolicy
 from rlmm.config.recipe import OWN_POLICY, Recipe
-from rlmm.config.stages import CodecStage, GrpoStage, SftStage
+from rlmm.config.stages import CodecStage, PolicyStage
 from rlmm.data import Dataset, build_dataset
 from rlmm.policies.families import llama
 from rlmm.policies.families.loading import checkpoint_codec, load_policy
@@ -80,16 +80,21 @@ def starting_policy(context: StageContext, codec: Codec) -> TransformerPolicy:
     start = parent(context)
     if start is not None:
         policy = load_policy(context.run.stage(start) / "model")
-    elif isinstance(context.recipe.policy, CheckpointPolicy):
-        policy = load_policy(context.recipe.policy.path, context.recipe.policy)
     else:
-        seed = derive(context.recipe.seed, "policy")
-        policy = llama.build(context.recipe.policy, num_codes=codec.num_codes, grid=codec.grid, seed=seed)
+        policy = own_policy(context, codec)
     policy.precision = context.config.precision
     if context.config.lora is not None:
         policy.add_lora(context.config.lora, context.seed("lora"))
     policy.to(device())
     return policy
+
+
+def own_policy(context: StageContext, codec: Codec) -> TransformerPolicy:
+    """The recipe's policy, as no stage has trained it."""
+    if isinstance(context.recipe.policy, CheckpointPolicy):
+        return load_policy(context.recipe.policy.path, context.recipe.policy)
+    seed = derive(context.recipe.seed, "policy")
+    return llama.build(context.recipe.policy, num_codes=codec.num_codes, grid=codec.grid, seed=seed)
 
 
 def parent(context: StageContext) -> str | None:
@@ -112,6 +117,6 @@ def policy_stage_before(context: StageContext) -> str | None:
     for name, stage in context.recipe.stages.items():
         if name == context.name:
             return before
-        if isinstance(stage, SftStage | GrpoStage):
+        if isinstance(stage, PolicyStage):
             before = name
     return before
