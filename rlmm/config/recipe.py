@@ -16,6 +16,7 @@ from rlmm.config.codec import CodecConfig
 from rlmm.config.data import Data
 from rlmm.config.families import check_family
 from rlmm.config.policy import CheckpointPolicy, NewPolicy, Policy
+from rlmm.config.preference import check_preferences
 from rlmm.config.rewards import Rewards
 from rlmm.config.sampling import Written
 from rlmm.config.stages import CodecStage, EvalStage, ExportStage, PolicyStage, SftStage, Stage
@@ -88,6 +89,7 @@ class Recipe(Strict):
         for name, stage in self.stages.items():
             if isinstance(stage, SftStage) and stage.understanding_share and self.understanding is None:
                 raise ValueError(f"stage {name!r} takes a share of its rows from `understanding`; give the recipe one")
+        check_preferences(self.stages)
         before: list[str] = []
         for name, stage in self.stages.items():
             if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
@@ -188,6 +190,14 @@ def validate_recipe(raw: dict[Any, Any], source: str) -> Recipe:
     except ValidationError as error:
         lines = [f"  {_place(fault['loc'])}: {_reason(fault)}" for fault in error.errors()]
         raise RecipeError(f"{source} is not a valid recipe:\n" + "\n".join(dict.fromkeys(lines))) from error
+
+
+def recipe_of(run_dir: Path) -> Recipe:
+    """The recipe of a run. Raises ValueError where the folder is none."""
+    config = run_dir / "config.yaml"
+    if not config.is_file():
+        raise ValueError(f"{run_dir} is no run folder: it has no config.yaml; give a folder that `rlmm run` made")
+    return validate_recipe(yaml.safe_load(config.read_text()), str(config))
 
 
 def _place(location: tuple[int | str, ...]) -> str:

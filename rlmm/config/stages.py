@@ -11,7 +11,7 @@ from rlmm.config.masked import EstimatorConfig, NoiseConfig
 from rlmm.config.objectives import ObjectiveConfig
 from rlmm.config.optimization import Optimization, divides
 from rlmm.config.policy import Lora
-from rlmm.config.preference import DpoStage
+from rlmm.config.preference import DpoStage, PairsStage
 from rlmm.config.sampling import Sampled, Sampling, Writing
 
 
@@ -161,6 +161,6 @@ PolicyStage = SftStage | GrpoStage | DpoStage
 """Stages that train a policy: what others start from, compare and export."""
 
 Stage = Annotated[
-    CodecStage | SftStage | GrpoStage | DpoStage | EvalStage | ExportStage,
+    CodecStage | SftStage | GrpoStage | PairsStage | DpoStage | EvalStage | ExportStage,
     Field(discriminator="kind"),
 ]

@@ -31,10 +31,12 @@ class StageContext:
     name: str
     config: Any
     say: Callable[[str], None]
+    place: Path | None = None
+    """Where it writes, for work that is no stage of the recipe."""
 
     @property
     def folder(self) -> Path:
-        return self.run.stage(self.name)
+        return self.place or self.run.stage(self.name)
 
     @property
     def model_folder(self) -> Path:
@@ -77,14 +79,18 @@ def image_tokens(context: StageContext, codec: Codec) -> ImageTokens:
 
 def starting_policy(context: StageContext, codec: Codec) -> TransformerPolicy:
     """The policy a stage starts from: `start_from`, else the policy stage before it, else the recipe's policy."""
-    start = parent(context)
-    if start is not None:
-        policy = load_policy(context.run.stage(start) / "model")
-    else:
-        policy = own_policy(context, codec)
-    policy.precision = context.config.precision
+    policy = sampled_policy(context, codec)
     if context.config.lora is not None:
         policy.add_lora(context.config.lora, context.seed("lora"))
+        policy.to(device())
+    return policy
+
+
+def sampled_policy(context: StageContext, codec: Codec) -> TransformerPolicy:
+    """The policy a stage starts from, without what the stage would add to train it."""
+    start = parent(context)
+    policy = own_policy(context, codec) if start is None else load_policy(context.run.stage(start) / "model")
+    policy.precision = context.config.precision
     policy.to(device())
     return policy
 

@@ -3,6 +3,7 @@
 Shapes: P preferences of a micro-batch with s sides each, n draws of masks, T positions.
 """
 
+import time
 from collections.abc import Callable
 from functools import partial
 
@@ -120,7 +121,9 @@ def run_dpo(context: StageContext) -> None:
     if noise is not None or config.loss == "kto":
         keep_reference(context, policy)
     else:
+        started = time.perf_counter()
         reference_NKs = stored_reference(context, policy, items)
+        meter.put({"time/reference": time.perf_counter() - started})
     if config.loss == "kto":
         point = metered(partial(reference_point, per_token=config.per_token), meter)
     source = PreferenceSource(
