@@ -1,7 +1,7 @@
 """The batch equation: what a step is made of, printed before anything runs."""
 
 from rlmm.config.recipe import Recipe
-from rlmm.config.stages import CodecStage, GrpoStage, SftStage
+from rlmm.config.stages import CodecStage, DpoStage, GrpoStage, SftStage
 
 
 def batch_equations(recipe: Recipe, processes: int = 1) -> list[str]:
@@ -21,11 +21,12 @@ def _equation(stage: object, processes: int) -> str | None:
             f"{micro} rows; "
             f"{stage.steps} updates = {-(-stage.steps // updates) * stage.rollouts} images"
         )
-    if isinstance(stage, SftStage):
+    if isinstance(stage, SftStage | DpoStage):
+        what = "rows" if isinstance(stage, SftStage) else "images" if stage.loss == "kto" else "pairs"
         accumulation = stage.batch_size // stage.micro_batch_size // processes
         return (
-            f"{processes} process(es) x {accumulation} micro-batch(es) x {stage.micro_batch_size} rows = "
-            f"{stage.batch_size} rows a step; {stage.steps} steps"
+            f"{processes} process(es) x {accumulation} micro-batch(es) x {stage.micro_batch_size} {what} = "
+            f"{stage.batch_size} {what} a step; {stage.steps} steps"
         )
     if isinstance(stage, CodecStage):
         return f"{stage.batch_size} images a step; {stage.steps} steps"

@@ -112,6 +112,21 @@ def sample(
 
 
 @app.command()
+def pairs(
+    run_dir: RunDir,
+    out: Annotated[Path, typer.Argument(help="A folder for pairs.parquet and the report of margins")],
+    settings: Annotated[
+        list[str] | None, typer.Argument(help="key=value of a pairs stage: rollouts=grpo margin=0.1, or start_from=sft")
+    ] = None,
+) -> None:
+    """Preference pairs of a run: from the stored rollouts of a GRPO stage, or of samples drawn anew and scored."""
+    from rlmm.train.pairs import pairs_of_run
+
+    pairs_of_run(run_dir, out, settings or [], say)
+    say(f"wrote {out / 'pairs.parquet'}")
+
+
+@app.command()
 def report(run_dir: RunDir) -> None:
     """Write report.html of a run, finished or not."""
     from rlmm.report import write_report

@@ -5,13 +5,11 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import yaml
-
 from rlmm.codecs import load_codec
 from rlmm.config.families import family_of
 from rlmm.config.policy import CheckpointPolicy
-from rlmm.config.recipe import Recipe, validate_recipe
-from rlmm.config.stages import EvalStage, ExportStage, GrpoStage
+from rlmm.config.recipe import Recipe, recipe_of
+from rlmm.config.stages import DpoStage, EvalStage, ExportStage, GrpoStage, PairsStage, Stage
 from rlmm.export_card import CardInfo, HeldOut, model_card
 from rlmm.policies.families.loading import model_class, tiny_folder
 from rlmm.run_folder import RunFolder, environment
@@ -26,10 +24,7 @@ def run_export(context: StageContext) -> None:
 
 def export_stage(run_dir: Path, stage: str, say: Callable[[str], None]) -> None:
     """Export a policy stage of a finished or unfinished run. Raises ValueError where there is no such result."""
-    config = run_dir / "config.yaml"
-    if not config.is_file():
-        raise ValueError(f"{run_dir} is no run folder: it has no config.yaml; give a folder that `rlmm run` made")
-    recipe = validate_recipe(yaml.safe_load(config.read_text()), str(config))
+    recipe = recipe_of(run_dir)
     write_export(recipe, RunFolder(run_dir, tuple(recipe.stages)), stage, say)
 
 
@@ -79,7 +74,7 @@ def _context(recipe: Recipe, run: RunFolder, stage: str) -> StageContext:
 
 def _card(recipe: Recipe, run: RunFolder, stage: str, *, adapter: bool) -> CardInfo:
     names = run.stages[: run.stages.index(stage) + 1]
-    trained = [n for n in names if not isinstance(recipe.stages[n], EvalStage | ExportStage)]
+    trained = [n for n in names if not isinstance(recipe.stages[n], EvalStage | ExportStage | PairsStage)]
     config, codec = recipe.stages[stage], load_codec(run.stage(stage) / "model" / "codec").settings
     rows, columns = codec.grid
     model = model_class(run.stage(stage) / "model")
@@ -90,7 +85,7 @@ def _card(recipe: Recipe, run: RunFolder, stage: str, *, adapter: bool) -> CardI
         model_class=model,
         recipe=recipe.name,
         stages=[(n, f"{recipe.stages[n].kind}, {getattr(recipe.stages[n], 'steps', 0)} steps") for n in trained],
-        objective=config.objective.name if isinstance(config, GrpoStage) else "cross-entropy",
+        objective=_objective(config),
         data=recipe.description or f"{recipe.data.kind} data",
         reward=", ".join(term.key for term in recipe.rewards.terms),
         codec=f"{codec.kind}, {codec.num_codes} codes, {rows}x{columns} tokens",
@@ -100,6 +95,12 @@ def _card(recipe: Recipe, run: RunFolder, stage: str, *, adapter: bool) -> CardI
         seed=recipe.seed,
         limitations=(BIDIRECTIONAL,) if model[0] == "transformers" and family_of(recipe.policy) == "masked" else (),
     )
+
+
+def _objective(stage: Stage) -> str:
+    if isinstance(stage, DpoStage):
+        return f"dpo, {stage.loss} loss, beta {stage.beta:g}"
+    return stage.objective.name if isinstance(stage, GrpoStage) else "cross-entropy"
 
 
 def _held_out(run: RunFolder, stage: str) -> list[HeldOut]:

@@ -11,8 +11,9 @@ import torch
 from rlmm.config.data import Data, RowsData, ScenesData
 from rlmm.config.engines import TorchEngineConfig, VllmServerConfig, VllmSizes
 from rlmm.config.policy import CheckpointPolicy, NewPolicy
+from rlmm.config.preference import PairNoise
 from rlmm.config.recipe import Recipe
-from rlmm.config.stages import GrpoStage, SftStage
+from rlmm.config.stages import DpoStage, GrpoStage, PolicyStage
 from rlmm.policies.families import llama
 from rlmm.policies.families.loading import empty_model, layout_of, load_config
 from rlmm.policies.head import LOGIT_BYTES
@@ -65,7 +66,7 @@ def memory_plans(recipe: Recipe) -> list[MemoryPlan]:
             intermediate_size=config.intermediate_size,
             tie_embeddings=config.tie_word_embeddings,
         )
-    stages = {name: stage for name, stage in recipe.stages.items() if isinstance(stage, SftStage | GrpoStage)}
+    stages = {name: stage for name, stage in recipe.stages.items() if isinstance(stage, PolicyStage)}
     half = isinstance(recipe.policy, CheckpointPolicy) and recipe.policy.dtype == "bfloat16"
     held = FLOAT_BYTES // 2 if half else FLOAT_BYTES
     sources = _has_sources(recipe.data)
@@ -81,7 +82,7 @@ def _has_sources(data: Data) -> bool:
     return isinstance(data, ScenesData) and data.variant != "text_to_image"
 
 
-def _length(stage: SftStage | GrpoStage, layout: Layout, sources: bool) -> int:
+def _length(stage: PolicyStage, layout: Layout, sources: bool) -> int:
     """Positions of a sequence: prompt, source image, text at its longest, image."""
     written = stage.sampling.written if isinstance(stage, GrpoStage) else None
     draws = not isinstance(stage, GrpoStage) or stage.sampling.answer is None
@@ -90,18 +91,17 @@ def _length(stage: SftStage | GrpoStage, layout: Layout, sources: bool) -> int:
 
 
 def _plan(
-    name: str, stage: SftStage | GrpoStage, shape: NewPolicy, total: int, layout: Layout, held: int, length: int
+    name: str, stage: PolicyStage, shape: NewPolicy, total: int, layout: Layout, held: int, length: int
 ) -> MemoryPlan:
     trained = _trained(stage, shape, total, layout)
     streams = len(stage.sampling.law(layout.image).streams()) if isinstance(stage, GrpoStage) else 1
-    rows = stage.micro_batch_size * streams * (_states(stage) if isinstance(stage, GrpoStage) else 1)
-    frozen = isinstance(stage, GrpoStage) and stage.objective.kl.coefficient > 0 and stage.lora is None
+    rows = stage.micro_batch_size * streams * _sequences(stage, layout)
     return MemoryPlan(
         stage=name,
         weights=total * held + (trained if stage.lora else 0) * FLOAT_BYTES,
         gradients=trained * FLOAT_BYTES,
         optimizer=trained * ADAM_BYTES,
-        reference=total * FLOAT_BYTES if frozen else 0,
+        reference=total * FLOAT_BYTES if _holds_reference(stage, layout) else 0,
         activations=_activations(shape, rows, length, stage),
         logits=_logits(stage, rows, layout),
         kv_cache=_sampling(stage, shape, streams, length) if isinstance(stage, GrpoStage) else 0,
@@ -109,12 +109,28 @@ def _plan(
     )
 
 
-def _logits(stage: SftStage | GrpoStage, rows: int, layout: Layout) -> int:
+def _logits(stage: PolicyStage, rows: int, layout: Layout) -> int:
     """A few copies of a chunk; under an order of confidence those of every masked position at once."""
     size = rows * (layout.grid.length + PROMPT_TOKENS) * (layout.image[1] - layout.image[0]) * FLOAT_BYTES
     unmasking = stage.sampling.unmasking if isinstance(stage, GrpoStage) else None
     whole = unmasking is not None and unmasking.order in ("confidence", "threshold")
     return 3 * (size if whole else min(size, LOGIT_BYTES))
+
+
+def _sequences(stage: PolicyStage, layout: Layout) -> int:
+    """Sequences that a row of a micro-batch is read as."""
+    if isinstance(stage, DpoStage):
+        draws = 1 if layout.mask is None else (stage.noise or PairNoise()).draws
+        return draws if stage.loss == "kto" else 2 * draws
+    return _states(stage) if isinstance(stage, GrpoStage) else 1
+
+
+def _holds_reference(stage: PolicyStage, layout: Layout) -> bool:
+    """Whether a second set of weights stands beside the trained ones."""
+    if isinstance(stage, DpoStage):
+        live = layout.mask is not None or stage.loss == "kto"
+        return live and (stage.lora is None or stage.reference is not None)
+    return isinstance(stage, GrpoStage) and stage.objective.kl.coefficient > 0 and stage.lora is None
 
 
 def _states(stage: GrpoStage) -> int:
@@ -127,11 +143,11 @@ def _states(stage: GrpoStage) -> int:
     return min(steps, stage.estimator.steps or steps) if stage.estimator.kind == "trajectory" else stage.estimator.draws
 
 
-def _trained(stage: SftStage | GrpoStage, shape: NewPolicy, total: int, layout: Layout) -> int:
+def _trained(stage: PolicyStage, shape: NewPolicy, total: int, layout: Layout) -> int:
     """Weights with a gradient: an adapter's, or all but the rows of the head that are never decided."""
     if stage.lora is not None:
         return _lora_size(shape, stage.lora.rank, len(stage.lora.target_modules))
-    if isinstance(stage, SftStage) or not stage.trains_image_rows or shape.tie_embeddings:
+    if not isinstance(stage, GrpoStage) or not stage.trains_image_rows or shape.tie_embeddings:
         return total
     return total - (layout.vocab_size - (layout.image[1] - layout.image[0])) * shape.hidden_size
 
@@ -155,7 +171,7 @@ def _sampling(stage: GrpoStage, shape: NewPolicy, streams: int, length: int) -> 
     return rows * length * shape.num_layers * 2 * shape.hidden_size * FLOAT_BYTES
 
 
-def _activations(shape: NewPolicy, rows: int, length: int, stage: SftStage | GrpoStage) -> int:
+def _activations(shape: NewPolicy, rows: int, length: int, stage: PolicyStage) -> int:
     """All layers' activations, or with gradient checkpointing each layer's input and one layer's activations."""
     half = stage.precision == "bfloat16"
     per_layer = rows * length * shape.hidden_size * 32 + 4 * shape.num_heads * rows * length * length

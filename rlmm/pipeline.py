@@ -15,8 +15,10 @@ from rlmm.report import write_report
 from rlmm.run_folder import RunFolder
 from rlmm.train.codec import run_codec_stage
 from rlmm.train.context import StageContext
+from rlmm.train.dpo import run_dpo
 from rlmm.train.gates import ceilings
 from rlmm.train.grpo import run_grpo
+from rlmm.train.pairs import run_pairs
 from rlmm.train.processes import wait, world
 from rlmm.train.sft import run_sft
 
@@ -24,6 +26,8 @@ STAGES: dict[str, Callable[[StageContext], None]] = {
     "codec": run_codec_stage,
     "sft": run_sft,
     "grpo": run_grpo,
+    "pairs": run_pairs,
+    "dpo": run_dpo,
     "eval": run_eval,
     "export": run_export,
 }

@@ -6,7 +6,7 @@ from rlmm.config.engines import TorchEngineConfig
 from rlmm.config.masked import UnmaskingConfig
 from rlmm.config.policy import NewPolicy, Policy
 from rlmm.config.sampling import Sampled
-from rlmm.config.stages import GrpoStage, SftStage, Stage
+from rlmm.config.stages import DpoStage, GrpoStage, PairsStage, SftStage, Stage
 from rlmm.objectives.estimators import Estimator
 from rlmm.objectives.legality import IllegalObjective, LogProbKind, check_legal
 from rollouts.unmasking import check_steps
@@ -30,15 +30,18 @@ def check_family(name: str, stage: Stage, policy: Policy, positions: int | None)
     """Raises ValueError where the stage asks for what the policy's family has not, or lacks what it needs.
     `positions`: of a new policy's image; None: of a checkpoint, which is not read yet."""
     family = family_of(policy)
-    sampled = stage.sampling if isinstance(stage, GrpoStage) else stage
-    if isinstance(sampled, Sampled):
-        place = f"{name}.sampling.unmasking" if isinstance(stage, GrpoStage) else f"{name}.unmasking"
+    sampled = stage.sampling if isinstance(stage, GrpoStage | PairsStage) else stage
+    stored = isinstance(stage, PairsStage) and stage.rollouts is not None
+    if isinstance(sampled, Sampled) and not stored:
+        place = f"{name}.sampling.unmasking" if sampled is not stage else f"{name}.unmasking"
         _check_unmasking(place, sampled.unmasking, family, positions)
         if family == "masked" and sampled.written is not None:
             raise ValueError(f"stage {name!r}: a masked policy draws images alone; leave thought and answer out")
+    if isinstance(stage, PairsStage) and family == "masked":
+        _check_engine(name, stage)
     if isinstance(stage, GrpoStage):
         _check_grpo(name, stage, family)
-    elif isinstance(stage, SftStage) and stage.noise is not None and family == "next_token":
+    elif isinstance(stage, SftStage | DpoStage) and stage.noise is not None and family == "next_token":
         raise ValueError(f"stage {name!r}: noise is of masked policies, and this one is next-token; leave it out")
 
 
@@ -60,9 +63,13 @@ def _check_grpo(name: str, stage: GrpoStage, family: Family) -> None:
             raise ValueError(f"stage {name!r}: a next-token policy's log-probs are exact; leave estimator out")
         check_legal(stage.objective.objective().family, LogProbKind.EXACT)
         return
+    _check_engine(name, stage)
+    _check_estimator(name, stage, Estimator() if stage.estimator is None else stage.estimator.record())
+
+
+def _check_engine(name: str, stage: GrpoStage | PairsStage) -> None:
     if not isinstance(stage.engine, TorchEngineConfig):
         raise ValueError(f"stage {name!r}: masked policies are sampled by engine.kind torch, not {stage.engine.kind}")
-    _check_estimator(name, stage, Estimator() if stage.estimator is None else stage.estimator.record())
 
 
 def _check_log_prob(name: str, stage: GrpoStage, kind: LogProbKind, force: bool) -> None:

@@ -16,9 +16,10 @@ from rlmm.config.codec import CodecConfig
 from rlmm.config.data import Data
 from rlmm.config.families import check_family
 from rlmm.config.policy import CheckpointPolicy, NewPolicy, Policy
+from rlmm.config.preference import check_preferences
 from rlmm.config.rewards import Rewards
 from rlmm.config.sampling import Written
-from rlmm.config.stages import CodecStage, EvalStage, ExportStage, GrpoStage, SftStage, Stage
+from rlmm.config.stages import CodecStage, EvalStage, ExportStage, PolicyStage, SftStage, Stage
 from rlmm.config.tiny import OVERRIDE, tiny_recipe
 from rlmm.installation import recipes_dir
 
@@ -89,6 +90,7 @@ class Recipe(Strict):
         for name, stage in self.stages.items():
             if isinstance(stage, SftStage) and stage.understanding_share and self.understanding is None:
                 raise ValueError(f"stage {name!r} takes a share of its rows from `understanding`; give the recipe one")
+        check_preferences(self.stages)
         before: list[str] = []
         for name, stage in self.stages.items():
             if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
@@ -105,7 +107,7 @@ class Recipe(Strict):
                     f"{nearest(unknown[0], before)}"
                 )
             check_family(name, stage, self.policy, None if self.codec is None else math.prod(self.codec.grid))
-            if isinstance(stage, SftStage | GrpoStage):
+            if isinstance(stage, PolicyStage):
                 before.append(name)
         return self
 
@@ -141,12 +143,12 @@ def _check_dtype(policy: Policy, stages: Mapping[str, Stage]) -> None:
     if not isinstance(policy, CheckpointPolicy) or policy.dtype != "bfloat16":
         return
     for name, stage in stages.items():
-        if isinstance(stage, SftStage | GrpoStage) and stage.lora is None:
+        if isinstance(stage, PolicyStage) and stage.lora is None:
             raise ValueError(
                 f"stage {name!r} trains all weights and policy.dtype is bfloat16, in which small updates round away; "
                 "give the stage a lora section, or set policy.dtype: float32 (and precision: bfloat16)"
             )
-        if isinstance(stage, SftStage | GrpoStage) and stage.precision != "bfloat16":
+        if isinstance(stage, PolicyStage) and stage.precision != "bfloat16":
             raise ValueError(
                 f"stage {name!r} has precision {stage.precision} and policy.dtype is bfloat16; set precision: bfloat16"
             )
@@ -157,8 +159,8 @@ def _references(stage: Any) -> list[str]:
         return list(stage.arms)
     if isinstance(stage, ExportStage):
         return [stage.start_from]
-    start = getattr(stage, "start_from", None)
-    return [start] if start and start != OWN_POLICY else []
+    named = (getattr(stage, "start_from", None), getattr(stage, "reference", None))
+    return [name for name in named if name and name != OWN_POLICY]
 
 
 class RecipeError(ValueError):
@@ -210,6 +212,14 @@ def validate_recipe(raw: dict[Any, Any], source: str) -> Recipe:
     except ValidationError as error:
         lines = [f"  {_place(fault['loc'])}: {_reason(fault)}" for fault in error.errors()]
         raise RecipeError(f"{source} is not a valid recipe:\n" + "\n".join(dict.fromkeys(lines))) from error
+
+
+def recipe_of(run_dir: Path) -> Recipe:
+    """The recipe of a run. Raises ValueError where the folder is none."""
+    config = run_dir / "config.yaml"
+    if not config.is_file():
+        raise ValueError(f"{run_dir} is no run folder: it has no config.yaml; give a folder that `rlmm run` made")
+    return validate_recipe(yaml.safe_load(config.read_text()), str(config))
 
 
 def _place(location: tuple[int | str, ...]) -> str:

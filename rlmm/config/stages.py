@@ -9,36 +9,10 @@ from rlmm.config.codec import Perceptual
 from rlmm.config.engines import EngineConfig, TorchEngineConfig
 from rlmm.config.masked import EstimatorConfig, NoiseConfig
 from rlmm.config.objectives import ObjectiveConfig
+from rlmm.config.optimization import Optimization, divides
 from rlmm.config.policy import Lora
+from rlmm.config.preference import DpoStage, PairsStage
 from rlmm.config.sampling import Sampled, Sampling, Writing
-
-
-class Optimization(Strict):
-    """AdamW and its schedule."""
-
-    steps: int = Field(..., ge=1)
-    learning_rate: float = Field(..., gt=0)
-    schedule: Literal["constant", "constant_with_warmup", "cosine", "linear"] = "cosine"
-    warmup_steps: int = Field(0, ge=0)
-    weight_decay: float = Field(0.0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.95)
-    max_grad_norm: float = Field(1.0, ge=0)
-    """0 switches clipping off."""
-
-    @model_validator(mode="after")
-    def _warm_up_has_a_schedule(self) -> "Optimization":
-        if self.schedule == "constant" and self.warmup_steps:
-            raise ValueError("schedule constant has no warm-up; use constant_with_warmup, or set warmup_steps to 0")
-        return self
-
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16 runs the transformer's body under autocast, in sampler and trainer alike."""
-    gradient_checkpointing: bool = False
-    checkpoint_every: int = Field(50, ge=1)
-    checkpoints_kept: int = Field(2, ge=2)
-    """At least two: should the newest be torn, the one before it is used."""
-    deepspeed: str | None = None
-    """Path of a DeepSpeed configuration file."""
 
 
 class CodecStage(Optimization):
@@ -83,9 +57,9 @@ class SftStage(Optimization):
 
     @model_validator(mode="after")
     def _whole_batches(self) -> "SftStage":
-        _divides(self.batch_size, self.micro_batch_size, "batch_size", "micro_batch_size")
+        divides(self.batch_size, self.micro_batch_size, "batch_size", "micro_batch_size")
         if self.noise is not None and self.noise.complementary:
-            _divides(self.micro_batch_size, 2, "micro_batch_size", "the two masks of complementary noise")
+            divides(self.micro_batch_size, 2, "micro_batch_size", "the two masks of complementary noise")
         if self.image_weight + self.text_weight == 0:
             raise ValueError("image_weight and text_weight are both 0: nothing would be trained; raise one of them")
         return self
@@ -144,9 +118,9 @@ class GrpoStage(Optimization):
     @model_validator(mode="after")
     def _whole_batches(self) -> "GrpoStage":
         updates = self.objective.updates_per_rollout
-        _divides(self.samples_per_prompt, updates, "samples_per_prompt", "objective.updates_per_rollout")
+        divides(self.samples_per_prompt, updates, "samples_per_prompt", "objective.updates_per_rollout")
         each = self.rollouts // updates
-        _divides(each, self.micro_batch_size, "rollouts an update", "micro_batch_size")
+        divides(each, self.micro_batch_size, "rollouts an update", "micro_batch_size")
         return self
 
     @model_validator(mode="after")
@@ -185,15 +159,10 @@ class ExportStage(Strict):
     start_from: str
 
 
+PolicyStage = SftStage | GrpoStage | DpoStage
+"""Stages that train a policy: what others start from, compare and export."""
+
 Stage = Annotated[
-    CodecStage | SftStage | GrpoStage | EvalStage | ExportStage,
+    CodecStage | SftStage | GrpoStage | PairsStage | DpoStage | EvalStage | ExportStage,
     Field(discriminator="kind"),
 ]
-
-
-def _divides(total: int, part: int, total_name: str, part_name: str) -> None:
-    if total % part:
-        raise ValueError(
-            f"{total_name} = {total} is not a multiple of {part_name} = {part}; choose {part_name} among its divisors "
-            f"{[d for d in range(1, total + 1) if total % d == 0]}"
-        )

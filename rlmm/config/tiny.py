@@ -66,6 +66,19 @@ def _grpo(stage: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _pairs(stage: dict[str, Any]) -> dict[str, Any]:
+    if stage.get("rollouts"):
+        return stage
+    count = max(2, 2 * stage.get("pairs_per_prompt", 1))
+    drawn = {"prompts": 6, "samples_per_prompt": count, "batch_prompts": 3, "engine": {"kind": "torch"}}
+    # A random policy's samples may score the same.
+    return stage | drawn | {"sampling": _short(dict(stage.get("sampling") or {})), "margin": 0.0}
+
+
+def _dpo(stage: dict[str, Any]) -> dict[str, Any]:
+    return _trained(stage) | {"batch_size": 4, "micro_batch_size": 2}
+
+
 def _short(sampling: dict[str, Any]) -> dict[str, Any]:
     """A random policy ends no text, so the limit is what is written."""
     return {k: v | {"length_limit": 8} if k in ("thought", "answer") and v else v for k, v in sampling.items()}
@@ -79,5 +92,7 @@ STAGES: Mapping[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "codec": _codec,
     "sft": _sft,
     "grpo": _grpo,
+    "pairs": _pairs,
+    "dpo": _dpo,
     "eval": _eval,
 }

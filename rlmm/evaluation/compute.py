@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from rlmm.config.stages import GrpoStage, SftStage
+from rlmm.config.stages import DpoStage, PairsStage, PolicyStage
 from rlmm.train.context import StageContext, parent
 from rlmm.train.metrics import MetricsFile
 
@@ -18,27 +18,34 @@ MONITORING = "time/held_out"
 def compute(context: StageContext, arm: str) -> dict[str, Any]:
     """What an arm's training took beyond codec and data: steps and seconds (rollouts and rewards included), summed
     along the stages it grew from."""
-    steps, seconds, chain = 0, 0.0, []
-    name: str | None = arm
-    while name is not None:
-        chain.append(name)
+    chain = _grew_from(context, arm)
+    steps, seconds = 0, 0.0
+    for name in chain:
         rows = MetricsFile(context.run.stage(name) / "metrics.jsonl").read()
-        steps += len(rows)
+        steps += len(rows) if isinstance(context.recipe.stages[name], PolicyStage) else 0
         seconds += sum(
             value
             for row in rows
             for key, value in row.items()
             if key.startswith("time/") and key != MONITORING and value
         )
-        name = _parent(context, name)
-    return {"arm": arm, "stages": chain[::-1], "steps": steps, "seconds": round(seconds, 1)}
+    return {"arm": arm, "stages": chain, "steps": steps, "seconds": round(seconds, 1)}
 
 
-def _parent(context: StageContext, name: str) -> str | None:
-    stage = context.recipe.stages[name]
-    if not isinstance(stage, SftStage | GrpoStage):
-        return None
-    return parent(replace(context, name=name, config=stage))
+def _grew_from(context: StageContext, arm: str) -> list[str]:
+    """The stages that an arm took, in order: what it started from, and whose pairs or rollouts it learned from."""
+    found: set[str] = set()
+    waiting: list[str | None] = [arm]
+    while waiting:
+        name = waiting.pop()
+        if name is None or name in found:
+            continue
+        found.add(name)
+        stage = context.recipe.stages[name]
+        stored = isinstance(stage, PairsStage) and stage.rollouts is not None
+        waiting.append(stage.rollouts if stored else parent(replace(context, name=name, config=stage)))
+        waiting.append(stage.pairs if isinstance(stage, DpoStage) else None)
+    return [name for name in context.recipe.stages if name in found]
 
 
 def compute_lines(rows: Sequence[dict[str, Any]]) -> list[str]:

@@ -16,7 +16,7 @@ from rewards.base import Sample, Score
 from rewards.compose import CompositeReward
 from rlmm.codecs import Codec
 from rlmm.config.engines import TorchEngineConfig
-from rlmm.config.stages import EvalStage, GrpoStage, SftStage
+from rlmm.config.stages import EvalStage, PolicyStage
 from rlmm.data import Example
 from rlmm.evaluation.compute import compute, compute_lines
 from rlmm.evaluation.reference import write_reference
@@ -117,7 +117,7 @@ def _cells(
         policy.model.eval()
         policy.to(device())
         stage = context.recipe.stages[arm]
-        assert isinstance(stage, SftStage | GrpoStage), "the recipe lets nothing else be an arm"
+        assert isinstance(stage, PolicyStage), "the recipe lets nothing else be an arm"
         policy.precision = stage.precision
         answers.append(understanding(context, arm, policy, codec, config.batch_prompts))
         for temperature in config.temperatures:

@@ -164,8 +164,9 @@ class TransformerPolicy(ABC):
 
     @contextmanager
     def reference(self) -> Iterator[None]:
-        """The policy before this stage: the adapter switched off, or the copy `freeze_reference` made."""
-        if isinstance(self.model, PeftModel):
+        """The policy before this stage, or the one it is held against: what `freeze_reference` was given or copied, or
+        the adapter switched off."""
+        if self._frozen is None and isinstance(self.model, PeftModel):
             with self.model.disable_adapter():
                 yield
             return
@@ -187,9 +188,12 @@ class TransformerPolicy(ABC):
         if isinstance(head, nn.Linear) and not isinstance(self.model, PeftModel) and not tied and not whole:
             train_rows(head, (rows[0], rows[1]))
 
-    def freeze_reference(self) -> None:
-        """Keep a frozen copy of the present weights as the reference. Nothing to do under LoRA."""
-        if not isinstance(self.model, PeftModel):
+    def freeze_reference(self, other: nn.Module | None = None) -> None:
+        """Keep the model `other` as the reference, or a frozen copy of the present weights: nothing to do under LoRA,
+        where switching the adapter off gives them."""
+        if other is not None:
+            self._frozen = other.eval().requires_grad_(False)
+        elif not isinstance(self.model, PeftModel):
             self._frozen = copy.deepcopy(self.model).eval().requires_grad_(False)
 
     def add_lora(self, config: Lora, seed: int) -> None:

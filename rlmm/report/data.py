@@ -107,7 +107,7 @@ def _read_stage(folder: Path, config: Mapping[str, Any] | None, notes: Notes) ->
         answers=_if_there(folder / "answers.parquet"),
         reference=_if_there(folder / "reference.parquet"),
         rollouts=tuple(sorted(folder.glob("rollouts/*.parquet"))),
-        reconstruction=_if_there(folder / "reconstruction.png"),
+        reconstruction=_if_there(folder / "reconstruction.png") or _if_there(folder / "margins.png"),
     )
 
 

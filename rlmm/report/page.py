@@ -19,7 +19,31 @@ from rlmm.report.images import Picture, picture
 from rlmm.report.panel_table import PANELS
 from rlmm.report.records import Notes, Run, Stage
 
-RL_KINDS = ("grpo", "dpo")
+RL_KINDS = ("grpo",)
+
+
+@dataclass(frozen=True)
+class Words:
+    """Of a stage's own picture."""
+
+    title: str
+    words: str
+    alt: str
+
+
+PICTURES = {
+    "reconstruction.png": Words(
+        "Reconstructions",
+        "Images as they went into the tokenizer and as they came out. What is lost here, no policy can draw.",
+        "Rows of images as they went into the image tokenizer and as they came out again.",
+    ),
+    "margins.png": Words(
+        "Pairs",
+        "How far apart the scores of a pair are, and the scores of either side. Pairs of a small margin are often the "
+        "judge's noise: raise margin to leave them out.",
+        "Histograms of the margins of the pairs and of the scores of either side.",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -38,6 +62,7 @@ class PlainStage:
     stage: Stage
     figures: tuple[panels.Figure, ...]
     reconstruction: Picture | None
+    picture: Words | None
 
 
 def write_report(run_folder: Path) -> Path:
@@ -124,13 +149,13 @@ def _rl_stage(stage: Stage, notes: Notes) -> RlStage:
 
 
 def _plain_stage(stage: Stage, notes: Notes) -> PlainStage:
-    grid = None
+    grid = shown = None
     if stage.reconstruction:
-        alt = "Rows of images as they went into the image tokenizer and as they came out again."
-        grid = picture(stage.reconstruction.read_bytes(), alt, max_side=1600)
+        shown = PICTURES[stage.reconstruction.name]
+        grid = picture(stage.reconstruction.read_bytes(), shown.alt, max_side=1600)
         if grid is None:
-            notes.add(f"stages/{stage.folder.name}/reconstruction.png cannot be read.")
-    return PlainStage(stage, tuple(panels.panel_figures(stage, _prefix(stage)).values()), grid)
+            notes.add(f"stages/{stage.folder.name}/{stage.reconstruction.name} cannot be read.")
+    return PlainStage(stage, tuple(panels.panel_figures(stage, _prefix(stage)).values()), grid, shown)
 
 
 def _prefix(stage: Stage) -> str:

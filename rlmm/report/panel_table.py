@@ -159,7 +159,61 @@ CODEC = (
     ),
 )
 
-PANELS: Mapping[str, Sequence[Panel]] = {"codec": CODEC, "sft": SFT}
+DPO = (
+    Panel(
+        "loss",
+        "Loss",
+        ("loss", "loss/chosen"),
+        "Loss of the preferences, and the negative log-likelihood of what was chosen where it counts. A sigmoid loss "
+        "starts at log 2.",
+    ),
+    Panel(
+        "correct",
+        "Pairs in the right order",
+        ("dpo/correct", "dpo/understanding/correct"),
+        "Share of pairs of which the policy, against its reference, makes the chosen side likelier. Near 1 there is "
+        "nothing left to learn from these pairs.",
+    ),
+    Panel(
+        "margin",
+        "Margin",
+        ("dpo/margin", "dpo/understanding/margin"),
+        "Mean implicit reward of the chosen side minus that of the rejected one: beta times the difference of their "
+        "log-ratios to the reference.",
+    ),
+    Panel(
+        "rewards",
+        "Implicit rewards",
+        ("dpo/chosen_reward", "dpo/rejected_reward", "dpo/reward"),
+        "Beta times the log-ratio of either side. Where both fall, the policy leaves its reference for what is in no "
+        "pair; an SFT term holds the chosen side up.",
+    ),
+    Panel(
+        "bias",
+        "Noise of the estimates",
+        ("dpo/bias_bound",),
+        "Of a masked policy: the most by which the noise of the estimated margins may bias the loss.",
+    ),
+    Panel("grad", "Gradient norm", ("grad_norm",), "Length of the gradient before clipping."),
+    Panel("rate", "Learning rate", ("learning_rate",), "The schedule as it was applied."),
+)
+
+PAIRS = (
+    Panel(
+        "score",
+        "Score of the samples",
+        ("score/mean",),
+        "Mean score of each batch of prompts. The pairs of a prompt are made of the spread around it.",
+    ),
+    Panel(
+        "excluded",
+        "Samples without a score",
+        ("sample/unavailable_share",),
+        "The judge failed, and the sample is in no pair.",
+    ),
+)
+
+PANELS: Mapping[str, Sequence[Panel]] = {"codec": CODEC, "sft": SFT, "dpo": DPO, "pairs": PAIRS}
 """By a stage's kind; every other kind that logs one of HEALTH's keys gets HEALTH."""
 
 LABELS: Mapping[str, str] = {

@@ -9,7 +9,7 @@ from rlmm.codecs import Codec, load_codec
 from rlmm.config.data import Data, RowsData, Split
 from rlmm.config.policy import CheckpointPolicy
 from rlmm.config.recipe import OWN_POLICY, Recipe
-from rlmm.config.stages import CodecStage, GrpoStage, SftStage
+from rlmm.config.stages import CodecStage, PolicyStage
 from rlmm.data import Dataset, build_dataset
 from rlmm.policies.families import llama
 from rlmm.policies.families.loading import checkpoint_codec, load_policy
@@ -31,10 +31,12 @@ class StageContext:
     name: str
     config: Any
     say: Callable[[str], None]
+    place: Path | None = None
+    """Where it writes, for work that is no stage of the recipe."""
 
     @property
     def folder(self) -> Path:
-        return self.run.stage(self.name)
+        return self.place or self.run.stage(self.name)
 
     @property
     def model_folder(self) -> Path:
@@ -77,19 +79,28 @@ def image_tokens(context: StageContext, codec: Codec) -> ImageTokens:
 
 def starting_policy(context: StageContext, codec: Codec) -> TransformerPolicy:
     """The policy a stage starts from: `start_from`, else the policy stage before it, else the recipe's policy."""
-    start = parent(context)
-    if start is not None:
-        policy = load_policy(context.run.stage(start) / "model")
-    elif isinstance(context.recipe.policy, CheckpointPolicy):
-        policy = load_policy(context.recipe.policy.path, context.recipe.policy)
-    else:
-        seed = derive(context.recipe.seed, "policy")
-        policy = llama.build(context.recipe.policy, num_codes=codec.num_codes, grid=codec.grid, seed=seed)
-    policy.precision = context.config.precision
+    policy = sampled_policy(context, codec)
     if context.config.lora is not None:
         policy.add_lora(context.config.lora, context.seed("lora"))
+        policy.to(device())
+    return policy
+
+
+def sampled_policy(context: StageContext, codec: Codec) -> TransformerPolicy:
+    """The policy a stage starts from, without what the stage would add to train it."""
+    start = parent(context)
+    policy = own_policy(context, codec) if start is None else load_policy(context.run.stage(start) / "model")
+    policy.precision = context.config.precision
     policy.to(device())
     return policy
+
+
+def own_policy(context: StageContext, codec: Codec) -> TransformerPolicy:
+    """The recipe's policy, as no stage has trained it."""
+    if isinstance(context.recipe.policy, CheckpointPolicy):
+        return load_policy(context.recipe.policy.path, context.recipe.policy)
+    seed = derive(context.recipe.seed, "policy")
+    return llama.build(context.recipe.policy, num_codes=codec.num_codes, grid=codec.grid, seed=seed)
 
 
 def parent(context: StageContext) -> str | None:
@@ -112,6 +123,6 @@ def policy_stage_before(context: StageContext) -> str | None:
     for name, stage in context.recipe.stages.items():
         if name == context.name:
             return before
-        if isinstance(stage, SftStage | GrpoStage):
+        if isinstance(stage, PolicyStage):
             before = name
     return before

@@ -1,201 +1,159 @@
-"""DPO on pairs of images of one prompt: the batches of a step and its loss.
+"""The DPO stage: a policy learns from preferences, held against a reference that is frozen.
 
-Shapes: N stored pairs, P pairs of a micro-batch, T positions of a sequence or codes of an image, as named.
+Shapes: P preferences of a micro-batch with s sides each, n draws of masks, T positions.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from rlmm.objectives.dpo import dpo_loss
-from rlmm.objectives.legality import LogProbKind
-from rlmm.objectives.noise import SCHEME_KINDS, Scheme, check_draws, noise_plan
-from rlmm.policies.base import Policy, SequenceBatch
-from rlmm.policies.layout_io import Supervised, supervised_batch
-from rlmm.seeds import derive, epoch_indices
+from rlmm.config.preference import DpoStage, PairNoise
+from rlmm.objectives.dpo import DPOLoss, dpo_loss, kto_loss, noise_bias
+from rlmm.policies.base import Policy
+from rlmm.train.context import StageContext, run_codec, starting_policy
+from rlmm.train.dpo_reference import keep_reference, stored_reference
+from rlmm.train.dpo_source import PreferenceSource, reference_point
 from rlmm.train.gates import GateError
 from rlmm.train.metrics import Meter
-from rlmm.train.processes import share
-from rollouts.trajectory import IMAGE
+from rlmm.train.preference_rows import load_items
+from rlmm.train.preferences import PreferenceBatch, sequence_log_probs
+from rlmm.train.results import save_result
+from rlmm.train.running import train
+
+Measure = Callable[[PreferenceSource, int], float]
 
 
-@dataclass(frozen=True)
-class PreferencePairs:
-    """Prompts [N] with the codes [N, T] (int64) of the image preferred and of the one it was preferred to."""
+def dpo_step_loss(policy: Policy, config: DpoStage, model: nn.Module, batch: PreferenceBatch, meter: Meter) -> Tensor:
+    """This micro-batch's share of the step's loss: of each preference the loss of its kind (`rlmm.objectives.dpo`), and
+    `sft_weight` times the negative log-likelihood of what was chosen, a token.
 
-    prompts: Sequence[str]
-    chosen_NT: Tensor
-    rejected_NT: Tensor
+    The reference's log-probs are the batch's, or read here without gradient (`Policy.reference`). Of a masked policy
+    all are estimates, and the bound on how much their noise biases the loss is metered.
 
-    def __post_init__(self) -> None:
-        if self.chosen_NT.shape != self.rejected_NT.shape or len(self.prompts) != len(self.chosen_NT):
-            raise ValueError(
-                f"{len(self.prompts)} prompts with chosen codes {tuple(self.chosen_NT.shape)} and rejected ones "
-                f"{tuple(self.rejected_NT.shape)}; give one prompt and two images of equal size a pair"
-            )
-
-
-@dataclass(frozen=True)
-class DpoBatch:
-    """2P sequences, the P chosen ones first, whose targets are the images alone: the prompt is given. `weight` is
-    1 / (pairs of the step). Of a masked policy each sequence stands there `draws` times, with masks of its own and
-    what each masked token weighs."""
-
-    sequences: SequenceBatch
-    weight: float
-    noise_weight_BT: Tensor | None = None
-    draws: int = 1
-
-    def to(self, device: torch.device | str) -> "DpoBatch":
-        noise = None if self.noise_weight_BT is None else self.noise_weight_BT.to(device)
-        return replace(self, sequences=self.sequences.to(device), noise_weight_BT=noise)
-
-
-@dataclass(frozen=True)
-class PairNoise:
-    """What a masked policy's log-probs of a pair are estimated with: `draws` masks of an ELBO's scheme.
-
-    Raises ValueError for a scheme that estimates no bound: DPO compares likelihoods.
+    Raises GateError where that bound, as a mean over the preferences, is past `noise.bias_ceiling`.
     """
-
-    scheme: Scheme = "stratified"
-    draws: int = 4
-
-    def __post_init__(self) -> None:
-        if SCHEME_KINDS[self.scheme] is not LogProbKind.ELBO:
-            raise ValueError(
-                f"noise scheme {self.scheme!r} estimates a {SCHEME_KINDS[self.scheme].value}, and DPO compares "
-                "likelihoods or their bounds; use count, stratified, complement, quadrature or bernoulli"
-            )
-        check_draws(self.scheme, self.draws)
-
-
-def pair_batch(
-    policy: Policy,
-    pairs: PreferencePairs,
-    rows: Sequence[int],
-    weight: float,
-    *,
-    noise: PairNoise | None = None,
-    seeds: Sequence[int] = (),
-) -> DpoBatch:
-    """The pairs at `rows` as one batch. A masked policy needs `noise`, and a seed a pair: its two images have the same
-    positions masked, and so have policy and reference, which makes the margin far steadier than each bound."""
-    prompts = [policy.encode_prompt(pairs.prompts[row]) for row in rows]
-    codes = torch.cat([pairs.chosen_NT[list(rows)], pairs.rejected_NT[list(rows)]]).tolist()
-    both = supervised_batch(policy.layout, [Supervised(p, c) for p, c in zip(prompts * 2, codes, strict=True)])
-    both = replace(both, target_BT=both.target_BT & (both.modality_BT == IMAGE))
-    if policy.layout.mask is None:
-        return DpoBatch(both, weight)
-    if noise is None or len(seeds) != len(rows):
-        raise ValueError("a masked policy's log-probs are estimated: give the noise, and a seed for each pair")
-    plan = noise_plan(noise.scheme, both.target_BT, [*seeds, *seeds], noise.draws)
-    each = both.each(lambda value: value.repeat_interleave(noise.draws, 0))
-    return DpoBatch(
-        replace(each, noised_BT=plan.masks_BnS.flatten(0, 1)), weight, plan.weight_BnS.flatten(0, 1), noise.draws
-    )
-
-
-class PairSource:
-    """Step -> this process's micro-batches of pairs."""
-
-    nothing_counts = False
-
-    def __init__(
-        self,
-        policy: Policy,
-        pairs: PreferencePairs,
-        *,
-        batch_size: int,
-        micro_batch_size: int,
-        seed: int,
-        noise: PairNoise | None = None,
-    ) -> None:
-        rows = share(batch_size, "batch_size")
-        if (rows.stop - rows.start) % micro_batch_size:
-            raise ValueError(
-                f"{rows.stop - rows.start} pairs a process are not a multiple of micro_batch_size {micro_batch_size}; "
-                "change either"
-            )
-        self.policy, self.pairs, self.rows, self.seed, self.noise = policy, pairs, rows, seed, noise
-        self.batch_size, self.micro_batch_size = batch_size, micro_batch_size
-        self.micro_batches_per_step = (rows.stop - rows.start) // micro_batch_size
-
-    def micro_batches(self, step: int) -> list[DpoBatch]:
-        size = self.micro_batch_size
-        picked = epoch_indices(len(self.pairs.prompts), step * self.batch_size, self.batch_size, self.seed, "pairs")
-        mine = picked[self.rows]
-        seeds = [derive(self.seed, "noise", step, place) for place in range(self.batch_size)][self.rows]
-        return [
-            pair_batch(
-                self.policy, self.pairs, mine[at : at + size], 1 / self.batch_size, noise=self.noise,
-                seeds=seeds[at : at + size],
-            )
-            for at in range(0, len(mine), size)
-        ]  # fmt: skip
-
-
-def dpo_step_loss(
-    policy: Policy,
-    model: nn.Module,
-    batch: DpoBatch,
-    meter: Meter,
-    *,
-    beta: float,
-    label_smoothing: float = 0.0,
-    by_length: bool = False,
-    bias_ceiling: float = 0.1,
-) -> Tensor:
-    """This micro-batch's share of the step's mean pair loss (`objectives.dpo.dpo_loss`).
-
-    The reference is the policy's own (`Policy.reference`), read here and without gradient. `by_length` divides each
-    log-ratio by the image's decided tokens. Of a masked policy the margins are estimates: their noise biases the loss
-    by at most beta^2 Var / 8 (its curvature is at most 1/4; LLaDA 1.5, arXiv 2505.19223), which is metered.
-
-    Raises GateError where that bound, as a mean over the pairs, is past `bias_ceiling`.
-    """
-    sequences = batch.sequences
-    with torch.no_grad(), policy.reference():
-        reference_Bn = _by_draw(policy.sequence_log_probs(sequences), batch)
-    policy_Bn = _by_draw(policy.sequence_log_probs(sequences, model=model), batch)
-    chosen_P, rejected_P = policy_Bn.mean(1).chunk(2)
-    reference_chosen_P, reference_rejected_P = reference_Bn.mean(1).chunk(2)
-    length_P, other_P = sequences.target_BT[:: batch.draws].sum(1).chunk(2)
+    reference_Dn = _reference(policy, batch)
+    policy_Dn = sequence_log_probs(policy, batch, model)
     if batch.draws > 1:
-        ratio_Bn = (policy_Bn.detach() - reference_Bn) / (torch.cat([length_P, other_P])[:, None] if by_length else 1)
-        _check_bias(ratio_Bn, beta, bias_ceiling, meter)
-    found = dpo_loss(
-        chosen_P,
-        rejected_P,
-        reference_chosen_P,
-        reference_rejected_P,
-        beta,
-        label_smoothing=label_smoothing,
-        lengths_P=(length_P, other_P) if by_length else None,
-    )
-    pairs = found.metrics["pairs"]
-    for name, total in found.metrics.items():
-        if name != "pairs":
-            meter.add(f"dpo/{name}", total, pairs)
-    return found.loss_P.sum() * batch.weight
+        _check_bias(policy_Dn.detach() - reference_Dn, config, batch, meter)
+    policy_D, reference_D = policy_Dn.mean(1), reference_Dn.mean(1)
+    found = _loss(config, batch, policy_D, reference_D)
+    _meter(found, batch, meter)
+    weight_P = batch.weight_P.to(found.loss_P)
+    loss = (weight_P * found.loss_P).sum()
+    if config.sft_weight:
+        nll_P = -(policy_D / batch.length_D)[: len(weight_P)]
+        wanted_P = weight_P if batch.desirable_P is None else weight_P * batch.desirable_P
+        meter.add("loss/chosen", float(nll_P.detach()[wanted_P > 0].sum()), float((wanted_P > 0).sum()))
+        loss = loss + config.sft_weight * (wanted_P * nll_P).sum()
+    return loss
 
 
-def _by_draw(logp_BT: Tensor, batch: DpoBatch) -> Tensor:
-    """Log-probs of the sequences [2P, draws]: exact ones once, or one estimate a draw, whose mean is the estimate."""
-    if batch.noise_weight_BT is None:
-        return logp_BT.sum(1, keepdim=True)
-    weight_BT = batch.noise_weight_BT.to(logp_BT) * batch.draws
-    return (weight_BT * logp_BT).sum(1).unflatten(0, (-1, batch.draws))
+@torch.no_grad()
+def _reference(policy: Policy, batch: PreferenceBatch) -> Tensor:
+    if batch.reference_D is not None:
+        return batch.reference_D[:, None]
+    with policy.reference():
+        return sequence_log_probs(policy, batch)
 
 
-def _check_bias(ratio_Bn: Tensor, beta: float, ceiling: float, meter: Meter) -> None:
-    chosen_Pn, rejected_Pn = ratio_Bn.double().chunk(2)
-    bound_P = beta**2 * (chosen_Pn - rejected_Pn).var(1) / chosen_Pn.shape[1] / 8
-    meter.add("dpo/bias_bound", float(bound_P.sum()), float(len(bound_P)))
-    if float(bound_P.mean()) > ceiling:
-        raise GateError(
-            f"the noise of the estimated margins may bias the DPO loss by {float(bound_P.mean()):.3g} nats a pair "
-            f"(ceiling {ceiling:g}); take more draws, a lower beta, or divide by the length"
+def _loss(config: DpoStage, batch: PreferenceBatch, policy_D: Tensor, reference_D: Tensor) -> DPOLoss:
+    reference_D = reference_D.to(policy_D)
+    if config.loss == "kto":
+        assert batch.desirable_P is not None, "the stage takes pairs apart for kto"
+        return kto_loss(
+            policy_D,
+            reference_D,
+            batch.desirable_P,
+            config.beta,
+            batch.point,
+            desirable_weight=config.desirable_weight,
+            undesirable_weight=config.undesirable_weight,
+            lengths_B=batch.length_D if config.per_token else None,
         )
+    length_P, other_P = batch.length_D.chunk(2)
+    return dpo_loss(
+        *policy_D.chunk(2),
+        *reference_D.chunk(2),
+        beta=config.beta,
+        kind=config.loss,
+        label_smoothing=config.label_smoothing,
+        lengths_P=(length_P, other_P) if config.per_token else None,
+    )
+
+
+def _meter(found: DPOLoss, batch: PreferenceBatch, meter: Meter) -> None:
+    """Means over the preferences, those of understanding under names of their own."""
+    for name, value_P in found.figures.items():
+        for place, chosen_P in (("dpo", ~batch.understanding_P), ("dpo/understanding", batch.understanding_P)):
+            if chosen_P.any():
+                meter.add(f"{place}/{name}", float(value_P[chosen_P].sum()), float(chosen_P.sum()))
+
+
+def _check_bias(ratio_Dn: Tensor, config: DpoStage, batch: PreferenceBatch, meter: Meter) -> None:
+    """`ratio_Dn`: log-ratios, one a draw; their mean is what the loss is of."""
+    noise = config.noise or PairNoise()
+    ratio_Dn = ratio_Dn.double() / (batch.length_D[:, None] if config.per_token else 1)
+    if batch.sides == 2:
+        chosen_Pn, rejected_Pn = ratio_Dn.chunk(2)
+        ratio_Dn = chosen_Pn - rejected_Pn
+    bound_P = noise_bias(config.loss, config.beta, ratio_Dn.var(1) / batch.draws)
+    meter.add("dpo/bias_bound", float(bound_P.sum()), float(len(bound_P)))
+    if float(bound_P.mean()) > noise.bias_ceiling:
+        raise GateError(
+            f"the noise of the estimated margins may bias the DPO loss by {float(bound_P.mean()):.3g} a pair (ceiling "
+            f"{noise.bias_ceiling:g}); take more noise.draws, a lower beta, or set per_token: true"
+        )
+
+
+def run_dpo(context: StageContext) -> None:
+    """Train from the starting policy on the stage's preferences; leaves model/ (and adapter/) in its folder, and
+    preferences.json: what was read and what was left out."""
+    config: DpoStage = context.config
+    codec = run_codec(context)
+    policy = starting_policy(context, codec)
+    items = load_items(context, policy, codec)
+    meter, reference_NKs, point = Meter(), None, None
+    noise = None if policy.layout.mask is None else config.noise or PairNoise()
+    if noise is not None or config.loss == "kto":
+        keep_reference(context, policy)
+    else:
+        started = time.perf_counter()
+        reference_NKs = stored_reference(context, policy, items)
+        meter.put({"time/reference": time.perf_counter() - started})
+    if config.loss == "kto":
+        point = metered(partial(reference_point, per_token=config.per_token), meter)
+    source = PreferenceSource(
+        policy,
+        items,
+        batch_size=config.batch_size,
+        micro_batch_size=config.micro_batch_size,
+        seed=context.seed("preferences"),
+        noise=noise,
+        reference_NKs=reference_NKs,
+        point=point,
+    )
+    train(
+        context,
+        policy.model,
+        source,
+        lambda model, batch, meter: dpo_step_loss(policy, config, model, batch, meter),
+        meter,
+        micro_batch_size=config.micro_batch_size,
+        show=("loss", "dpo/correct", "dpo/margin", "learning_rate", "grad_norm"),
+    )
+    save_result(context, policy, codec)
+
+
+def metered(measure: Measure, meter: Meter) -> Measure:
+    """`measure`, and what it finds among the step's figures."""
+
+    def noted(source: PreferenceSource, step: int) -> float:
+        point = measure(source, step)
+        meter.put({"dpo/point": point})
+        return point
+
+    return noted

@@ -210,24 +210,29 @@ def store(
     path: Path, rollout: int, experience: Experience, samples: Sequence[Sample], scored: Sequence[Scored]
 ) -> None:
     """Keep everything of a rollout: a resumed run reads its updates from here, a person its images."""
+    columns = scored_columns(rollout, samples, scored)
+    columns |= {"advantage": experience.advantage_B.tolist(), "kept": experience.kept_B.tolist()}
+    for name, value in (("old_logp", experience.old_logp_BS), ("reference_logp", experience.reference_logp_BS)):
+        if value is not None:
+            columns[name] = list(value.double().numpy())
+    write_trajectory(path, experience.trajectory, columns)
+
+
+def scored_columns(step: int, samples: Sequence[Sample], scored: Sequence[Scored]) -> dict[str, Sequence[Any]]:
+    """What was drawn and what each reward said of it, beside the trajectory."""
     columns: dict[str, Sequence[Any]] = {
-        "step": [rollout] * len(samples),
+        "step": [step] * len(samples),
         "prompt": [sample.prompt for sample in samples],
         "image": [png_bytes(sample.images[0]) if sample.images else None for sample in samples],
         "text": [sample.text for sample in samples],
         "reward": [one.total.value for one in scored],
         "reward_status": [one.total.status for one in scored],
         "reward_reason": [one.total.reason for one in scored],
-        "advantage": experience.advantage_B.tolist(),
-        "kept": experience.kept_B.tolist(),
     }
     for name in scored[0].terms:
         columns[f"reward/{name}"] = [one.terms[name].value for one in scored]
         columns[f"reading/{name}"] = [one.terms[name].reason for one in scored]
-    for name, value in (("old_logp", experience.old_logp_BS), ("reference_logp", experience.reference_logp_BS)):
-        if value is not None:
-            columns[name] = list(value.double().numpy())
-    write_trajectory(path, experience.trajectory, columns)
+    return columns
 
 
 def restore(path: Path) -> Experience:

@@ -1,8 +1,10 @@
 """Before a stage trusts its judges: they are the ones it started with, and they tell good from bad."""
 
 import json
+from collections.abc import Mapping
 
 from rewards.compose import CompositeReward
+from rlmm.config.rewards import Rewards
 from rlmm.rewarding import gold_results
 from rlmm.train.checkpoint import write_json_atomically
 from rlmm.train.context import StageContext
@@ -26,9 +28,11 @@ def bind_judges(context: StageContext, judges: dict[str, CompositeReward]) -> No
         write_json_atomically(path, record)
 
 
-def check_gold(context: StageContext) -> None:
-    """Before training, every reward that brings a known good and a known bad sample ranks them rightly."""
-    for part, rewards in (("rewards", context.recipe.rewards), ("held_out", context.recipe.held_out)):
+def check_gold(context: StageContext, judges: Mapping[str, Rewards] | None = None) -> None:
+    """Before training, every reward that brings a known good and a known bad sample ranks them rightly. `judges`: by
+    default the recipe's rewards and held-out judges."""
+    every = {"rewards": context.recipe.rewards, "held_out": context.recipe.held_out} if judges is None else judges
+    for part, rewards in every.items():
         for term, result in gold_results(rewards).items():
             if result is not None and not result.passed:
                 raise GateError(

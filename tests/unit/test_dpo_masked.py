@@ -1,17 +1,21 @@
 """DPO of a masked policy: on a bound, under masks that both images and both policies share."""
 
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
 
 from rlmm.config.policy import NewPolicy
+from rlmm.config.preference import DpoStage, PairNoise
 from rlmm.policies.families.llama import build
 from rlmm.policies.layout_io import Supervised, supervised_batch
 from rlmm.policies.masked import MaskedPolicy
-from rlmm.train.dpo import PairNoise, PairSource, PreferencePairs, dpo_step_loss, pair_batch
+from rlmm.train.dpo import dpo_step_loss
+from rlmm.train.dpo_source import PreferenceSource
 from rlmm.train.gates import GateError
 from rlmm.train.metrics import Meter
+from rlmm.train.preferences import Preference, PreferenceBatch, preference_batch
 from rollouts.trajectory import IMAGE
 
 GRID, CODES, PAIRS, BETA = (2, 3), 8, 5, 0.1
@@ -33,28 +37,51 @@ def policy_of(change: float = 0.0) -> MaskedPolicy:
     return policy
 
 
-def pairs() -> PreferencePairs:
-    codes = torch.randint(0, CODES, (2, PAIRS, 6), generator=torch.Generator().manual_seed(0))
-    return PreferencePairs([f"word {i}" * (1 + i % 3) for i in range(PAIRS)], codes[0], codes[1])
+CODES_2NT = torch.randint(0, CODES, (2, PAIRS, 6), generator=torch.Generator().manual_seed(0))
+PROMPTS = [f"word {i}" * (1 + i % 3) for i in range(PAIRS)]
 
 
-def loss_of(
-    policy: MaskedPolicy, rows: list[int], weight: float, noise: PairNoise, bias_ceiling: float = 0.1
-) -> torch.Tensor:
-    batch = pair_batch(policy, pairs(), rows, weight, noise=noise, seeds=[SEEDS[row] for row in rows])
-    return dpo_step_loss(policy, policy.model, batch, Meter(), beta=BETA, bias_ceiling=bias_ceiling)
+def noise_of(scheme: str, draws: int, bias_ceiling: float = 0.1) -> PairNoise:
+    return PairNoise.model_validate({"scheme": scheme, "draws": draws, "bias_ceiling": bias_ceiling})
+
+
+def config(noise: PairNoise) -> DpoStage:
+    given = {"steps": 1, "learning_rate": 1e-3, "pairs": "pairs", "beta": BETA}
+    return DpoStage.model_validate({**given, "noise": noise.model_dump()})
+
+
+def pairs(policy: MaskedPolicy) -> list[Preference]:
+    return [
+        Preference(tuple(Supervised(policy.encode_prompt(PROMPTS[i]), CODES_2NT[side, i].tolist()) for side in (0, 1)))
+        for i in range(PAIRS)
+    ]
+
+
+def batch_of(policy: MaskedPolicy, rows: Sequence[int], weight: float, noise: PairNoise) -> PreferenceBatch:
+    every = pairs(policy)
+    return preference_batch(
+        policy.layout,
+        [every[row] for row in rows],
+        [weight] * len(rows),
+        noise=noise,
+        seeds=[SEEDS[row] for row in rows],
+    )
+
+
+def loss_of(policy: MaskedPolicy, rows: Sequence[int], weight: float, noise: PairNoise) -> torch.Tensor:
+    return dpo_step_loss(policy, config(noise), policy.model, batch_of(policy, rows, weight, noise), Meter())
 
 
 def test_at_the_reference_the_loss_is_log_2_whatever_the_masks() -> None:
     policy = policy_of()
-    for noise in (PairNoise("count", 1), PairNoise("stratified", 4), PairNoise("complement", 2)):
+    for noise in (noise_of("count", 1), noise_of("stratified", 4), noise_of("complement", 2)):
         loss = loss_of(policy, list(range(PAIRS)), 1 / PAIRS, noise).detach()
         assert float(loss) == pytest.approx(math.log(2), abs=1e-6)
 
 
 def test_both_images_of_a_pair_have_the_same_positions_masked() -> None:
     policy = policy_of()
-    batch = pair_batch(policy, pairs(), [0, 1, 2], 1.0, noise=PairNoise("count", 3), seeds=[7, 8, 9])
+    batch = batch_of(policy, [0, 1, 2], 1.0, noise_of("count", 3))
     one = batch.sequences
     assert one.noised_BT is not None and one.noised_BT.shape[0] == 2 * 3 * 3
     assert one.noised_BT[:9].equal(one.noised_BT[9:]) and not (one.noised_BT & (one.modality_BT != IMAGE)).any()
@@ -62,7 +89,7 @@ def test_both_images_of_a_pair_have_the_same_positions_masked() -> None:
 
 
 def test_the_loss_of_a_batch_is_the_mean_of_its_pairs() -> None:
-    policy, noise = policy_of(0.05), PairNoise("stratified", 3)
+    policy, noise = policy_of(0.05), noise_of("stratified", 3)
     whole = loss_of(policy, list(range(PAIRS)), 1 / PAIRS, noise)
     single = [loss_of(policy, [row], 1.0, noise) for row in range(PAIRS)]
     assert float(whole.detach()) == pytest.approx(sum(float(one.detach()) for one in single) / PAIRS, abs=1e-6)
@@ -70,14 +97,13 @@ def test_the_loss_of_a_batch_is_the_mean_of_its_pairs() -> None:
 
 
 def test_the_margin_is_that_of_the_weighed_sums_by_hand() -> None:
-    policy, noise = policy_of(0.05), PairNoise("count", 2)
+    policy, noise = policy_of(0.05), noise_of("count", 2)
     meter = Meter()
-    batch = pair_batch(policy, pairs(), [3], 1.0, noise=noise, seeds=[SEEDS[3]])
-    dpo_step_loss(policy, policy.model, batch, meter, beta=BETA)
-    given, values = pairs(), []
+    batch, values = batch_of(policy, [3], 1.0, noise), []
+    dpo_step_loss(policy, config(noise), policy.model, batch, meter)
     assert batch.noise_weight_BT is not None and batch.sequences.noised_BT is not None
-    for side, codes in enumerate((given.chosen_NT[3], given.rejected_NT[3])):
-        plain = supervised_batch(policy.layout, [Supervised(policy.encode_prompt(given.prompts[3]), codes.tolist())])
+    for side, codes in enumerate(CODES_2NT[:, 3]):
+        plain = supervised_batch(policy.layout, [Supervised(policy.encode_prompt(PROMPTS[3]), codes.tolist())])
         total = 0.0
         for draw in range(2):
             row = 2 * side + draw
@@ -97,17 +123,19 @@ def test_more_draws_bring_the_bound_down_and_a_bound_past_the_ceiling_stops() ->
     policy, bounds = policy_of(0.3), []
     for draws in (2, 16):
         meter = Meter()
-        batch = pair_batch(policy, pairs(), range(PAIRS), 1 / PAIRS, noise=PairNoise("count", draws), seeds=SEEDS)
-        dpo_step_loss(policy, policy.model, batch, meter, beta=BETA, bias_ceiling=10)
+        noise = noise_of("count", draws, 10)
+        batch = batch_of(policy, range(PAIRS), 1 / PAIRS, noise)
+        dpo_step_loss(policy, config(noise), policy.model, batch, meter)
         bounds.append(meter.flush()["dpo/bias_bound"])
     assert 0 < bounds[1] < bounds[0] / 3
-    with pytest.raises(GateError, match="more draws"):
-        loss_of(policy, [0, 1], 0.5, PairNoise("count", 2), bias_ceiling=1e-9)
+    with pytest.raises(GateError, match="take more noise.draws"):
+        loss_of(policy, [0, 1], 0.5, noise_of("count", 2, 1e-9))
 
 
 def test_a_source_gives_the_same_masks_again_and_others_each_step() -> None:
     policy = policy_of()
-    source = PairSource(policy, pairs(), batch_size=4, micro_batch_size=2, seed=3, noise=PairNoise("count", 2))
+    items = [(one,) for one in pairs(policy)]
+    source = PreferenceSource(policy, items, batch_size=4, micro_batch_size=2, seed=3, noise=noise_of("count", 2))
     first, again, later = (source.micro_batches(step)[0].sequences.noised_BT for step in (0, 0, 1))
     assert first is not None and again is not None and later is not None
     assert first.equal(again) and not (first.shape == later.shape and first.equal(later))
@@ -115,6 +143,7 @@ def test_a_source_gives_the_same_masks_again_and_others_each_step() -> None:
 
 def test_what_is_no_bound_and_a_pair_without_noise_are_refused() -> None:
     with pytest.raises(ValueError, match="DPO compares likelihoods"):
-        PairNoise("mean_field", 1)
+        noise_of("mean_field", 1)
+    policy = policy_of()
     with pytest.raises(ValueError, match="give the noise"):
-        pair_batch(policy_of(), pairs(), [0], 1.0)
+        preference_batch(policy.layout, pairs(policy)[:1], [1.0])

@@ -191,13 +191,13 @@ PAIR = [torch.tensor([value], dtype=torch.float64) for value in (-3.0, -5.0, -4.
 def test_dpo_is_the_log_loss_of_the_margin() -> None:
     # chosen log-ratio 1, rejected -1: margin 2 beta
     chosen = PAIR[0].clone().requires_grad_()
-    loss, metrics = dpo_loss(chosen, *PAIR[1:], beta=0.5)
+    loss, figures = dpo_loss(chosen, *PAIR[1:], beta=0.5)
     assert loss.item() == pytest.approx(log(1 + exp(-1.0)))
     # d loss / d chosen = -beta * sigmoid(-margin)
     (gradient,) = torch.autograd.grad(loss.sum(), chosen)
     assert gradient.item() == pytest.approx(-0.5 / (1 + exp(1.0)))
-    expected = {"pairs": 1, "correct": 1, "margin": 1.0, "chosen_reward": 0.5, "rejected_reward": -0.5}
-    assert metrics == pytest.approx(expected)
+    expected = {"correct": 1, "margin": 1.0, "chosen_reward": 0.5, "rejected_reward": -0.5}
+    assert {name: value.item() for name, value in figures.items()} == pytest.approx(expected)
 
 
 def test_dpo_label_smoothing_has_its_minimum_at_the_log_odds() -> None:

@@ -1,0 +1,186 @@
+"""What a recipe says of preferences: where pairs come from, and how a policy learns from them."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from rlmm.config.base import Strict, nearest
+from rlmm.config.data import MAX_EXCLUDED_SHARE, RowsData
+from rlmm.config.engines import EngineConfig, TorchEngineConfig
+from rlmm.config.optimization import Optimization, divides
+from rlmm.config.policy import Lora
+from rlmm.config.rewards import Rewards
+from rlmm.config.sampling import Sampling, Writing
+from rlmm.objectives.dpo import Loss
+from rlmm.objectives.legality import LogProbKind
+from rlmm.objectives.noise import SCHEME_KINDS, Scheme, check_draws
+
+
+class PairNoise(Strict):
+    """What a masked policy's log-probs of a pair are estimated with: masks that its two images, policy and reference
+    share."""
+
+    scheme: Scheme = "stratified"
+    """One of those that estimate the ELBO: DPO compares likelihoods."""
+    draws: int = Field(4, ge=1)
+    bias_ceiling: float = Field(0.1, gt=0)
+    """Nats a pair by which the noise of the margins may bias the loss, in a micro-batch's mean; past it the run
+    stops."""
+
+    @model_validator(mode="after")
+    def _estimates_a_likelihood(self) -> "PairNoise":
+        if SCHEME_KINDS[self.scheme] is not LogProbKind.ELBO:
+            raise ValueError(
+                f"noise scheme {self.scheme!r} estimates a {SCHEME_KINDS[self.scheme].value}, and DPO compares "
+                "likelihoods or their bounds; use count, stratified, complement, quadrature or bernoulli"
+            )
+        check_draws(self.scheme, self.draws)
+        return self
+
+
+class PreferenceData(Strict):
+    """Rows of preferences in TRL's columns: what `rlmm pairs` writes, or a public set with images. Columns
+    `chosen_codes` and `rejected_codes`, where there are any, are read in place of the images."""
+
+    path: str
+    """A file, a glob of files, a folder of images, or with `format: hub` a dataset id on the Hugging Face hub."""
+    format: Literal["auto", "parquet", "json", "csv", "images", "hub"] = "auto"
+    split: str = "train"
+    subset: str | None = None
+    revision: str | None = None
+    prompt_column: str = "prompt"
+    chosen_column: str = "chosen"
+    rejected_column: str = "rejected"
+    completion_column: str | None = None
+    """Unpaired rows, for loss kto: the image, and `label_column` says whether it is wanted (TRL's `completion`)."""
+    label_column: str = "label"
+    sources_column: str | None = None
+    """The image, or list of images, that the prompt is about."""
+    image_root: str | None = None
+    """The folder image paths are relative to; by default the folder of the (first) file."""
+    resize: Literal["crop", "pad", "stretch"] = "crop"
+    """How an image of another shape is brought to the codec's size."""
+    streaming: bool = False
+    limit: int | None = Field(None, ge=1)
+    """Use only the first rows."""
+    max_excluded_share: float = Field(MAX_EXCLUDED_SHARE, ge=0, le=1)
+    """More bad pairs than this share of the rows are an error."""
+    cache_dir: str | None = None
+
+    @model_validator(mode="after")
+    def _can_be_read(self) -> "PreferenceData":
+        self.rows()
+        return self
+
+    def rows(self) -> RowsData:
+        """The settings that rows of any kind are read with."""
+        shared = set(RowsData.model_fields) & set(type(self).model_fields)
+        return RowsData.model_validate({name: getattr(self, name) for name in shared})
+
+
+class DpoStage(Optimization):
+    """Learning from preferences, against a frozen reference (Rafailov et al. 2023, arXiv 2305.18290)."""
+
+    kind: Literal["dpo"] = "dpo"
+    start_from: str | None = None
+    reference: str | None = None
+    """The stage whose policy is the reference, or `policy` for the recipe's own; null: the policy this stage starts
+    from."""
+    pairs: str | None = None
+    """A pairs stage before this one."""
+    data: PreferenceData | None = None
+    """Preferences from elsewhere, in place of `pairs`."""
+    loss: Loss | Literal["kto"] = "sigmoid"
+    """kto takes each image by itself, wanted or not, without its rival (arXiv 2402.01306)."""
+    beta: float = Field(0.1, gt=0)
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    """Share of the labels that is taken to be wrong."""
+    per_token: bool = False
+    """Divide each log-ratio by its decided tokens, so that beta is a token's: an image of 1,024 codes has margins a
+    thousand times a word's."""
+    sft_weight: float = Field(0.0, ge=0)
+    """Of the negative log-likelihood of what was chosen, in nats a token (arXiv 2404.19733)."""
+    desirable_weight: float = Field(1.0, gt=0)
+    """Of wanted images, under loss kto."""
+    undesirable_weight: float = Field(1.0, gt=0)
+    batch_size: int = Field(16, ge=1)
+    """Pairs a step; under loss kto images."""
+    micro_batch_size: int = Field(16, ge=1)
+    writing: Writing = Writing()
+    """How prompts of pairs with a thought before the image are written."""
+    noise: PairNoise | None = None
+    """Of a masked policy alone; its defaults where nothing is said."""
+    lora: Lora | None = None
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "DpoStage":
+        divides(self.batch_size, self.micro_batch_size, "batch_size", "micro_batch_size")
+        if (self.pairs is None) == (self.data is None):
+            raise ValueError("give either `pairs`, a pairs stage before this one, or `data`, other preferences")
+        if self.loss == "kto":
+            if self.batch_size < 2:
+                raise ValueError("loss kto reads other rows' answers, too; give a batch_size of 2 or more")
+            if self.label_smoothing:
+                raise ValueError("label_smoothing is of pairs, and loss kto has none; set it to 0")
+        elif (self.desirable_weight, self.undesirable_weight) != (1.0, 1.0):
+            raise ValueError(f"desirable_weight and undesirable_weight are of loss kto, not {self.loss}")
+        if self.data is not None and self.data.completion_column is not None and self.loss != "kto":
+            raise ValueError(f"data.completion_column: unpaired rows have no margin for loss {self.loss}; use loss kto")
+        return self
+
+
+class PairsStage(Strict):
+    """Preference pairs of a policy's own samples: the best of a prompt against the worst."""
+
+    kind: Literal["pairs"] = "pairs"
+    rollouts: str | None = None
+    """A grpo stage before this one, whose stored rollouts are used; null: samples are drawn anew."""
+    start_from: str | None = None
+    """The stage whose policy is sampled; by default the policy stage before this one, if any."""
+    rewards: Rewards | None = None
+    """What scores the samples; null: the recipe's rewards (of stored rollouts, the scores stored with them)."""
+    prompts: int = Field(64, ge=1)
+    """Prompts that are sampled, of those that RL samples from."""
+    samples_per_prompt: int = Field(8, ge=2)
+    batch_prompts: int = Field(16, ge=1)
+    """Prompts sampled at once; a stopped stage goes on after the last whole batch."""
+    sampling: Sampling = Sampling()
+    engine: EngineConfig = TorchEngineConfig()
+    precision: Literal["float32", "bfloat16"] = "float32"
+    pairs_per_prompt: int = Field(1, ge=1)
+    """Most pairs a prompt: the best against the worst, the second best against the second worst, and so on."""
+    margin: float = Field(0.0, ge=0)
+    """Pairs whose scores differ by no more than this are left out."""
+    duplicate_distance: float = Field(0.0, ge=0, lt=1)
+    """Of two samples of a prompt that differ in no more than this share of their tokens, the later one is left out."""
+    max_excluded_share: float = Field(1.0, ge=0, le=1)
+    """Prompts without a pair above this share are an error; one that has none at all always is."""
+
+    @model_validator(mode="after")
+    def _stored_rollouts_are_drawn(self) -> "PairsStage":
+        drawing = ("start_from", "prompts", "samples_per_prompt", "batch_prompts", "sampling", "engine", "precision")
+        given = [name for name in drawing if getattr(self, name) != type(self).model_fields[name].default]
+        if self.rollouts is not None and given:
+            raise ValueError(f"{given[0]} is of samples drawn anew, and `rollouts` has some that were; leave it out")
+        if 2 * self.pairs_per_prompt > self.samples_per_prompt and self.rollouts is None:
+            raise ValueError(
+                f"{self.samples_per_prompt} samples a prompt make at most {self.samples_per_prompt // 2} pairs; lower "
+                "pairs_per_prompt, or raise samples_per_prompt"
+            )
+        return self
+
+
+def check_preferences(stages: Mapping[str, Any]) -> None:
+    """Raises ValueError where a dpo stage names no pairs stage before it, or a pairs stage no grpo stage before it."""
+    before: dict[str, str] = {}
+    for name, stage in stages.items():
+        for setting, kind in (("pairs", "pairs"), ("rollouts", "grpo")):
+            wanted = getattr(stage, setting, None) if isinstance(stage, DpoStage | PairsStage) else None
+            known = [other for other, its in before.items() if its == kind]
+            if wanted is not None and wanted not in known:
+                raise ValueError(
+                    f"stage {name!r}: {setting} names {wanted!r}, which is no {kind} stage before it."
+                    f"{nearest(wanted, known)}"
+                )
+        before[name] = stage.kind
