@@ -73,10 +73,11 @@ class GlmImageNetwork(nn.Module):
             dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
             rest = {"vision_language_encoder": None, "processor": None}
             try:
-                self._pipeline = GlmImagePipeline.from_pretrained(source, dtype=dtype, **rest)
+                pipeline: Any = GlmImagePipeline.from_pretrained(source, dtype=dtype, **rest)
             except (OSError, ValueError) as error:
                 raise ValueError(f"policy.decoder: {source} is no readable GLM-Image pipeline ({error})") from error
-            self._pipeline.set_progress_bar_config(disable=True)
+            pipeline.set_progress_bar_config(disable=True)
+            self._pipeline = pipeline
         return self._pipeline.to(device)
 
     def _encoded(self, pixels_BCHW: Tensor, rows: int, cols: int) -> tuple[Tensor, Tensor]:

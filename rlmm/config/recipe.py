@@ -19,7 +19,7 @@ from rlmm.config.policy import CheckpointPolicy, NewPolicy, Policy
 from rlmm.config.preference import check_preferences
 from rlmm.config.rewards import Rewards
 from rlmm.config.sampling import Written
-from rlmm.config.stages import CodecStage, EvalStage, ExportStage, PolicyStage, SftStage, Stage
+from rlmm.config.stages import CodecStage, EvalStage, ExportStage, GrpoStage, PolicyStage, SftStage, Stage
 from rlmm.config.tiny import OVERRIDE, tiny_recipe
 from rlmm.installation import recipes_dir
 

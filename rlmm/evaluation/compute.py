@@ -42,8 +42,8 @@ def _grew_from(context: StageContext, arm: str) -> list[str]:
             continue
         found.add(name)
         stage = context.recipe.stages[name]
-        stored = isinstance(stage, PairsStage) and stage.rollouts is not None
-        waiting.append(stage.rollouts if stored else parent(replace(context, name=name, config=stage)))
+        stored = stage.rollouts if isinstance(stage, PairsStage) else None
+        waiting.append(stored or parent(replace(context, name=name, config=stage)))
         waiting.append(stage.pairs if isinstance(stage, DpoStage) else None)
     return [name for name in context.recipe.stages if name in found]
 
