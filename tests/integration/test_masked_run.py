@@ -124,6 +124,15 @@ def test_the_micro_batch_size_does_not_change_the_update(variant: Callable[..., 
     assert all(row["mismatch/max"] < 1e-5 for folder in made for row in metrics(folder) if "mismatch/max" in row)
 
 
+def test_bfloat16_stays_within_its_gate_and_really_rounds(variant: Callable[..., Recipe]) -> None:
+    first = {}
+    for precision in ("float32", "bfloat16"):
+        asked = ("stages.grpo.steps=2", f"stages.grpo.precision={precision}")
+        first[precision] = metrics(run_recipe(variant(*asked, name=precision), lambda _: None))[0]
+    assert first["bfloat16"]["mismatch/mean"] < 0.02
+    assert first["bfloat16"]["grad_norm"] != pytest.approx(first["float32"]["grad_norm"], rel=1e-4)
+
+
 def test_the_log_says_how_good_an_estimate_is(variant: Callable[..., Recipe]) -> None:
     settings = "stages.grpo.estimator={kind: stratified, draws: 4}", "stages.grpo.objective={name: gspo, clip_low: 0.2}"
     (first, *_) = metrics(run_recipe(variant(*settings), lambda _: None))

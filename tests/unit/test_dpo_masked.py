@@ -105,6 +105,20 @@ def test_more_draws_bring_the_bound_down_and_a_bound_past_the_ceiling_stops() ->
         loss_of(policy, [0, 1], 0.5, PairNoise("count", 2), bias_ceiling=1e-9)
 
 
+def test_the_noise_of_the_margins_biases_the_loss_by_no_more_than_the_bound() -> None:
+    """One pair under 600 plans: the mean loss is above the loss of the mean margin, by less than the metered bound."""
+    policy, beta, times = policy_of(0.3), 1.0, 600
+    for draws in (2, 8):
+        meter, noise = Meter(), PairNoise("count", draws)
+        batch = pair_batch(policy, pairs(), [1] * times, 1 / times, noise=noise, seeds=range(times))
+        with torch.no_grad():
+            mean = float(dpo_step_loss(policy, policy.model, batch, meter, beta=beta, bias_ceiling=math.inf))
+        figures = meter.flush()
+        bias = mean - math.log1p(math.exp(-figures["dpo/margin"]))
+        assert 0 < bias < figures["dpo/bias_bound"]
+        assert bias > figures["dpo/bias_bound"] / 20
+
+
 def test_a_source_gives_the_same_masks_again_and_others_each_step() -> None:
     policy = policy_of()
     source = PairSource(policy, pairs(), batch_size=4, micro_batch_size=2, seed=3, noise=PairNoise("count", 2))
