@@ -81,7 +81,7 @@ def _plan(
     return MemoryPlan(
         stage=name,
         weights=total * held + (trained if stage.lora else 0) * FLOAT_BYTES,
-        gradients=trained * FLOAT_BYTES,
+        gradients=trained * FLOAT_BYTES * _gradients(stage),
         optimizer=trained * ADAM_BYTES,
         reference=total * FLOAT_BYTES if frozen else 0,
         activations=_activations(shape, rows, length, stage),
@@ -116,6 +116,11 @@ def _trained(stage: SftStage | GrpoStage, shape: NewPolicy, total: int, layout: 
     if isinstance(stage, SftStage) or not stage.trains_image_rows or shape.tie_embeddings:
         return total
     return total - (layout.vocab_size - (layout.image[1] - layout.image[0])) * shape.hidden_size
+
+
+def _gradients(stage: SftStage | GrpoStage) -> int:
+    """Of a step, and beside it that of its first half where the halves are compared."""
+    return 2 if isinstance(stage, GrpoStage) and stage.diagnostics.gradient_agreement else 1
 
 
 def _engine_copy(stage: GrpoStage, total: int) -> int:
