@@ -2,12 +2,13 @@
 
 The published sampler is MaskGIT's loop as masked image models ship it: each step one forward of the conditional and one
 of the unconditional sequence, logits of every position over the whole vocabulary, a softmax, a draw, and the surest
-kept. Here the same model is used by both, and both take the same number of steps. The update is compared with forwards
-and backwards of the same states through the plain model and a plain cross-entropy over the same slice and decisions.
+kept. Here the same model is used by both, and both take the same number of steps. The update, the GRPO stage's own loss
+and its backward, is compared with forwards and backwards of the same states through the plain model and a plain
+cross-entropy over the same slice and decisions, in the same run.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -21,8 +22,12 @@ from torch import Tensor
 
 from rlmm.bench.machine import Timing, setting, timed, torch_threads, write_json
 from rlmm.bench.rollout_problem import PROMPT, SIZES
+from rlmm.config.stages import GrpoStage
 from rlmm.policies.families.llama import build
 from rlmm.policies.masked import MaskedPolicy, trajectory_states
+from rlmm.train.grpo import grpo_loss
+from rlmm.train.grpo_source import GrpoBatch
+from rlmm.train.metrics import Meter
 from rollouts.contract import Request
 from rollouts.law import COND, UNCOND, Law
 from rollouts.torch_engine.masked import MaskedTorchEngine
@@ -141,11 +146,11 @@ class Problem:
         return ids
 
     def update(self, repeats: int) -> dict[str, Any]:
-        """Seconds of log-probs and gradient of an exact trajectory, and of the plain forwards and backwards."""
+        """Seconds of the loss of an exact trajectory and its gradient, and of the plain forwards and backwards."""
         made = self.sample(1.0, "random")
         assert isinstance(made, Trajectory)
         part = made.rows(list(range(max(1, len(made) // self.plan.steps))))
-        ways = {"trajectory": lambda: self.policy.log_probs(part).logp_BS.sum().backward(), "plain": self._plain(part)}
+        ways = {"trajectory": self._stage(part), "plain": self._plain(part)}
         times = {name: Timing() for name in ways}
         for _ in range(repeats + 1):
             for name, work in ways.items():
@@ -154,7 +159,14 @@ class Problem:
         seconds = {name: median(found.wall_s[1:]) for name, found in times.items()}  # the first warms up
         return {"seconds": seconds, "rows": len(part), "ratio": seconds["trajectory"] / seconds["plain"]}
 
-    def _plain(self, part: Trajectory) -> Any:
+    def _stage(self, part: Trajectory) -> Callable[[], None]:
+        """As a step of the stage does it, with its figures."""
+        stage, weight_BS = GrpoStage(steps=1, learning_rate=1e-3), torch.full(part.ids.shape, 1 / part.ids.numel())
+        kept_B = torch.ones(len(part), dtype=torch.bool)
+        batch = GrpoBatch(part, torch.ones(len(part)), kept_B, weight_BS, gate=False)
+        return lambda: grpo_loss(self.policy, stage, self.policy.model, batch, Meter()).backward()
+
+    def _plain(self, part: Trajectory) -> Callable[[], None]:
         states = trajectory_states(part, part.target_mask)
         ids = part.ids[states.row_R].masked_fill(states.masked_RS, self.policy.mask)
         targets = part.ids[states.row_R][states.read_RS] - self.layout.image[0]
