@@ -86,7 +86,7 @@ def _plan(
         reference=total * FLOAT_BYTES if frozen else 0,
         activations=_activations(shape, rows, length, stage),
         logits=_logits(stage, rows, layout),
-        kv_cache=_sampling(stage, shape, streams, length) if isinstance(stage, GrpoStage) else 0,
+        kv_cache=_sampling(stage, shape, streams, length, layout.causal_prompt) if isinstance(stage, GrpoStage) else 0,
         engine=_engine_copy(stage, total) if isinstance(stage, GrpoStage) else 0,
     )
 
@@ -131,14 +131,15 @@ def _engine_copy(stage: GrpoStage, total: int) -> int:
     return total * FLOAT_BYTES * 3 // 2 if both else total * FLOAT_BYTES
 
 
-def _sampling(stage: GrpoStage, shape: NewPolicy, streams: int, length: int) -> int:
+def _sampling(stage: GrpoStage, shape: NewPolicy, streams: int, length: int, causal_prompt: bool) -> int:
     """Keys and values of the torch engine's widest batch, or what vLLM reserves; of a masked policy, a forward's."""
     if isinstance(stage.engine, VllmSizes):
         servers = stage.engine.started if isinstance(stage.engine, VllmServerConfig) else 1
         return servers * (stage.engine.kv_megabytes << 20)
     rows = min(stage.rollouts * streams, stage.engine.max_rows)
-    if stage.sampling.unmasking is not None:  # no cache: one layer's activations at a time
-        return _activations(shape, rows, length, stage) // shape.num_layers
+    if stage.sampling.unmasking is not None:  # one layer's activations at a time, and prompts' keys and values if kept
+        kept = rows * PROMPT_TOKENS * shape.num_layers * 2 * shape.hidden_size * FLOAT_BYTES
+        return _activations(shape, rows, length, stage) // shape.num_layers + causal_prompt * kept
     return rows * length * shape.num_layers * 2 * shape.hidden_size * FLOAT_BYTES
 
 

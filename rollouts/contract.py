@@ -56,7 +56,8 @@ class Layout:
     where a family writes it), `after_source` those that follow a source image. The unconditional stream's prompt is
     `null_prompt` (without `bos` and `boi`), or, where there is a `null_token`, the prompt with every token of it
     replaced by that one, as Janus does: then the stream is a function of the tokens alone. `mask` stands for a position
-    that is not decided yet; only masked families have one, in neither slice, so it is never drawn.
+    that is not decided yet; only masked families have one, in neither slice, so it is never drawn. Of those, with
+    `causal_prompt`, what stands before the image sees what stands before it alone, as in Show-o (arXiv 2408.12528).
     """
 
     vocab_size: int
@@ -71,6 +72,7 @@ class Layout:
     mask: int | None = None
     template: str = "{prompt}"
     after_source: tuple[int, ...] = ()
+    causal_prompt: bool = False
     family: str = "llama"
     """Who reads the checkpoint: a name of `rlmm.policies.families`, or file.py:NAME."""
 
@@ -153,8 +155,9 @@ class MaskedDecoder(Protocol):
 
     layout: Layout
 
-    def hidden(self, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
-        """Final hidden states [B, T, H], each of which sees the whole sequence."""
+    def hidden(self, ids_BT: Tensor, mask_BT: Tensor, *, cache: Any = None) -> Tensor:
+        """Final hidden states [B, T, H]; an image's each see the whole sequence. `mask_BT` covers what the cache holds,
+        too: prompts, where those see themselves alone."""
         ...
 
     def head(self, hidden_NH: Tensor, vocabulary: tuple[int, int]) -> Tensor:

@@ -84,7 +84,7 @@ class TransformerPolicy(ABC):
         position_BT = (mask_BT.long().cumsum(-1) - 1).clamp_min(0)[:, -ids_BT.shape[1] :].to(device)
         inputs: dict[str, Any] = {
             **self.embedded(ids_BT.to(device)),
-            "attention_mask": mask_BT.to(device),
+            "attention_mask": self.attention(ids_BT, mask_BT).to(device),
             "position_ids": position_BT,
         }
         # The body alone is cast, here, for sampler and trainer alike: head and softmax keep the weights' own.
@@ -100,6 +100,10 @@ class TransformerPolicy(ABC):
     def embedded(self, ids_BT: Tensor) -> dict[str, Tensor]:
         """Tokens as the model's forward takes them."""
         return {"input_ids": ids_BT}
+
+    def attention(self, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
+        """What sees what, as the model's forward takes it: which positions are there, or [B, 1, T, cached + T]."""
+        return mask_BT
 
     def output_head(self, vocabulary: tuple[int, int]) -> OutputHead:
         """Which head decides the tokens of a slice."""
