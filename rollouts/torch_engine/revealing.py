@@ -8,7 +8,6 @@ Shapes: Q prefixes (requests x streams, stream-major), P prefix positions, B sam
 positions, H hidden size.
 """
 
-from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -17,6 +16,9 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from rollouts.contract import MaskedDecoder
 from rollouts.torch_engine.steps import Prefixes
+
+Prompts = list[tuple[Tensor, Tensor]]
+"""Keys and values [Q, heads, P, head size] of all prefixes, a layer each."""
 
 
 class Revealing(Protocol):
@@ -41,54 +43,48 @@ class WithPrompts:
 
 
 class AfterPrompts:
-    """One forward of the span, which sees the kept keys and values of its prompts. `prompts` holds those of all [Q]."""
+    """One forward of the span, which sees the kept keys and values of its prompts."""
 
-    def __init__(self, decoder: MaskedDecoder, prefixes: Prefixes, prompts: Cache) -> None:
+    def __init__(self, decoder: MaskedDecoder, prefixes: Prefixes, prompts: Prompts) -> None:
         self.decoder, self.streams = decoder, prefixes.streams
         self.mask_NP = prefixes.mask_QP[prefixes.rows_N]
-        self.prompts = Cache(layers=[_Given(layer, prefixes.rows_N) for layer in prompts.layers])
+        rows_N = prefixes.rows_N.to(prompts[0][0].device)
+        self.cache = Cache(layers=[_Given(keys[rows_N], values[rows_N]) for keys, values in prompts])
 
     def hidden(self, ids_BS: Tensor) -> Tensor:
         ids_NS = ids_BS.repeat(self.streams, 1)
-        return self.decoder.hidden(ids_NS, _seen(self.mask_NP, ids_BS), cache=self.prompts).unflatten(
-            0, (self.streams, -1)
-        )
+        hidden = self.decoder.hidden(ids_NS, _seen(self.mask_NP, ids_BS), cache=self.cache)
+        return hidden.unflatten(0, (self.streams, -1))
 
 
-def read_prompts(decoder: MaskedDecoder, prefixes: Prefixes, max_rows: int) -> Cache:
-    """Keys and values of all prefixes [Q], each read once, `max_rows` in a forward."""
-    parts: list[Cache] = []
+def read_prompts(decoder: MaskedDecoder, prefixes: Prefixes, max_rows: int) -> Prompts:
+    """Every prefix read once, `max_rows` in a forward."""
+    parts: list[Prompts] = []
     for at in range(0, len(prefixes.ids_QP), max_rows):
-        parts.append(DynamicCache())
-        decoder.hidden(prefixes.ids_QP[at : at + max_rows], prefixes.mask_QP[at : at + max_rows], cache=parts[-1])
-    return Cache(layers=[_joined([part.layers[i] for part in parts]) for i in range(len(parts[0].layers))])
+        cache = DynamicCache()
+        decoder.hidden(prefixes.ids_QP[at : at + max_rows], prefixes.mask_QP[at : at + max_rows], cache=cache)
+        parts.append([_kept(layer) for layer in cache.layers])
+    return [(torch.cat([k for k, _ in layer]), torch.cat([v for _, v in layer])) for layer in zip(*parts, strict=True)]
+
+
+def _kept(layer: object) -> tuple[Tensor, Tensor]:
+    assert isinstance(layer, DynamicLayer) and layer.keys is not None and layer.values is not None, "it was fed"
+    return layer.keys, layer.values
 
 
 class _Given(DynamicLayer):
-    """A layer whose row i starts with the keys and values of row `rows[i]` of another, and forgets what comes after."""
+    """A layer that starts with these keys and values at every step: what comes after them is forgotten."""
 
-    def __init__(self, layer: DynamicLayer, rows: Tensor) -> None:
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
         super().__init__()
-        assert layer.keys is not None and layer.values is not None, "prompts were read"
-        rows = rows.to(layer.keys.device)
-        self.lazy_initialization(layer.keys, layer.values)
-        self.keys, self.values = layer.keys[rows], layer.values[rows]
+        self.lazy_initialization(keys, values)
+        self.keys, self.values = keys, values
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
         assert self.keys is not None and self.values is not None, "given when made"
         return torch.cat([self.keys, key_states], -2), torch.cat([self.values, value_states], -2)
-
-
-def _joined(layers: Sequence[DynamicLayer]) -> DynamicLayer:
-    whole = DynamicLayer()
-    for layer in layers:
-        assert layer.keys is not None and layer.values is not None, "prompts were read"
-    whole.lazy_initialization(layers[0].keys, layers[0].values)
-    whole.keys = torch.cat([layer.keys for layer in layers])
-    whole.values = torch.cat([layer.values for layer in layers])
-    return whole
 
 
 def _seen(mask_NP: Tensor, ids_BS: Tensor) -> Tensor:
