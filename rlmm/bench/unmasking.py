@@ -82,16 +82,21 @@ def bench_unmasking(plan: UnmaskingPlan, json_file: Path | None) -> None:
 
 def measure(plan: UnmaskingPlan) -> tuple[list[Row], dict[str, Any]]:
     """Each way of sampling, guided and not, and the update's ratio; interleaved repeats."""
-    problem = Problem(plan)
-    ways: list[tuple[str, float, Order | None]] = [
-        (f"{name}{', guided' if scale != 1 else ''}", scale, order)
+    problem, alone = Problem(plan), Problem(plan, "causal")
+    ways: list[tuple[str, float, Callable[[float], Any]]] = [
+        (f"{name}{', guided' if scale != 1 else ''}", scale, work)
         for scale in (1.0, SCALE)
-        for name, order in (("published", None), ("random order", "random"), ("confidence", "confidence"))
+        for name, work in (
+            ("published", problem.published),
+            ("random order", partial(problem.sample, order="random")),
+            ("confidence", partial(problem.sample, order="confidence")),
+            ("random order, prompts read once", partial(alone.sample, order="random")),
+        )
     ]
     times = {name: Timing() for name, _, _ in ways}
     for _ in range(plan.repeats):
-        for name, scale, order in ways:
-            times[name] = times[name].also(timed(partial(problem.sample, scale, order)))
+        for name, scale, work in ways:
+            times[name] = times[name].also(timed(partial(work, scale)))
     rows = []
     for name, scale, _ in ways:
         base = times["published, guided" if scale != 1 else "published"].wall
@@ -103,10 +108,10 @@ def measure(plan: UnmaskingPlan) -> tuple[list[Row], dict[str, Any]]:
 class Problem:
     """A random masked policy and as many prompts as samples."""
 
-    def __init__(self, plan: UnmaskingPlan) -> None:
+    def __init__(self, plan: UnmaskingPlan, prompt_attention: str = "full") -> None:
         self.plan, size = plan, SIZES[plan.size]
-        positions = plan.tokens + PROMPT + 8
-        shape = size.model.model_copy(update={"family": "masked", "max_positions": max(256, positions)})
+        changes = {"family": "masked", "max_positions": max(256, plan.tokens + PROMPT + 8)}
+        shape = size.model.model_copy(update=changes | {"prompt_attention": prompt_attention})
         policy = build(shape, num_codes=size.codes, grid=(1, plan.tokens), seed=0)
         assert isinstance(policy, MaskedPolicy)
         policy.model.eval()
@@ -115,10 +120,8 @@ class Problem:
         self.null = self.layout.prefix(self.layout.null([]))
         self.engine = MaskedTorchEngine(policy, max_rows=2 * plan.samples)
 
-    def sample(self, scale: float, order: Order | None) -> Trajectory | Tensor:
-        """By the engine, or the published way where no order is named."""
-        if order is None:
-            return self.published(scale)
+    def sample(self, scale: float, order: Order) -> Trajectory:
+        """By the engine."""
         seeds = tuple(range(self.plan.samples))
         request = Request("a", {COND: self.prefix, UNCOND: self.null}, seeds, tuple(map(str, seeds)))
         law = Law(self.layout.image, guidance_scale=scale)
@@ -148,7 +151,6 @@ class Problem:
     def update(self, repeats: int) -> dict[str, Any]:
         """Seconds of the loss of an exact trajectory and its gradient, and of the plain forwards and backwards."""
         made = self.sample(1.0, "random")
-        assert isinstance(made, Trajectory)
         part = made.rows(list(range(max(1, len(made) // self.plan.steps))))
         ways = {"trajectory": self._stage(part), "plain": self._plain(part)}
         times = {name: Timing() for name in ways}
