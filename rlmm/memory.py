@@ -99,12 +99,12 @@ def _plan(
     return MemoryPlan(
         stage=name,
         weights=total * held + (trained if stage.lora else 0) * FLOAT_BYTES,
-        gradients=trained * FLOAT_BYTES,
+        gradients=trained * FLOAT_BYTES * _gradients(stage),
         optimizer=trained * ADAM_BYTES,
         reference=total * FLOAT_BYTES if _holds_reference(stage, layout) else 0,
         activations=_activations(shape, rows, length, stage),
         logits=_logits(stage, rows, layout),
-        kv_cache=_sampling(stage, shape, streams, length) if isinstance(stage, GrpoStage) else 0,
+        kv_cache=_sampling(stage, shape, streams, length, layout.causal_prompt) if isinstance(stage, GrpoStage) else 0,
         engine=_engine_copy(stage, total) if isinstance(stage, GrpoStage) else 0,
     )
 
@@ -152,6 +152,11 @@ def _trained(stage: PolicyStage, shape: NewPolicy, total: int, layout: Layout) -
     return total - (layout.vocab_size - (layout.image[1] - layout.image[0])) * shape.hidden_size
 
 
+def _gradients(stage: PolicyStage) -> int:
+    """Of a step, and beside it that of its first half where the halves are compared."""
+    return 2 if isinstance(stage, GrpoStage) and stage.diagnostics.gradient_agreement else 1
+
+
 def _engine_copy(stage: GrpoStage, total: int) -> int:
     """Under bfloat16 the torch engine keeps the float32 weights beside the rounded ones, for its fingerprint."""
     if isinstance(stage.engine, VllmServerConfig):
@@ -160,14 +165,15 @@ def _engine_copy(stage: GrpoStage, total: int) -> int:
     return total * FLOAT_BYTES * 3 // 2 if both else total * FLOAT_BYTES
 
 
-def _sampling(stage: GrpoStage, shape: NewPolicy, streams: int, length: int) -> int:
+def _sampling(stage: GrpoStage, shape: NewPolicy, streams: int, length: int, causal_prompt: bool) -> int:
     """Keys and values of the torch engine's widest batch, or what vLLM reserves; of a masked policy, a forward's."""
     if isinstance(stage.engine, VllmSizes):
         servers = stage.engine.started if isinstance(stage.engine, VllmServerConfig) else 1
         return servers * (stage.engine.kv_megabytes << 20)
     rows = min(stage.rollouts * streams, stage.engine.max_rows)
-    if stage.sampling.unmasking is not None:  # no cache: one layer's activations at a time
-        return _activations(shape, rows, length, stage) // shape.num_layers
+    if stage.sampling.unmasking is not None:  # one layer's activations at a time, and prompts' keys and values if kept
+        kept = rows * PROMPT_TOKENS * shape.num_layers * 2 * shape.hidden_size * FLOAT_BYTES
+        return _activations(shape, rows, length, stage) // shape.num_layers + causal_prompt * kept
     return rows * length * shape.num_layers * 2 * shape.hidden_size * FLOAT_BYTES
 
 

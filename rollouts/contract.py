@@ -66,7 +66,8 @@ class Layout:
     before the prompt. The unconditional stream's prompt is `null_prompt` (without `bos` and `boi`), or, where there is
     a `null_token`, the prompt with every token of it replaced by that one, as Janus does: then the stream is a function
     of the tokens alone. `mask` stands for a position that is not decided yet; only masked families have one, in neither
-    slice, so it is never drawn.
+    slice, so it is never drawn. Of those, with `causal_prompt`, what stands before the image sees what stands before it
+    alone, as in Show-o (arXiv 2408.12528).
     """
 
     vocab_size: int
@@ -84,6 +85,7 @@ class Layout:
     after_source: tuple[int, ...] = ()
     takes_sources: bool = True
     """Whether a source image has a place before the prompt."""
+    causal_prompt: bool = False
     family: str = "llama"
     """Who reads the checkpoint: a name of `rlmm.policies.families`, or file.py:NAME."""
     decides_text: bool = True
@@ -187,8 +189,9 @@ class MaskedDecoder(Protocol):
 
     layout: Layout
 
-    def hidden(self, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
-        """Final hidden states [B, T, H], each of which sees the whole sequence."""
+    def hidden(self, ids_BT: Tensor, mask_BT: Tensor, *, cache: Any = None) -> Tensor:
+        """Final hidden states [B, T, H]; an image's each see the whole sequence. `mask_BT` covers what the cache holds,
+        too: prompts, where those see themselves alone."""
         ...
 
     def head(self, hidden_NH: Tensor, vocabulary: tuple[int, int]) -> Tensor:

@@ -2,12 +2,13 @@
 
 The published sampler is MaskGIT's loop as masked image models ship it: each step one forward of the conditional and one
 of the unconditional sequence, logits of every position over the whole vocabulary, a softmax, a draw, and the surest
-kept. Here the same model is used by both, and both take the same number of steps. The update is compared with forwards
-and backwards of the same states through the plain model and a plain cross-entropy over the same slice and decisions.
+kept. Here the same model is used by both, and both take the same number of steps. The update, the GRPO stage's own loss
+and its backward, is compared with forwards and backwards of the same states through the plain model and a plain
+cross-entropy over the same slice and decisions, in the same run.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -21,8 +22,12 @@ from torch import Tensor
 
 from rlmm.bench.machine import Timing, setting, timed, torch_threads, write_json
 from rlmm.bench.rollout_problem import PROMPT, SIZES
+from rlmm.config.stages import GrpoStage
 from rlmm.policies.families.llama import build
 from rlmm.policies.masked import MaskedPolicy, trajectory_states
+from rlmm.train.grpo import grpo_loss
+from rlmm.train.grpo_source import GrpoBatch
+from rlmm.train.metrics import Meter
 from rollouts.contract import Request
 from rollouts.law import COND, UNCOND, Law
 from rollouts.torch_engine.masked import MaskedTorchEngine
@@ -77,16 +82,21 @@ def bench_unmasking(plan: UnmaskingPlan, json_file: Path | None) -> None:
 
 def measure(plan: UnmaskingPlan) -> tuple[list[Row], dict[str, Any]]:
     """Each way of sampling, guided and not, and the update's ratio; interleaved repeats."""
-    problem = Problem(plan)
-    ways: list[tuple[str, float, Order | None]] = [
-        (f"{name}{', guided' if scale != 1 else ''}", scale, order)
+    problem, alone = Problem(plan), Problem(plan, "causal")
+    ways: list[tuple[str, float, Callable[[float], Any]]] = [
+        (f"{name}{', guided' if scale != 1 else ''}", scale, work)
         for scale in (1.0, SCALE)
-        for name, order in (("published", None), ("random order", "random"), ("confidence", "confidence"))
+        for name, work in (
+            ("published", problem.published),
+            ("random order", partial(problem.sample, order="random")),
+            ("confidence", partial(problem.sample, order="confidence")),
+            ("random order, prompts read once", partial(alone.sample, order="random")),
+        )
     ]
     times = {name: Timing() for name, _, _ in ways}
     for _ in range(plan.repeats):
-        for name, scale, order in ways:
-            times[name] = times[name].also(timed(partial(problem.sample, scale, order)))
+        for name, scale, work in ways:
+            times[name] = times[name].also(timed(partial(work, scale)))
     rows = []
     for name, scale, _ in ways:
         base = times["published, guided" if scale != 1 else "published"].wall
@@ -98,10 +108,10 @@ def measure(plan: UnmaskingPlan) -> tuple[list[Row], dict[str, Any]]:
 class Problem:
     """A random masked policy and as many prompts as samples."""
 
-    def __init__(self, plan: UnmaskingPlan) -> None:
+    def __init__(self, plan: UnmaskingPlan, prompt_attention: str = "full") -> None:
         self.plan, size = plan, SIZES[plan.size]
-        positions = plan.tokens + PROMPT + 8
-        shape = size.model.model_copy(update={"family": "masked", "max_positions": max(256, positions)})
+        changes = {"family": "masked", "max_positions": max(256, plan.tokens + PROMPT + 8)}
+        shape = size.model.model_copy(update=changes | {"prompt_attention": prompt_attention})
         policy = build(shape, num_codes=size.codes, grid=(1, plan.tokens), seed=0)
         assert isinstance(policy, MaskedPolicy)
         policy.model.eval()
@@ -110,10 +120,8 @@ class Problem:
         self.null = self.layout.prefix(self.layout.null([]))
         self.engine = MaskedTorchEngine(policy, max_rows=2 * plan.samples)
 
-    def sample(self, scale: float, order: Order | None) -> Trajectory | Tensor:
-        """By the engine, or the published way where no order is named."""
-        if order is None:
-            return self.published(scale)
+    def sample(self, scale: float, order: Order) -> Trajectory:
+        """By the engine."""
         seeds = tuple(range(self.plan.samples))
         request = Request("a", {COND: self.prefix, UNCOND: self.null}, seeds, tuple(map(str, seeds)))
         law = Law(self.layout.image, guidance_scale=scale)
@@ -141,11 +149,10 @@ class Problem:
         return ids
 
     def update(self, repeats: int) -> dict[str, Any]:
-        """Seconds of log-probs and gradient of an exact trajectory, and of the plain forwards and backwards."""
+        """Seconds of the loss of an exact trajectory and its gradient, and of the plain forwards and backwards."""
         made = self.sample(1.0, "random")
-        assert isinstance(made, Trajectory)
         part = made.rows(list(range(max(1, len(made) // self.plan.steps))))
-        ways = {"trajectory": lambda: self.policy.log_probs(part).logp_BS.sum().backward(), "plain": self._plain(part)}
+        ways = {"trajectory": self._stage(part), "plain": self._plain(part)}
         times = {name: Timing() for name in ways}
         for _ in range(repeats + 1):
             for name, work in ways.items():
@@ -154,7 +161,14 @@ class Problem:
         seconds = {name: median(found.wall_s[1:]) for name, found in times.items()}  # the first warms up
         return {"seconds": seconds, "rows": len(part), "ratio": seconds["trajectory"] / seconds["plain"]}
 
-    def _plain(self, part: Trajectory) -> Any:
+    def _stage(self, part: Trajectory) -> Callable[[], None]:
+        """As a step of the stage does it, with its figures."""
+        stage, weight_BS = GrpoStage(steps=1, learning_rate=1e-3), torch.full(part.ids.shape, 1 / part.ids.numel())
+        kept_B = torch.ones(len(part), dtype=torch.bool)
+        batch = GrpoBatch(part, torch.ones(len(part)), kept_B, weight_BS, gate=False)
+        return lambda: grpo_loss(self.policy, stage, self.policy.model, batch, Meter()).backward()
+
+    def _plain(self, part: Trajectory) -> Callable[[], None]:
         states = trajectory_states(part, part.target_mask)
         ids = part.ids[states.row_R].masked_fill(states.masked_RS, self.policy.mask)
         targets = part.ids[states.row_R][states.read_RS] - self.layout.image[0]

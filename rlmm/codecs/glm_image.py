@@ -65,7 +65,7 @@ class GlmImageNetwork(nn.Module):
             )
         if self._pipeline is None:
             try:
-                from diffusers import GlmImagePipeline  # pyrefly: ignore[missing-import]
+                from diffusers import GlmImagePipeline
             except ImportError as error:
                 raise ImportError(
                     "GLM-Image's decoder needs diffusers, which is not installed; install the extra `diffusion`"

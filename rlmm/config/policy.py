@@ -23,6 +23,9 @@ class NewPolicy(Strict):
     kind: Literal["new"] = "new"
     family: Literal["next_token", "masked"] = "next_token"
     """masked: every position sees every other, and an image is revealed a few positions a step (masked diffusion)."""
+    prompt_attention: Literal["full", "causal"] = "full"
+    """Of a masked policy. full: a prompt's positions see the image, too. causal: only what stands before them, so that
+    the sampler reads a prompt once for all steps and samples."""
     hidden_size: int = Field(128, ge=8)
     num_layers: int = Field(4, ge=1)
     num_heads: int = Field(4, ge=1)
@@ -60,6 +63,8 @@ class NewPolicy(Strict):
                 "null: token lets vLLM draw both streams of a next-token policy in one request; a masked policy is "
                 "not sampled by vLLM: leave it out"
             )
+        if self.family == "next_token" and self.prompt_attention != "full":
+            raise ValueError("prompt_attention is of masked policies; a next-token one is causal anyway: leave it out")
         return self
 
 

@@ -80,6 +80,13 @@ class Gates(Strict):
     patience: int = Field(5, ge=1)
 
 
+class Diagnostics(Strict):
+    """Figures that cost something, and change nothing of the training."""
+
+    gradient_agreement: bool = False
+    """Log how far the gradients of the step's two halves, of different prompts, agree; holds one more gradient."""
+
+
 class GrpoStage(Optimization):
     """Group-relative policy optimisation on generated images."""
 
@@ -94,6 +101,7 @@ class GrpoStage(Optimization):
     """What a masked policy's log-probs are; along the trajectory where nothing is said."""
     engine: EngineConfig = TorchEngineConfig()
     gates: Gates = Gates()
+    diagnostics: Diagnostics = Diagnostics()
     held_out_every: int = Field(10, ge=0)
     """Score every n-th rollout with the held-out judge too; 0 never does."""
     resample_flat: int = Field(0, ge=0)
@@ -121,6 +129,24 @@ class GrpoStage(Optimization):
         divides(self.samples_per_prompt, updates, "samples_per_prompt", "objective.updates_per_rollout")
         each = self.rollouts // updates
         divides(each, self.micro_batch_size, "rollouts an update", "micro_batch_size")
+        return self
+
+    @model_validator(mode="after")
+    def _a_step_has_two_halves(self) -> "GrpoStage":
+        if not self.diagnostics.gradient_agreement:
+            return self
+        if self.deepspeed is not None:
+            raise ValueError(
+                "diagnostics.gradient_agreement reads the gradient when half of a step's micro-batches are done, and "
+                "DeepSpeed keeps it reduced and in parts of its own from the first on; leave one of the two out"
+            )
+        micro_batches = self.rollouts // self.objective.updates_per_rollout // self.micro_batch_size
+        if micro_batches % 2 or self.prompts_per_step % 2:
+            raise ValueError(
+                f"diagnostics.gradient_agreement compares two halves of a step: of {micro_batches} micro-batches and "
+                f"{self.prompts_per_step} prompts; choose micro_batch_size and prompts_per_step so that both are even "
+                "(with several processes, on each of them)"
+            )
         return self
 
     @model_validator(mode="after")

@@ -33,7 +33,8 @@ class States:
 
 
 class MaskedPolicy(TransformerPolicy):
-    """Every position sees every other; position i is decided from the hidden state at i.
+    """Every position sees every other, but for prompts under `Layout.causal_prompt`; position i is decided from the
+    hidden state at i.
 
     Raises ValueError for a layout without a mask token, and for a model whose attention is causal.
     """
@@ -48,6 +49,23 @@ class MaskedPolicy(TransformerPolicy):
                 f"(it is {getattr(self.base.config, 'is_causal', True)}); give a checkpoint of a masked family"
             )
         self.mask = layout.mask
+        attention = self.base.config._attn_implementation
+        if layout.causal_prompt and attention != "sdpa":
+            raise ValueError(
+                f"causal prompts are a mask of their own, which attention {attention!r} does not take as it is; load "
+                'the model with attn_implementation="sdpa"'
+            )
+
+    def attention(self, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
+        """Everything sees everything, or what is before the image (up to the last token that announces one) only what
+        is before it. What is padding sees itself: a row that sees nothing is not a number."""
+        if not self.layout.causal_prompt:
+            return mask_BT
+        place_T = torch.arange(ids_BT.shape[1], device=ids_BT.device)
+        last_B1 = torch.where(ids_BT == self.layout.boi[-1], place_T, -1).amax(1, keepdim=True)
+        image_BT1 = (place_T > last_B1)[..., None]
+        before_TT, itself_TT = place_T <= place_T[:, None], place_T == place_T[:, None]
+        return ((mask_BT[:, None].to(ids_BT.device) & (image_BT1 | before_TT)) | itself_TT)[:, None]
 
     def log_probs(
         self,

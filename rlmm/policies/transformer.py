@@ -88,9 +88,10 @@ class TransformerPolicy(ABC):
             )
         ids_BT, mask_BT = ids_BT.to(device), mask_BT.to(device)
         held = 0 if cache is None else cache.get_seq_length()
+        seen = self.attention(ids_BT, mask_BT)
         inputs: dict[str, Any] = {
             **self.embedded(ids_BT[:, held:]),
-            "attention_mask": mask_BT,
+            "attention_mask": seen if seen.ndim == 2 else seen[:, :, held:],
             "position_ids": self.positions(ids_BT, mask_BT)[..., held:],
         }
         # The body alone is cast, here, for sampler and trainer alike: head and softmax keep the weights' own.
@@ -110,6 +111,10 @@ class TransformerPolicy(ABC):
     def embedded(self, ids_BT: Tensor) -> dict[str, Tensor]:
         """Tokens as the model's forward takes them."""
         return {"input_ids": ids_BT}
+
+    def attention(self, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
+        """What sees what in whole sequences: which positions are there [B, T], or which sees which [B, 1, T, T]."""
+        return mask_BT
 
     def output_head(self, vocabulary: tuple[int, int]) -> OutputHead:
         """Which head decides the tokens of a slice."""

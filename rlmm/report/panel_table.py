@@ -117,6 +117,13 @@ HEALTH = (
         "Length of the gradient before clipping. Spikes are worth a look; 0 means nothing is being learned.",
     ),
     Panel(
+        "agreement",
+        "Gradient agreement",
+        ("gradient/agreement",),
+        "Cosine of the gradients of the step's two halves. Near 0, a step is mostly noise: more prompts a step would "
+        "help more than more steps.",
+    ),
+    Panel(
         "loss",
         "Loss",
         ("loss",),

@@ -83,6 +83,14 @@ class GrpoSource:
                 f"{self.rows_an_update} rollouts a process and update are no multiple of micro_batch_size "
                 f"{self.config.micro_batch_size}; change one of them or the number of processes"
             )
+        if (
+            self.config.diagnostics.gradient_agreement
+            and (rows.stop - rows.start) // self.config.samples_per_prompt % 2
+        ):
+            raise ValueError(
+                "diagnostics.gradient_agreement compares the even and the odd prompts of each process, and prompts_per_"
+                f"step {self.config.prompts_per_step} gives one an odd number of them; use a multiple of twice as many"
+            )
         self._held: tuple[int, Experience] | None = None
         self.nothing_counts = False
 
@@ -198,9 +206,19 @@ class GrpoSource:
         chosen = experience.trajectory.rows(rows)
         totals = sum(gather(count_totals(chosen.target_mask, experience.kept_B[rows])), Totals(0, 0))
         self.nothing_counts = totals.sequences == 0
-        parts = spread(kept, self.micro_batches_per_step)
+        parts = self._parts(kept)
         batches = [self._batch(experience, part or stand_in, totals) for part in parts]
         return [replace(batch, gate=gate, entropy_coefficient=entropy) for batch in batches]
+
+    def _parts(self, kept: list[int]) -> list[list[int]]:
+        """Rows of each micro-batch. Where halves of the step are compared, the first one has the groups at even places
+        and the second one those at odd places: samples of one group share a baseline, so parts of it would disagree."""
+        count = self.micro_batches_per_step
+        if not self.config.diagnostics.gradient_agreement:
+            return spread(kept, count)
+        size = self.config.samples_per_prompt
+        halves = [[row for row in kept if row // size % 2 == odd] for odd in (0, 1)]
+        return [part for half in halves for part in spread(half, count // 2)]
 
     def _batch(self, experience: Experience, rows: Sequence[int], totals: Totals) -> GrpoBatch:
         trajectory, at = experience.trajectory.rows(rows), torch.as_tensor(rows)

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 
 def world() -> tuple[int, int]:
@@ -40,4 +41,13 @@ def gather(value: Any) -> list[Any]:
         return [value]
     values: list[Any] = [None] * size
     dist.all_gather_object(values, value)
+    return values
+
+
+def average(values: Tensor) -> Tensor:
+    """The mean of every process's tensor, in place."""
+    _, size = world()
+    if size > 1:
+        dist.all_reduce(values)
+        values /= size
     return values

@@ -22,10 +22,11 @@ def train(
     *,
     micro_batch_size: int,
     show: Sequence[str],
+    gradient_agreement: bool = False,
 ) -> StageTrainer:
     """Train `model` for the stage's steps, from its newest good checkpoint where there is one.
 
-    `show`: the metric names that a step's line prints.
+    `show`: the metric names that a step's line prints. `gradient_agreement`: log that of the step's halves.
     """
     trackers = context.recipe.runtime.trackers
     arguments = training_arguments(
@@ -42,6 +43,8 @@ def train(
     if "tensorboard" in trackers:
         # Beside the metrics, not inside the checkpoints, which a finished stage drops.
         callbacks.append(TensorBoardCallback(SummaryWriter(str(context.folder / "tensorboard"))))
-    trainer = StageTrainer(model, arguments, source, loss_fn, metrics, meter, callbacks)
+    trainer = StageTrainer(
+        model, arguments, source, loss_fn, metrics, meter, callbacks, gradient_agreement=gradient_agreement
+    )
     trainer.run(context.say)
     return trainer

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from rlmm.config.stages import Optimization
+from rlmm.train.agreement import GradientAgreement
 from rlmm.train.checkpoint import latest_checkpoint, step_of, write_manifest
 from rlmm.train.gates import finite
 from rlmm.train.metrics import Meter, MetricsFile
@@ -98,9 +99,12 @@ class StageTrainer(Trainer):
         metrics: MetricsFile,
         meter: Meter,
         callbacks: Sequence[TrainerCallback] = (),
+        gradient_agreement: bool = False,
     ) -> None:
         self.source, self.loss_fn, self.metrics, self.meter = source, loss_fn, metrics, meter
         self.step_started = time.perf_counter()
+        halves = GradientAgreement(model.parameters(), source.micro_batches_per_step) if gradient_agreement else None
+        self.agreement = halves
         super().__init__(model=model, args=args, callbacks=[*callbacks, _Guard(source), _Seal()])
         self.remove_callback(PrinterCallback)
 
@@ -114,6 +118,13 @@ class StageTrainer(Trainer):
         loss = self.loss_fn(model, batch, self.meter)
         finite(loss, "loss", self.state.global_step + 1)
         return loss * self.args.world_size
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Forward and backward of a micro-batch; gradients are whole, and not yet clipped, after a step's last."""
+        loss = super().training_step(*args, **kwargs)
+        if self.agreement is not None:
+            self.meter.put(self.agreement.after_backward())
+        return loss
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Not estimated: inputs are records, not tensors by name."""

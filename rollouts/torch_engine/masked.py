@@ -1,4 +1,4 @@
-"""The batched unmasking sampler: every step is one forward of the whole sequence, guidance is one more row.
+"""The batched unmasking sampler: every step is one forward of the whole span, guidance is one more row.
 
 Rows of a forward are stream-major, as in the next-token sampler. Shapes: B samples, K streams, S response positions,
 T steps, N decisions, V vocabulary slice.
@@ -14,8 +14,9 @@ from rollouts.assembly import one_image_span, request_stream, span_trajectory
 from rollouts.contract import MaskedDecoder, Request
 from rollouts.fingerprint import weights_fingerprint
 from rollouts.law import Law, draw, law_log_probs, pack_support, row_uniforms
-from rollouts.torch_engine.steps import Prefixes, join_prefixes
-from rollouts.trajectory import Span, Trajectory, concatenate, pad_left
+from rollouts.torch_engine.revealing import AfterPrompts, Revealing, WithPrompts, read_prompts
+from rollouts.torch_engine.steps import join_prefixes
+from rollouts.trajectory import Span, Stream, Trajectory, concatenate, pad_left
 from rollouts.unmasking import Unmasking, keep_confident, masked_counts, noise_scale, order_log_probs, planned_steps
 
 
@@ -25,12 +26,23 @@ class MaskedTorchEngine:
     Args:
         decoder: the policy; it is read at each call, never changed.
         max_rows: most rows (samples x streams) in one forward.
+        cache_prompts: read a prompt once for all its samples and steps, which is exact where prompts see themselves
+            alone (`Layout.causal_prompt`), and the default there. False reads it again at every step.
+
+    Raises ValueError for `cache_prompts` where prompts see the image.
     """
 
     dtype = torch.float32
 
-    def __init__(self, decoder: MaskedDecoder, *, max_rows: int = 512) -> None:
+    def __init__(self, decoder: MaskedDecoder, *, max_rows: int = 512, cache_prompts: bool | None = None) -> None:
         self.decoder, self.max_rows, self.weights_version = decoder, max_rows, 0
+        if cache_prompts and not decoder.layout.causal_prompt:
+            raise ValueError(
+                "cache_prompts keeps a prompt's keys and values over the steps, and this policy's prompts see the "
+                "image, which changes: that would be another function; leave it out, or train a policy with "
+                "prompt_attention: causal"
+            )
+        self.cache_prompts = decoder.layout.causal_prompt if cache_prompts is None else cache_prompts
 
     @torch.no_grad()
     def generate(self, requests: Sequence[Request], spans: Sequence[Span]) -> Trajectory:
@@ -44,10 +56,20 @@ class MaskedTorchEngine:
             )
         if not requests:
             raise ValueError("no requests to generate from; pass at least one prompt")
-        size = max(1, self.max_rows // len(span.law.streams()))
-        single = [one for request in requests for one in _each_seed(request)]
-        parts = [self._batch(single[at : at + size], span) for at in range(0, len(single), size)]
-        return concatenate(parts, self.decoder.layout.pad)
+        layout, names = self.decoder.layout, span.law.streams()
+        streams = {name: pad_left([request_stream(r, name) for r in requests], layout.pad) for name in names}
+        each = [(one, place) for place, request in enumerate(requests) for one in _each_seed(request)]
+        owner_B = torch.tensor([place for _, place in each])
+        prefixes = join_prefixes(list(streams.values()), owner_B, layout.pad)
+        prompts = read_prompts(self.decoder, prefixes, self.max_rows) if self.cache_prompts else None
+        size, parts = max(1, self.max_rows // len(names)), []
+        for at in range(0, len(each), size):
+            rows_B = owner_B[at : at + size]
+            part = join_prefixes(list(streams.values()), rows_B, layout.pad)
+            forward = WithPrompts(self.decoder, part) if prompts is None else AfterPrompts(self.decoder, part, prompts)
+            given = {name: stream.rows(rows_B) for name, stream in streams.items()}
+            parts.append(self._batch([one for one, _ in each[at : at + size]], span, given, forward))
+        return concatenate(parts, layout.pad)
 
     def sync(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """The trainer's own module is sampled from: only the version changes."""
@@ -59,13 +81,11 @@ class MaskedTorchEngine:
     def close(self) -> None:
         """Nothing is held."""
 
-    def _batch(self, requests: list[Request], span: Span) -> Trajectory:
+    def _batch(self, requests: list[Request], span: Span, streams: dict[str, Stream], forward: Revealing) -> Trajectory:
         layout, law, unmasking = self.decoder.layout, span.law, span.unmasking
         assert unmasking is not None, "checked in `generate`"
-        streams = {name: pad_left([request_stream(r, name) for r in requests], layout.pad) for name in law.streams()}
         seeds = [request.seeds[0] for request in requests]
-        prefixes = join_prefixes(list(streams.values()), torch.arange(len(requests)), layout.pad)
-        made = _Reveal(self.decoder, law, prefixes, seeds, unmasking)
+        made = _Reveal(self.decoder, law, forward, seeds, unmasking)
         made.give([request.given for request in requests])
         if unmasking.policy_free:
             made.planned(planned_steps(unmasking, made.masked_BS, seeds, layout.grid.decided()))
@@ -111,11 +131,11 @@ class _Reveal:
     """A batch on its way from all masked to all decided."""
 
     def __init__(
-        self, decoder: MaskedDecoder, law: Law, prefixes: Prefixes, seeds: list[int], unmasking: Unmasking
+        self, decoder: MaskedDecoder, law: Law, forward: Revealing, seeds: list[int], unmasking: Unmasking
     ) -> None:
         grid, rows = decoder.layout.grid, len(seeds)
         assert decoder.layout.mask is not None, "checked in `generate`"
-        self.decoder, self.law, self.prefixes, self.seeds, self.unmasking = decoder, law, prefixes, seeds, unmasking
+        self.decoder, self.law, self.forward, self.seeds, self.unmasking = decoder, law, forward, seeds, unmasking
         self.ids_BS = torch.full((rows, grid.length), decoder.layout.mask, dtype=torch.long)
         for position, token in grid.forced().items():
             self.ids_BS[:, position] = token
@@ -167,10 +187,7 @@ class _Reveal:
     def _propose(self, where_BS: Tensor, uniform_BS: Tensor) -> _Proposals:
         """Draw at the positions `where_BS` of the present state."""
         names, (row_N, at_N) = self.law.streams(), where_BS.nonzero(as_tuple=True)
-        given = self.prefixes
-        ids_NT = torch.cat([given.ids_QP[given.rows_N], self.ids_BS.repeat(given.streams, 1)], 1)
-        seen_NT = torch.nn.functional.pad(given.mask_QP[given.rows_N], (0, self.ids_BS.shape[1]), value=True)
-        hidden = self.decoder.hidden(ids_NT, seen_NT)[:, given.ids_QP.shape[1] :].unflatten(0, (len(names), -1))
+        hidden = self.forward.hidden(self.ids_BS)
         logits_KNV = self.decoder.head(hidden[:, row_N.to(hidden.device), at_N.to(hidden.device)], self.law.vocabulary)
         logp_NV, support_NV = law_log_probs(self.law, dict(zip(names, logits_KNV, strict=True)))
         token_N = draw(logp_NV, uniform_BS[row_N, at_N].to(logp_NV.device))

@@ -39,10 +39,9 @@ LAWS: dict[str, dict[str, Any]] = {
 }
 
 
-def make_policy(seed: int = 0) -> MaskedPolicy:
-    config = NewPolicy(
-        family="masked", hidden_size=16, num_layers=2, num_heads=2, intermediate_size=24, max_positions=64
-    )
+def make_policy(seed: int = 0, **settings: Any) -> MaskedPolicy:
+    shape: dict[str, Any] = {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "intermediate_size": 24}
+    config = NewPolicy(family="masked", max_positions=64, **shape, **settings)
     policy = build(config, num_codes=CODES, grid=(1, LENGTH), seed=seed)
     assert isinstance(policy, MaskedPolicy)
     randomise(policy, seed)
@@ -81,15 +80,17 @@ def trajectory_of(
     )  # fmt: skip
 
 
-def table(policy: MaskedPolicy, law: Law) -> Tensor:
+def table(policy: MaskedPolicy, law: Law, prompt: str = PROMPT) -> Tensor:
     """Log-probs [C, S, V] of every code at every position of every state, under the law, with gradient."""
-    streams, by_name = request_for(policy, ()).streams, {}
+    streams, by_name = request_for(policy, (), prompt).streams, {}
     for name in law.streams():
         given = torch.tensor(streams[name]).expand(len(STATES_CS), -1)
         codes = torch.where(STATES_CS == MASKED, policy.mask, STATES_CS + policy.layout.image[0])
         ids = torch.cat([given, codes], 1)
         # A mask of zeros is added to the scores: every position sees every other.
         seen = torch.zeros(len(ids), 1, ids.shape[1], ids.shape[1], dtype=torch.float64)
+        for position in range(given.shape[1] if policy.layout.causal_prompt else 0):
+            seen[:, :, position, position + 1 :] = -torch.inf
         logits = cast(Any, policy.model)(input_ids=ids, attention_mask=seen).logits
         by_name[name] = logits[:, given.shape[1] :, slice(*law.vocabulary)]
     mixed = by_name[COND]

@@ -1,5 +1,6 @@
 """Noise plans and the estimates made with them, against every mask of a policy small enough to enumerate."""
 
+import random
 from itertools import product
 from math import comb
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from rlmm.objectives.estimators import Estimator, Upper, sandwiched, upper_log_probs
 from rlmm.objectives.legality import LogProbKind
-from rlmm.objectives.noise import SCHEME_KINDS, SCHEMES, Scheme, noise_plan
+from rlmm.objectives.noise import SCHEME_KINDS, SCHEMES, Scheme, noise_plan, training_noise
 from rlmm.policies.masked import MaskedPolicy
 from rollouts.unmasking import Unmasking
 from tests.exact.masked_enumerable import (
@@ -180,6 +181,19 @@ def test_a_plan_is_a_function_of_its_row_alone(scheme: Scheme) -> None:
     part = noise_plan(scheme, target[order], order, DRAWS[scheme], ratios=ratios)
     assert whole.masks_BnS[order].equal(part.masks_BnS) and whole.weight_BnS[order].equal(part.weight_BnS)
     assert not (whole.masks_BnS & ~target[:, None]).any() and not whole.weight_BnS[~whole.masks_BnS].any()
+
+
+@pytest.mark.parametrize("scheme", [*SCHEMES, "trajectory"])
+def test_no_log_prob_and_no_sample_moves_the_processs_random_state(policy: MaskedPolicy, scheme: Scheme) -> None:
+    steps = 2 if scheme == "trajectory" else None  # which are drawn
+    estimator = Estimator(scheme, DRAWS.get(scheme, 1), (0.5, 1.0) if scheme == "truncated" else None, steps)
+    before = (torch.random.get_rng_state(), str(np.random.get_state()), random.getstate())
+    made = sample(policy, law_named("guidance", policy), STEPWISE, 5)
+    policy.log_probs(made, estimator=estimator).logp_BS.sum().backward()
+    policy.model.zero_grad()
+    training_noise(made.target_mask, range(5), "cosine", "elbo")
+    after = (torch.random.get_rng_state(), str(np.random.get_state()), random.getstate())
+    assert before[0].equal(after[0]) and before[1:] == after[1:]
 
 
 @pytest.mark.parametrize("scheme", [*SCHEMES, "trajectory"])

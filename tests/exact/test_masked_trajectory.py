@@ -117,6 +117,51 @@ def test_confident_decoding_has_the_log_prob_of_all_proposals_that_lead_there(
     torch.testing.assert_close(found, wanted, rtol=1e-8, atol=1e-11)
 
 
+@pytest.mark.parametrize("ordering", ["one by one", "confidence", "threshold"])
+def test_the_policy_gradient_is_the_slope_of_the_expected_reward(ordering: str) -> None:
+    """By finite differences along random directions: what confidence keeps is a step function of the weights, which
+    autograd sees nothing of."""
+    policy, unmasking = make_policy(), ORDERINGS[ordering]
+    law = law_named("guidance", policy)
+    weights, generator = list(policy.model.parameters()), torch.Generator().manual_seed(2)
+
+    def paths() -> tuple[Tensor, Tensor, Tensor]:
+        """Images, steps and chances of every way."""
+        chances = table(policy, law)
+        if not unmasking.policy_free:
+            found = confident_paths(
+                chances, masked_counts(unmasking.schedule, unmasking.steps, LENGTH), unmasking.threshold
+            )
+            parts = [torch.tensor(part) for part in zip(*((p.image, p.steps) for p in found), strict=True)]
+            return parts[0], parts[1], torch.stack([p.chance for p in found])
+        images, steps = every_order(policy, law)
+        rows = zip(images.tolist(), steps.tolist(), strict=True)
+        return images, steps, torch.stack([step_log_prob(chances, *row) for row in rows]).exp() / len(ORDERS)
+
+    def expected() -> float:
+        images, _, chance_P = paths()
+        return float((chance_P * REWARD_N[images @ torch.tensor([16, 4, 1])]).sum())
+
+    with torch.no_grad():
+        images, steps, chance_P = paths()
+    reward_P = REWARD_N[images @ torch.tensor([16, 4, 1])]
+    logp_P = policy.log_probs(trajectory_of(policy, law, unmasking, images, steps)).logp_BS.sum(1)
+    found = torch.autograd.grad((chance_P * reward_P * logp_P).sum(), weights, allow_unused=True)
+    for _ in range(3):
+        ways = [torch.randn(w.shape, generator=generator, dtype=w.dtype) for w in weights]
+        slope = sum(float((g * way).sum()) for g, way in zip(found, ways, strict=True) if g is not None)
+        sides = []
+        for change in (1e-6, -2e-6):  # to one side, then to the other
+            with torch.no_grad():
+                for weight, way in zip(weights, ways, strict=True):
+                    weight.add_(way, alpha=change)
+                sides.append(expected())
+        with torch.no_grad():
+            for weight, way in zip(weights, ways, strict=True):
+                weight.add_(way, alpha=1e-6)
+        assert (sides[0] - sides[1]) / 2e-6 == pytest.approx(slope, rel=1e-5, abs=1e-8)
+
+
 def test_saturated_proposals_tie_and_the_chances_still_sum_to_one() -> None:
     """Of a policy that is all but certain everywhere; the sampler's samples have the log-prob of what happened."""
     policy = make_policy(3)

@@ -1,7 +1,8 @@
 """Runs a tiny recipe whole, and again with a kill at each of some places followed by a resume.
 
-A program of its own: it imports once and forks a child for every run, and a child that is to die kills itself with
-SIGKILL at its place. Prints one JSON object: place -> digest of weights and metrics.
+A program of its own (`OUT RECIPE PROCESSES PLACE ...`): it imports once and forks a child for every process of a run,
+and the last one of a run that is to die kills itself with SIGKILL at its place. Prints one JSON object: place -> digest
+of weights and metrics.
 """
 
 import hashlib
@@ -16,12 +17,11 @@ from typing import Any
 import rlmm.train.grpo as grpo_module
 import rlmm.train.trainer as trainer_module
 from rewards.compose import CompositeReward
-from rlmm import pipeline
-from rlmm.config.recipe import read_recipe
 from rlmm.run_folder import RunFolder
 from rlmm.train.trainer import StageTrainer
 from rollouts.torch_engine.causal import TorchEngine
 from rollouts.torch_engine.masked import MaskedTorchEngine
+from tests.integration.forked import run_forked
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "tiny.yaml"
 STAGES = ("codec", "sft", "grpo")
@@ -59,6 +59,11 @@ def kill_in_update() -> None:
     StageTrainer.compute_loss = dying(StageTrainer.compute_loss, 4 + 8 + 7)  # codec 4, sft 8, then inside GRPO
 
 
+def kill_in_update_of_two() -> None:
+    # Each of two processes has half of SFT's micro-batches and one a step of GRPO; its fourth is between checkpoints.
+    StageTrainer.compute_loss = dying(StageTrainer.compute_loss, 4 + 4 + 4)
+
+
 def kill_in_save() -> None:
     def torn(folder: Path) -> None:
         (folder / "optimizer.pt").write_bytes(b"torn")
@@ -93,29 +98,11 @@ PLACES: dict[str, Callable[[], None]] = {
     "rollout": kill_in_rollout,
     "scoring": kill_in_scoring,
     "update": kill_in_update,
+    "update of two": kill_in_update_of_two,
     "save": kill_in_save,
     "result": kill_after_the_last_step,
     "between": kill_between_stages,
 }
-
-
-def run_in_child(recipe: Path, folder: Path, prepare: Callable[[], None] | None, log: Path) -> int:
-    """The child's exit status (negative: the signal that ended it)."""
-    child = os.fork()
-    if child == 0:
-        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(descriptor, 1)
-        os.dup2(descriptor, 2)
-        code = 1
-        try:
-            if prepare:
-                prepare()
-            pipeline.run_recipe(read_recipe(recipe, [f"run_dir={folder}"]), print)
-            code = 0
-        finally:
-            sys.stdout.flush()
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def digest(folder: Path) -> dict[str, str]:
@@ -138,20 +125,25 @@ def digest(folder: Path) -> dict[str, str]:
     return found
 
 
-def main(out: Path, recipe: Path, places: list[str]) -> None:
+def main(out: Path, recipe: Path, count: int, places: list[str]) -> None:
     whole = out / "whole"
-    status = run_in_child(recipe, whole, None, out / "whole.log")
-    if status != 0:
+    status = run_forked(recipe, [f"run_dir={whole}"], out / "whole.log", count=count)
+    if any(status):
         sys.exit(f"the uninterrupted run failed with {status}:\n{(out / 'whole.log').read_text()[-4000:]}")
     expected, report = digest(whole), {}
     for place in places:
         folder, log = out / place, out / f"{place}.log"
-        killed = run_in_child(recipe, folder, PLACES[place], log)
-        resumed = run_in_child(recipe, folder, None, log)
+
+        def last_dies(rank: int, place: str = place) -> None:
+            if rank == count - 1:
+                PLACES[place]()
+
+        killed = run_forked(recipe, [f"run_dir={folder}"], log, count=count, prepare=last_dies)[-1]
+        resumed = max(map(abs, run_forked(recipe, [f"run_dir={folder}"], log, count=count)))
         differing = [] if resumed else [k for k, v in digest(folder).items() if expected.get(k) != v]
         report[place] = {"killed": killed, "resumed": resumed, "differing": differing, "log": log.read_text()[-6000:]}
     print(json.dumps({"files": sorted(expected), "places": report}))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])
+    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])

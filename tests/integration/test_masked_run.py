@@ -10,7 +10,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from rlmm.config.engines import VllmServerConfig
+from rlmm.config.engines import TorchEngineConfig, VllmServerConfig
 from rlmm.config.policy import CheckpointPolicy
 from rlmm.config.recipe import Recipe, RecipeError, read_recipe, validate_recipe
 from rlmm.config.sampling import Sampling
@@ -20,10 +20,12 @@ from rlmm.policies.masked import MaskedPolicy
 from rlmm.rollout_server import server_plan
 from rlmm.run_folder import RunFolder
 from rlmm.sampling import draw_samples
+from rlmm.train.engines import build_engine
 from rlmm.train.metrics import MetricsFile
 from rollouts.assembly import one_image_span
 from rollouts.law import Law
 from rollouts.store import read_trajectory
+from rollouts.torch_engine.masked import MaskedTorchEngine
 from rollouts.trajectory import Span
 from rollouts.unmasking import Unmasking
 
@@ -92,6 +94,24 @@ def test_sampling_takes_steps_and_order(run: RunFolder, tmp_path: Path) -> None:
         draw_samples(source, ["a"], 1, Sampling.model_validate({"unmasking": {"steps": 13, "order": "random"}}))
 
 
+def test_a_policy_whose_prompts_see_themselves_alone_runs_whole(tmp_path: Path) -> None:
+    recipe = read_recipe(TINY, ["policy.prompt_attention=causal", f"run_dir={tmp_path / 'run'}"])
+    folder = run_recipe(recipe, lambda _: None)
+    found = [row["mismatch/max"] for row in metrics(folder) if "mismatch/max" in row]
+    assert len(found) == 3 and max(found) < 1e-5
+    policy = load_policy(folder.path / "merged")
+    assert policy.layout.causal_prompt and isinstance(build_engine(TorchEngineConfig(), policy), MaskedTorchEngine)
+    prefix, low = policy.layout.prefix([9, 10]), policy.layout.image[0]
+    ids = torch.tensor([[*prefix, *range(low, low + 12)]])
+    seen = torch.ones(1, 1, ids.shape[1], ids.shape[1], dtype=torch.bool)
+    seen[:, :, : len(prefix)] = seen[:, :, : len(prefix)].tril()
+    with torch.no_grad():
+        hidden = policy.hidden(ids, torch.ones_like(ids, dtype=torch.bool))
+        plain = AutoModelForCausalLM.from_pretrained(folder.path / "merged")
+        wanted = plain(ids, attention_mask=seen).logits[0, :, slice(*policy.layout.image)]
+    torch.testing.assert_close(policy.head(hidden[0], policy.layout.image), wanted, rtol=0, atol=1e-5)
+
+
 def weights(folder: RunFolder) -> dict[str, torch.Tensor]:
     return load_file(folder.stage("grpo") / "model" / "model.safetensors")
 
@@ -123,6 +143,15 @@ def test_the_micro_batch_size_does_not_change_the_update(variant: Callable[..., 
     apart = max(float((one[name] - other[name]).abs().max()) for name in start)
     assert moved > 1e-4 and apart < 0.01 * moved
     assert all(row["mismatch/max"] < 1e-5 for folder in made for row in metrics(folder) if "mismatch/max" in row)
+
+
+def test_bfloat16_stays_within_its_gate_and_really_rounds(variant: Callable[..., Recipe]) -> None:
+    first = {}
+    for precision in ("float32", "bfloat16"):
+        asked = ("stages.grpo.steps=2", f"stages.grpo.precision={precision}")
+        first[precision] = metrics(run_recipe(variant(*asked, name=precision), lambda _: None))[0]
+    assert first["bfloat16"]["mismatch/mean"] < 0.02
+    assert first["bfloat16"]["grad_norm"] != pytest.approx(first["float32"]["grad_norm"], rel=1e-4)
 
 
 def test_the_log_says_how_good_an_estimate_is(variant: Callable[..., Recipe]) -> None:

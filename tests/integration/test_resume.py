@@ -1,6 +1,7 @@
 """A killed run, started again, ends bit-identical to one that was never killed."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -13,13 +14,15 @@ ROOT = Path(__file__).parents[2]
 
 PLACES = ["rollout", "scoring", "update", "save", "result", "between"]
 MASKED_PLACES = ["rollout", "update"]
+MASKED_PLACES_OF_TWO = ["rollout", "update of two"]
 
 
-def killed_runs(out: Path, recipe: str, places: list[str]) -> dict:
+def killed_runs(out: Path, recipe: str, places: list[str], processes: int = 1) -> dict:
     driver, path = ROOT / "tests" / "integration" / "kill_driver.py", ROOT / "tests" / "recipes" / recipe
     answer = subprocess.run(
-        [sys.executable, str(driver), str(out), str(path), *places],
+        [sys.executable, str(driver), str(out), str(path), str(processes), *places],
         cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=600,
@@ -38,6 +41,12 @@ def masked_report(tmp_path_factory: pytest.TempPathFactory) -> dict:
     return killed_runs(tmp_path_factory.mktemp("masked_kills"), "tiny_masked.yaml", MASKED_PLACES)
 
 
+@pytest.fixture(scope="module")
+def report_of_two(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """Of two processes, the second of which is killed."""
+    return killed_runs(tmp_path_factory.mktemp("two_killed"), "tiny_masked.yaml", MASKED_PLACES_OF_TWO, 2)
+
+
 def test_the_digest_covers_weights_metrics_and_evaluation(report: dict) -> None:
     names = " ".join(report["files"])
     for part in ("codec.safetensors", "02-sft/model", "03-grpo/model", "03-grpo/metrics.jsonl", "eval"):
@@ -52,6 +61,13 @@ def test_resume_is_bit_identical(report: dict, place: str) -> None:
 @pytest.mark.parametrize("place", MASKED_PLACES)
 def test_resume_of_a_masked_policy_is_bit_identical(masked_report: dict, place: str) -> None:
     check(masked_report["places"][place])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", MASKED_PLACES_OF_TWO)
+def test_resume_of_a_masked_policy_on_two_processes_is_bit_identical(report_of_two: dict, place: str) -> None:
+    check(report_of_two["places"][place])
+    assert "resuming from step" in report_of_two["places"][place]["log"]
 
 
 def check(found: dict) -> None:

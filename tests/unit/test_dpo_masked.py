@@ -132,6 +132,22 @@ def test_more_draws_bring_the_bound_down_and_a_bound_past_the_ceiling_stops() ->
         loss_of(policy, [0, 1], 0.5, noise_of("count", 2, 1e-9))
 
 
+def test_the_noise_of_the_margins_biases_the_loss_by_no_more_than_the_bound() -> None:
+    """One pair under 600 plans: the mean loss is above the loss of the mean margin, by less than the metered bound."""
+    policy, times = policy_of(0.3), 600
+    for draws in (2, 8):
+        meter, noise = Meter(), noise_of("count", draws, 1e9)
+        settings = config(noise).model_copy(update={"beta": 1.0})
+        same = [pairs(policy)[1]] * times
+        batch = preference_batch(policy.layout, same, [1 / times] * times, noise=noise, seeds=range(times))
+        with torch.no_grad():
+            mean = float(dpo_step_loss(policy, settings, policy.model, batch, meter))
+        figures = meter.flush()
+        bias = mean - math.log1p(math.exp(-figures["dpo/margin"]))
+        assert 0 < bias < figures["dpo/bias_bound"]
+        assert bias > figures["dpo/bias_bound"] / 20
+
+
 def test_a_source_gives_the_same_masks_again_and_others_each_step() -> None:
     policy = policy_of()
     items = [(one,) for one in pairs(policy)]

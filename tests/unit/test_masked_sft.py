@@ -56,6 +56,18 @@ def test_the_expected_weight_of_every_mask_is_the_bounds(schedule: Schedule, pai
         assert abs(float(weight.mean()) - wanted) < 5 * float(weight.std()) / (rows / (2 if paired else 1)) ** 0.5
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_published_mean_weighs_masks_otherwise_than_the_bound(schedule: Schedule) -> None:
+    """The mean over masked tokens, pooled over a batch: against the bound it makes much of large masks, whatever the
+    schedule (the weights of masks of one and of all tokens are in another proportion)."""
+    rows = 40_000
+    masks, weights = training_noise(torch.ones(rows, LENGTH, dtype=torch.bool), range(rows), schedule, "mean")
+    size, weight = masks.sum(1), weights.amax(1)
+    share = {k: float(torch.where(size == k, weight, 0.0).mean()) / comb(LENGTH, k) for k in (1, LENGTH)}
+    bound = {k: LENGTH / k / LENGTH / comb(LENGTH, k) for k in (1, LENGTH)}
+    assert share[LENGTH] / share[1] > 2 * bound[LENGTH] / bound[1]
+
+
 def policy_of(seed: int = 1) -> MaskedPolicy:
     config = NewPolicy(family="masked", hidden_size=32, num_layers=2, num_heads=2, intermediate_size=48)
     policy = build(config, num_codes=CODES, grid=GRID, seed=seed)

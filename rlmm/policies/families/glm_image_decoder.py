@@ -2,6 +2,7 @@
 
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any, cast
 
 from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
 
@@ -10,7 +11,7 @@ def tiny_decoder(folder: Path, codes: int) -> None:
     """Write a random pipeline whose code stands for 8x8 pixels; nothing where diffusers is not installed."""
     if find_spec("diffusers") is None:
         return
-    from diffusers import (  # pyrefly: ignore[missing-import]
+    from diffusers import (
         AutoencoderKL,
         FlowMatchEulerDiscreteScheduler,
         GlmImagePipeline,
@@ -19,7 +20,7 @@ def tiny_decoder(folder: Path, codes: int) -> None:
 
     tokenizer = ByT5Tokenizer()
     glyphs = T5Config(vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
-    pipeline = GlmImagePipeline(
+    pipeline = cast(Any, GlmImagePipeline)(
         tokenizer=tokenizer,
         processor=None,
         text_encoder=T5EncoderModel(glyphs),

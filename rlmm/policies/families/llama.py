@@ -32,6 +32,7 @@ def build(config: NewPolicy, *, num_codes: int, grid: tuple[int, int], seed: int
         null_prompt=(token[NULL],),
         null_token=token[NULL] if config.null == "token" else None,
         mask=text_size + num_codes if masked else None,
+        causal_prompt=config.prompt_attention == "causal",
     )
     llama = LlamaConfig(
         vocab_size=layout.vocab_size,

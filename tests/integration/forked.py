@@ -1,0 +1,68 @@
+"""`rlmm run` in forked children of a program that has imported everything once: alone, or as processes of one group."""
+
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rlmm import pipeline
+from rlmm.config.recipe import read_recipe
+from rlmm.train.launch import processes
+
+
+def run_forked(
+    recipe: Path,
+    overrides: Sequence[str],
+    log: Path,
+    *,
+    count: int = 1,
+    prepare: Callable[[int], None] | None = None,
+) -> list[int]:
+    """Each child's exit status (negative: the signal that ended it), after `prepare(rank)` in each. When one fails the
+    others are killed, as torchrun does."""
+    group = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    ranks: dict[int, int] = {}
+    for rank in range(count):
+        child = os.fork()
+        if child == 0:
+            _log_to(log)
+            code = 1
+            try:
+                if count > 1:
+                    os.environ.update(group | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+                if prepare:
+                    prepare(rank)
+                with processes(deepspeed=False):
+                    pipeline.run_recipe(read_recipe(recipe, list(overrides)), print)
+                code = 0
+            finally:
+                sys.stdout.flush()
+                os._exit(code)
+        ranks[child] = rank
+    return _wait(ranks)
+
+
+def _log_to(path: Path) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+
+
+def _wait(ranks: dict[int, int]) -> list[int]:
+    """Statuses by rank of the children `ranks` (process id -> rank)."""
+    found: dict[int, int] = {}
+    while len(found) < len(ranks):
+        pid, status = os.wait()
+        found[ranks[pid]] = os.waitstatus_to_exitcode(status)
+        if found[ranks[pid]]:
+            for other in (other for other, rank in ranks.items() if rank not in found):
+                os.kill(other, signal.SIGKILL)
+    return [found[rank] for rank in range(len(ranks))]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,76 @@
+"""GRPO of the tiny masked recipe on one, two and four processes, from one SFT policy: `FOLDER`.
+
+Two recipes: a trajectory's log-probs with all that is logged of a step, and a noise plan's. Beside each run's folder
+lies what its processes planned, RUN-plans-RANK.jsonl: the digest of every plan, by sample.
+"""
+
+import hashlib
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rlmm.objectives.estimators import Estimator
+from rlmm.objectives.noise import NoisePlan
+from rollouts.trajectory import Trajectory
+from tests.integration.forked import run_forked
+
+RECIPE = Path(__file__).parents[1] / "recipes" / "tiny_masked.yaml"
+SHAPE = {"steps": 4, "prompts_per_step": 4, "micro_batch_size": 2, "checkpoint_every": 4}
+CASES: dict[str, dict[str, Any]] = {
+    "trajectory": SHAPE | {"diagnostics": {"gradient_agreement": True}},
+    "noise": SHAPE
+    | {
+        "estimator": {"kind": "stratified", "draws": 2},
+        "objective": {"name": "gspo", "clip_low": 0.2, "clip_high": 0.2, "updates_per_rollout": 2},
+    },
+}
+PROCESSES = {"trajectory": (1, 2), "noise": (1, 2, 4)}
+
+
+def noting(folder: Path) -> Callable[[int], None]:
+    """What makes a process write down its plans."""
+
+    def prepare(rank: int) -> None:
+        plan = Estimator.plan
+
+        def noted(self: Estimator, trajectory: Trajectory) -> NoisePlan:
+            made = plan(self, trajectory)
+            with (folder.parent / f"{folder.name}-plans-{rank}.jsonl").open("a") as handle:
+                for row, name in enumerate(trajectory.sample_id):
+                    whole = made.masks_BnS[row].numpy().tobytes() + made.weight_BnS[row].numpy().tobytes()
+                    handle.write(json.dumps([name, hashlib.sha256(whole).hexdigest()]) + "\n")
+            return made
+
+        Estimator.plan = noted  # pyrefly: ignore
+
+    return prepare
+
+
+def run(recipe: Path, folder: Path, count: int) -> None:
+    log = folder.with_suffix(".log")
+    if any(run_forked(recipe, [f"run_dir={folder}"], log, count=count, prepare=noting(folder))):
+        sys.exit(f"{folder.name}:\n{log.read_text()[-6000:]}")
+
+
+def main(out: Path) -> None:
+    raw = yaml.safe_load(RECIPE.read_text())
+    for case, changes in CASES.items():
+        stages = {name: raw["stages"][name] for name in ("codec", "sft", "grpo")}
+        recipe = out / f"{case}.yaml"
+        recipe.write_text(
+            yaml.safe_dump(raw | {"stages": stages | {"grpo": stages["grpo"] | changes}}, sort_keys=False)
+        )
+        for count in PROCESSES[case]:
+            folder, start = out / f"{case}-{count}", out / "trajectory-1" / "stages"
+            for stage in ("01-codec", "02-sft") if start.is_dir() else ():
+                shutil.copytree(start / stage, folder / "stages" / stage)
+            run(recipe, folder, count)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
