@@ -9,24 +9,37 @@ In the recipe::
           weight: 0.2
           options: {wanted: 0.15}
 
-Run this file to see both functions score two pictures: ``python examples/custom_reward.py``.
+Run this file to see it score three pictures: ``python examples/custom_reward.py``.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from rewards.base import Sample, Score
+from rewards.gold import GoldPair, with_gold
 
 
+def picture(dark: int) -> Image.Image:
+    """A white picture with a black square in it."""
+    image = Image.new("RGB", (32, 32), "white")
+    image.paste("black", (0, 0, dark, dark))
+    return image
+
+
+def pairs() -> list[GoldPair]:
+    """What the reward must rank rightly before a run starts: good above bad."""
+    good, bad = (Sample(name, "g", "a black square", (picture(side),)) for name, side in (("good", 12), ("bad", 0)))
+    return [GoldPair(good, bad, "a square against an empty picture")]
+
+
+@with_gold(pairs)
 def ink(samples: Sequence[Sample], wanted: float = 0.15) -> list[Score]:
     """1 where the share of dark pixels is `wanted`, and less the further it is from that.
 
-    Answer a `Score` a sample: `ok`, `unavailable` when you could not judge (the sample is then left out of
-    training), or `invalid_output` when the policy drew nothing that could be judged (a penalty). An exception
-    makes the samples unavailable; it is never a zero.
+    Answer `ok`, `unavailable` when you could not judge (the sample is then left out of training), or `invalid_output`
+    when the policy drew nothing that could be judged (a penalty). An exception is unavailable; it is never a zero.
     """
     scores: list[Score] = []
     for sample in samples:
@@ -38,32 +51,6 @@ def ink(samples: Sequence[Sample], wanted: float = 0.15) -> list[Score]:
     return scores
 
 
-async def redness(completions: list[Image.Image], **columns: list[Any]) -> list[float | None]:
-    """The same in TRL's signature, and async: `completions` are the images, the rest are data columns.
-
-    None means that the reward does not apply to the sample.
-    """
-    answers: list[float | None] = []
-    for image in completions:
-        red, green, blue = np.asarray(image.convert("RGB"), dtype=float).mean(axis=(0, 1)) / 255
-        answers.append(float(red - (green + blue) / 2))
-    return answers
-
-
-def main() -> None:
-    """Scores a blank, a red and a dotted picture with both functions, as a run would."""
-    from rewards import build
-    from rewards.runner import RewardRunner
-
-    pictures = {name: Image.new("RGB", (32, 32), name) for name in ("white", "red")}
-    pictures["dotted"] = Image.new("RGB", (32, 32), "white")
-    pictures["dotted"].paste("black", (10, 10, 22, 22))
-    samples = [Sample(name, "g", "a red square", (image,)) for name, image in pictures.items()]
-    for function in ("ink", "redness"):
-        runner = RewardRunner(build("function", target=f"{__file__}:{function}"))
-        for sample, score in zip(samples, runner.score(samples), strict=True):
-            print(f"{function}({sample.sample_id}) = {score.value:.3f}")
-
-
 if __name__ == "__main__":
-    main()
+    for score in ink([Sample(str(side), "g", "a black square", (picture(side),)) for side in (0, 12, 32)]):
+        print(f"{score.value:.3f} with {score.parts['dark']:.3f} dark")

@@ -7,6 +7,7 @@ from typing import Any
 from rewards.base import Reward, Sample, Score
 from rewards.builders import answers, judges, models, own, pictures
 from rewards.names import nearest
+from rewards.plugins import plugins, target_of
 
 REWARDS: dict[str, Callable[..., Reward]] = {
     "ocr": pictures.ocr,
@@ -41,17 +42,20 @@ REWARDS: dict[str, Callable[..., Reward]] = {
     "remote": own.remote,
     "function": own.function,
 }
-"""Every reward by name. An entry's keyword arguments are the reward's options; its docstring's first line
+"""Every built-in reward by name. An entry's keyword arguments are the reward's options; its docstring's first line
 says what it does.
 """
 
 
 def check_options(name: str, options: Sequence[str]) -> None:
-    """Raises ValueError, naming the nearest, for an unknown reward or an option that the reward does not
-    take.
+    """Raises ValueError, naming the nearest, for an unknown reward or an option that the reward does not take. The
+    options of another package's reward are looked at when it is built.
     """
     if name not in REWARDS:
-        raise ValueError(f"there is no reward {name!r}. {nearest(name, REWARDS)}")
+        others = plugins(REWARDS)
+        if name in others:
+            return
+        raise ValueError(f"there is no reward {name!r}. {nearest(name, [*REWARDS, *others])}")
     parameters = inspect.signature(REWARDS[name]).parameters.values()
     known = [item.name for item in parameters if item.kind is item.KEYWORD_ONLY]
     required = [item.name for item in parameters if item.kind is item.KEYWORD_ONLY and item.default is item.empty]
@@ -66,11 +70,13 @@ def check_options(name: str, options: Sequence[str]) -> None:
 
 
 def build(name: str, /, **options: Any) -> Reward:
-    """Makes a reward by its name in REWARDS. Raises ValueError for an unknown name or option, and what the
-    reward's own constructor raises (a missing model file, a server that does not answer, an optional package
+    """Makes a reward by its name, built-in or another package's. Raises ValueError for an unknown name or option, and
+    what the reward's own constructor raises (a missing model file, a server that does not answer, an optional package
     that is not installed).
     """
     check_options(name, list(options))
+    if name not in REWARDS:
+        return own.function(target=target_of(plugins(REWARDS)[name]), name=name, **options)
     return REWARDS[name](**options)
 
 

@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 from rewards.base import Reward, Sample, Score
+from rewards.gold import GoldPair
 from rewards.names import nearest
 from rewards.runner import RewardContractError
 
@@ -152,6 +153,11 @@ class FunctionReward:
             self._loop = self._loop or _Loop()
             return self._loop.run(answer)
         return answer
+
+    def gold(self) -> Sequence[GoldPair]:
+        """The pairs that the function brings (`gold.with_gold`), none where it brings none."""
+        pairs = getattr(self.function, "gold", None)
+        return pairs() if callable(pairs) else []
 
     def _columns(self, samples: Sequence[Sample]) -> dict[str, list[Any]]:
         """The keyword arguments of a call in TRL's signature."""

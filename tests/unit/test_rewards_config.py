@@ -19,7 +19,8 @@ from rlmm.config.rewards import Rewards
 from rlmm.data.scenes import build as build_scenes
 from rlmm.rewarding import build_composite, gold_results
 
-EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "custom_reward.py"
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+EXAMPLE, TRL = EXAMPLES / "custom_reward.py", EXAMPLES / "trl_reward.py"
 
 
 def rewards(**raw: Any) -> Rewards:
@@ -114,7 +115,7 @@ def test_generated_scenes_are_what_the_verifier_calls_right(variant: str) -> Non
 
 
 def test_the_gold_check_wants_the_good_sample_strictly_higher() -> None:
-    reward = build_composite(rewards(terms=[{"function": f"{EXAMPLE}:redness"}])).terms[0].runner.reward
+    reward = build_composite(rewards(terms=[{"function": f"{TRL}:redness"}])).terms[0].runner.reward
     red, white = (Sample(name, "g", "p", (Image.new("RGB", (4, 4), name),)) for name in ("red", "white"))
     assert gold_check(reward, [red], [white]).passed
     assert not gold_check(reward, [white], [red]).passed
@@ -134,16 +135,19 @@ def test_a_judge_that_fails_does_not_pass_its_gold_check(tmp_path: Path) -> None
     assert result is not None and not result.passed and "no judge" in result.lines[0]
 
 
-def test_built_in_rewards_bring_gold_and_a_function_does_not() -> None:
-    section = rewards(terms=[{"name": "scenes"}, {"function": f"{EXAMPLE}:ink"}])
+def test_built_in_rewards_bring_gold_and_a_function_may(tmp_path: Path) -> None:
+    bare = tmp_path / "bare.py"
+    bare.write_text("def f(samples):\n    return [0.0] * len(samples)\n")
+    section = rewards(terms=[{"name": "scenes"}, {"function": f"{EXAMPLE}:ink"}, {"function": f"{bare}:f"}])
     results = gold_results(section)
-    assert results["scenes"] is not None and results["scenes"].passed
-    assert results["ink"] is None
+    for name in ("scenes", "ink"):
+        assert results[name] is not None and results[name].passed  # pyrefly: ignore
+    assert results["f"] is None
 
 
 @pytest.mark.parametrize("term", [{"weight": -1.0}, {"transform": {"lo": 1.0, "hi": 0.0}}])
 def test_a_term_where_less_is_better_is_checked_the_other_way_round(term: dict[str, Any]) -> None:
-    section = rewards(terms=[{"function": f"{EXAMPLE}:redness", **term}])
+    section = rewards(terms=[{"function": f"{TRL}:redness", **term}])
     red, white = (Sample(name, "g", "p", (Image.new("RGB", (4, 4), name),)) for name in ("red", "white"))
     result = gold_results(section, GoldPair(good=white, bad=red))["redness"]
     assert result is not None and result.passed
