@@ -41,7 +41,7 @@ class Finest:
 
     def gold(self) -> list[GoldPair]:
         """What the reward must rank rightly before a run starts: good above bad, as a group of two."""
-        stripes = Image.fromarray(np.tile(np.uint8([0, 255]), (8, 8)).repeat(2 * self.step, axis=1))
+        stripes = Image.fromarray(np.tile(np.array([0, 255], dtype=np.uint8), (8, 8)).repeat(2 * self.step, axis=1))
         good, bad = (Sample(str(i), "g", "", (image,)) for i, image in enumerate((stripes, Image.new("L", (16, 8)))))
         return [GoldPair(good, bad, "stripes against one colour")]
 

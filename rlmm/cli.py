@@ -91,8 +91,14 @@ def sample(
     policy: Annotated[
         list[str] | None, typer.Option(help="Of a published checkpoint: key=value as in a recipe's policy section")
     ] = None,
+    best_of: Annotated[
+        int | None, typer.Option(min=2, help="Draw so many of each prompt, and show the --samples best by --reward")
+    ] = None,
+    reward: Annotated[str, typer.Option(help="For --best-of: a recipe, a reward's name, or file.py:function")] = "",
+    row: Annotated[str, typer.Option(help="For --best-of: columns that the reward reads, as YAML")] = "{}",
 ) -> None:
     """Draw a grid of images, one row a prompt, from a checkpoint; print what it writes, where it writes."""
+    from rlmm.best_of import rank, rewards_named
     from rlmm.config.policy import CheckpointPolicy
     from rlmm.config.sampling import Sampling
     from rlmm.config.settings import read_settings
@@ -103,7 +109,15 @@ def sample(
     law = {"temperature": temperature, "guidance_scale": guidance_scale, **unmasking}
     asked = read_settings(Sampling, sampling or [], "thought={length_limit: 64}", **law)
     images = [read_image(path) for path in source or []]
-    made = draw_samples(options, prompts, samples, asked, seed=seed, sources=images)
+    if (best_of is None) == bool(reward):
+        raise ValueError("--best-of and --reward go together: how many to draw, and what says which is the best")
+    rewards = rewards_named(reward) if reward else None
+    made = draw_samples(options, prompts, best_of or samples, asked, seed=seed, sources=images)
+    if rewards is not None:
+        ranked = rank(made, prompts, rewards, samples, row=yaml.safe_load(row), sources=images)
+        made = ranked.samples
+        for line in ranked.lines(prompts):
+            say(line)
     for place, text in enumerate(made.texts if asked.written else []):
         say(f"{prompts[place // samples]}: {text}")
     if made.images:

@@ -166,6 +166,9 @@ class EvalStage(Sampled):
     kind: Literal["eval"] = "eval"
     arms: tuple[str, ...] = Field(..., min_length=1)
     """Names of the policy stages to compare; the first is the baseline the others are measured against."""
+    best_of: dict[str, Annotated[int, Field(ge=2)]] = {}
+    """Arm -> n: a further arm, of each n samples the one that the recipe's rewards like most. It is trained no further,
+    and draws n times as much."""
     prompts: int = Field(256, ge=1)
     skip: int = Field(0, ge=0)
     """Held-out prompts passed over, so that choices can be made on others than those a result is reported on."""
@@ -173,9 +176,26 @@ class EvalStage(Sampled):
     temperatures: tuple[Annotated[float, Field(gt=0)], ...] = Field((1.0, 0.7, 0.4), min_length=1)
     batch_prompts: int = Field(64, ge=1)
 
+    @model_validator(mode="after")
+    def _the_best_of_an_arm(self) -> "EvalStage":
+        unknown = [name for name in self.best_of if name not in self.arms]
+        if unknown:
+            raise ValueError(f"best_of names {unknown[0]!r}, which is none of the arms {list(self.arms)}; add it there")
+        return self
+
+    @property
+    def every_arm(self) -> tuple[str, ...]:
+        """The arms, then those that are the best of one's samples."""
+        return (*self.arms, *(best_of_name(arm, n) for arm, n in self.best_of.items()))
+
     def sampling(self, temperature: float) -> Sampling:
         """The law of the samples at one of the temperatures."""
         return Sampling(temperature=temperature, **{name: getattr(self, name) for name in Sampled.model_fields})
+
+
+def best_of_name(arm: str, n: int) -> str:
+    """What an evaluation calls the best of n samples of an arm."""
+    return f"{arm} best of {n}"
 
 
 class ExportStage(Strict):

@@ -5,7 +5,7 @@ paired. Shapes: P prompts, S sampling seeds.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -16,8 +16,9 @@ from rewards.base import Sample, Score
 from rewards.compose import CompositeReward
 from rlmm.codecs import Codec
 from rlmm.config.engines import TorchEngineConfig
-from rlmm.config.stages import EvalStage, PolicyStage
+from rlmm.config.stages import EvalStage, PolicyStage, best_of_name
 from rlmm.data import Example
+from rlmm.evaluation.best_of import CurvePoint, best, curve, scores_of
 from rlmm.evaluation.compute import compute, compute_lines
 from rlmm.evaluation.reference import write_reference
 from rlmm.evaluation.statistics import bootstrap_mean, diversity, paired_difference
@@ -48,6 +49,8 @@ class Cell:
     values: dict[str, dict[str, np.ndarray]]
     diversity: float
     rows: list[dict[str, Any]]
+    curve: Sequence[CurvePoint] = ()
+    """Of a best-of-n arm: the expected best score by the trained reward, against n."""
 
 
 def run_eval(context: StageContext) -> None:
@@ -65,9 +68,12 @@ def run_eval(context: StageContext) -> None:
     answers: list[Answers] = []
     examples = [data[config.skip + i] for i in range(config.prompts)]
     cells = list(_cells(context, config, examples, judges, answers))
-    found = contrasts(cells, config.arms, set(_terms(judges["held_out"])))
+    found = contrasts(cells, config.every_arm, set(_terms(judges["held_out"])))
     costs = [compute(context, arm) for arm in config.arms]
     notes = compute_lines(costs)
+    for arm, n in config.best_of.items():
+        costs.append({**next(row for row in costs if row["arm"] == arm), "arm": best_of_name(arm, n), "drawn": n})
+        notes.append(f"{best_of_name(arm, n)}: trained as {arm}, and draws {n} samples for one")
     record = {
         "rows": [row for cell in cells for row in _rows(cell, config)],
         "contrasts": found,
@@ -76,6 +82,11 @@ def run_eval(context: StageContext) -> None:
             {"arm": c.arm, "temperature": c.temperature, "value": c.diversity}
             for c in cells
             if np.isfinite(c.diversity)
+        ],
+        "best_of": [
+            {"arm": c.arm, "temperature": c.temperature, "curve": [asdict(point) for point in c.curve]}
+            for c in cells
+            if c.curve
         ],
         "understanding": [row for one in answers for row in one.rows],
         "compute": costs,
@@ -123,6 +134,8 @@ def _cells(
         for temperature in config.temperatures:
             context.say(f"evaluating {arm} at temperature {temperature:g} on {config.prompts} held-out prompts")
             yield _cell(context, config, (arm, temperature), policy, codec, examples, judges)
+        for temperature in config.temperatures if arm in config.best_of else ():
+            yield _cell(context, config, (arm, temperature), policy, codec, examples, judges, config.best_of[arm])
 
 
 def _cell(
@@ -133,8 +146,18 @@ def _cell(
     codec: Codec,
     examples: list[Example],
     judges: dict[str, CompositeReward],
+    best_of: int = 1,
 ) -> Cell:
-    made, samples = sample_held_out(context, config, policy, codec, name[1], examples)
+    count = config.sampling_seeds * best_of
+    made, samples = sample_held_out(context, config, policy, codec, name[1], examples, count)
+    points: list[CurvePoint] = []
+    if best_of > 1:
+        name = best_of_name(name[0], best_of), name[1]
+        totals = scores_of(judges["trained"].score(samples), context.recipe.rewards.invalid_output_penalty)
+        if unscored := int(np.isnan(totals.reshape(-1, best_of)).all(1).sum()):
+            context.say(f"{name[0]}: {unscored} choices among samples without a score, of which the first was taken")
+        chosen = [run * best_of + best(part) for run, part in enumerate(totals.reshape(-1, best_of))]
+        made, samples, points = made.rows(chosen), [samples[row] for row in chosen], curve(totals.reshape(-1, count))
     scores: dict[str, list[Score]] = {}
     for judge in judges.values():
         for one in judge.score(samples):
@@ -153,7 +176,7 @@ def _cell(
         for i, sample in enumerate(samples)
     ]
     spread = diversity(made.ids.numpy(), made.target_mask.numpy(), list(made.group_id))
-    return Cell(*name, values, spread, rows)
+    return Cell(*name, values, spread, rows, points)
 
 
 def sample_held_out(
@@ -163,18 +186,20 @@ def sample_held_out(
     codec: Codec,
     temperature: float,
     examples: Sequence[Example],
+    count: int,
 ) -> tuple[Trajectory, list[Sample]]:
-    """All held-out samples, prompt-major; a sample's seed depends on its prompt's place and its sampling seed alone."""
+    """`count` samples of every held-out prompt, prompt-major; a sample's seed depends on its prompt's place and its own
+    number alone."""
     engine = build_engine(TorchEngineConfig(max_rows=config.batch_prompts * config.sampling_seeds), policy)
     response, tokens = response_of(policy, config.sampling(temperature)), image_tokens(context, codec)
     seed = derive(context.recipe.seed, "evaluation")
     requests = [
-        phases.request_for(response, tokens, example, f"eval/{p:05d}", _seeds(seed, p, config.sampling_seeds))
+        phases.request_for(response, tokens, example, f"eval/{p:05d}", _seeds(seed, p, count))
         for p, example in enumerate(examples)
     ]
     made = phases.generate(engine, response, requests, policy.model)
     images = phases.decode_images(codec, policy.layout, made)
-    rows = [example for example in examples for _ in range(config.sampling_seeds)]
+    rows = [example for example in examples for _ in range(count)]
     return made, phases.samples_of(made, rows, images, texts_of(policy.tokenizer, made))
 
 

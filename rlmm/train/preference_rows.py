@@ -49,7 +49,8 @@ class Read:
     def leave_out(self, row: int, reason: str, why: Exception | str) -> None:
         self.excluded[reason] += 1
         if len(self.named) < NAMED or self.excluded[reason] == 1:
-            self.named.append(f"row {row}: {why}")
+            told = str(why)
+            self.named.append(f"row {row}: {told if told.startswith(reason) else f'{reason}: {told}'}")
 
 
 @dataclass(frozen=True)

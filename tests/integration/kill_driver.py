@@ -14,7 +14,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import rlmm.evaluation.evaluate as evaluate_module
+import rlmm.export as export_module
+import rlmm.train.dpo_reference as reference_module
+import rlmm.train.drawn as drawn_module
 import rlmm.train.grpo as grpo_module
+import rlmm.train.pairs as pairs_module
 import rlmm.train.trainer as trainer_module
 from rewards.compose import CompositeReward
 from rlmm.run_folder import RunFolder
@@ -94,6 +99,31 @@ def kill_between_stages() -> None:
     RunFolder.mark = marked  # pyrefly: ignore
 
 
+def kill_in_pairs() -> None:
+    drawn_module.write_trajectory = dying(drawn_module.write_trajectory, 2)  # the second of three batches
+
+
+def kill_in_pair_files() -> None:
+    pairs_module.write_pairs = dying(pairs_module.write_pairs, 1)
+
+
+def kill_in_reference() -> None:
+    reference_module.CHUNK = 2  # pyrefly: ignore[bad-assignment]
+    reference_module._write = dying(reference_module._write, 2)
+
+
+def kill_in_dpo() -> None:
+    StageTrainer.compute_loss = dying(StageTrainer.compute_loss, 4 + 8 + 5)  # codec 4, sft 8, then after a checkpoint
+
+
+def kill_in_evaluation() -> None:
+    evaluate_module.sample_held_out = dying(evaluate_module.sample_held_out, 2)
+
+
+def kill_in_export() -> None:
+    export_module._replace = dying(export_module._replace, 2)
+
+
 PLACES: dict[str, Callable[[], None]] = {
     "rollout": kill_in_rollout,
     "scoring": kill_in_scoring,
@@ -102,15 +132,21 @@ PLACES: dict[str, Callable[[], None]] = {
     "save": kill_in_save,
     "result": kill_after_the_last_step,
     "between": kill_between_stages,
+    "pairs": kill_in_pairs,
+    "pair files": kill_in_pair_files,
+    "reference": kill_in_reference,
+    "dpo": kill_in_dpo,
+    "evaluation": kill_in_evaluation,
+    "export": kill_in_export,
 }
 
 
 def digest(folder: Path) -> dict[str, str]:
-    """A digest of every stage's weights and metrics (timings aside), and of the evaluation."""
+    """A digest of every stage's weights, pairs and metrics (timings aside), of the evaluation and the export."""
     found: dict[str, str] = {}
-    for path in sorted(folder.glob("stages/*/model/model.safetensors")) + sorted(
-        folder.glob("stages/*/codec/*.safetensors")
-    ):
+    kept = ("stages/*/model/model.safetensors", "stages/*/codec/*.safetensors", "stages/*/pairs.parquet")
+    kept += ("merged/model.safetensors", "adapter/adapter_model.safetensors")
+    for path in [path for pattern in kept for path in sorted(folder.glob(pattern))]:
         found[str(path.relative_to(folder))] = hashlib.sha256(path.read_bytes()).hexdigest()
     for path in sorted(folder.glob("stages/*/metrics.jsonl")):
         rows = [

@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[2]
 PLACES = ["rollout", "scoring", "update", "save", "result", "between"]
 MASKED_PLACES = ["rollout", "update"]
 MASKED_PLACES_OF_TWO = ["rollout", "update of two"]
+DPO_PLACES = ["pairs", "pair files", "reference", "dpo", "evaluation", "export"]
 
 
 def killed_runs(out: Path, recipe: str, places: list[str], processes: int = 1) -> dict:
@@ -47,6 +48,11 @@ def report_of_two(tmp_path_factory: pytest.TempPathFactory) -> dict:
     return killed_runs(tmp_path_factory.mktemp("two_killed"), "tiny_masked.yaml", MASKED_PLACES_OF_TWO, 2)
 
 
+@pytest.fixture(scope="module")
+def dpo_report(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    return killed_runs(tmp_path_factory.mktemp("dpo_kills"), "tiny_dpo.yaml", DPO_PLACES)
+
+
 def test_the_digest_covers_weights_metrics_and_evaluation(report: dict) -> None:
     names = " ".join(report["files"])
     for part in ("codec.safetensors", "02-sft/model", "03-grpo/model", "03-grpo/metrics.jsonl", "eval"):
@@ -68,6 +74,20 @@ def test_resume_of_a_masked_policy_is_bit_identical(masked_report: dict, place: 
 def test_resume_of_a_masked_policy_on_two_processes_is_bit_identical(report_of_two: dict, place: str) -> None:
     check(report_of_two["places"][place])
     assert "resuming from step" in report_of_two["places"][place]["log"]
+
+
+@pytest.mark.parametrize("place", DPO_PLACES)
+def test_resume_of_preferences_is_bit_identical(dpo_report: dict, place: str) -> None:
+    names = " ".join(dpo_report["files"])
+    for part in (
+        "03-pairs/pairs.parquet",
+        "04-dpo/model",
+        "05-pairs2/metrics.jsonl",
+        "06-dpo2/metrics.jsonl",
+        "merged",
+    ):
+        assert part in names
+    check(dpo_report["places"][place])
 
 
 def check(found: dict) -> None:

@@ -102,7 +102,7 @@ def test_yes_over_no_is_that_of_transformers(url: str, folder: str) -> None:
         assert score.status == "ok", score.reason
         assert score.value == pytest.approx(yes / (yes + no), rel=1e-3)
         assert score.parts["mass"] == pytest.approx(yes + no, rel=1e-3)
-    assert np.std([score.value for score in given]) > 1e-3, "the judge looks at the pictures"
+    assert np.std([score.value for score in given if score.value is not None]) > 1e-3, "the judge looks at the pictures"
 
 
 def test_an_expected_digit_is_that_of_transformers(url: str, folder: str) -> None:

@@ -1,0 +1,119 @@
+"""Rows of preferences as they are found, and what is wrong with some of them."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from rlmm.codecs import codec_hash
+from rlmm.config.preference import PreferenceData
+from rlmm.config.sampling import Writing
+from rlmm.data.loading import load_raw
+from rlmm.data.preferences import IDENTICAL, NO_MARGIN
+from rlmm.train.preference_rows import FOREIGN, SHORT, Read, Speller, apart, read_preferences
+from rlmm.train.tokens import ImageTokens
+from tests.unit.test_supervised import make_codec, make_policy, picture
+
+CODEC, POLICY = make_codec(), make_policy()
+
+
+def png(value: int) -> dict[str, Any]:
+    buffer = io.BytesIO()
+    picture(value).save(buffer, format="PNG")
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+def read(folder: Path, rows: list[dict[str, Any]], **settings: Any) -> Read:
+    path = folder / "rows.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    config = PreferenceData.model_validate({"path": str(path), "cache_dir": str(folder / "cache"), **settings})
+    speller = Speller(ImageTokens(CODEC), POLICY.spelling, Writing())
+    return read_preferences(load_raw(config.rows(), config.path, config.split), config, speller)
+
+
+def codes_of(value: int) -> list[int]:
+    return ImageTokens(CODEC).codes([picture(value)])[0].tolist()
+
+
+def test_trls_columns_with_images_are_read_as_they_are(tmp_path: Path) -> None:
+    found = read(tmp_path, [{"prompt": "hello", "chosen": png(2), "rejected": png(3)}])
+    ((one,),) = found.items
+    assert [list(side.image or []) for side in one.sides] == [codes_of(2), codes_of(3)]
+    assert all(side.prompt == POLICY.encode_prompt("hello") for side in one.sides)
+    assert not found.excluded and codes_of(2) != codes_of(3)
+
+
+def test_columns_may_have_other_names_and_prompts_source_images(tmp_path: Path) -> None:
+    row = {"caption": "hello", "win": [png(2)], "lose": [png(3)], "images": [png(5)]}
+    names = {"prompt_column": "caption", "chosen_column": "win", "rejected_column": "lose", "sources_column": "images"}
+    ((one,),) = read(tmp_path, [row], **names).items
+    assert len(one.sides[0].sources) == 1 and len(one.sides[0].sources[0]) == 6
+    with pytest.raises(ValueError, match=r"no column 'chosen' \(data.chosen_column\)"):
+        read(tmp_path, [row], prompt_column="caption")
+
+
+def test_unpaired_rows_have_a_label(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "hello", "completion": png(2), "label": True},
+        {"prompt": "you", "completion": png(3), "label": False},
+    ]
+    found = read(tmp_path, rows, completion_column="completion")
+    assert [one.desirable for (one,) in found.items] == [True, False]
+    assert apart(found.items) == found.items
+
+
+def test_codes_are_read_in_place_of_images(tmp_path: Path) -> None:
+    row = {"prompt": "hello", "chosen": png(2), "rejected": png(3), "chosen_codes": [1] * 6, "rejected_codes": [2] * 6}
+    ((one,),) = read(tmp_path, [row]).items
+    assert [list(side.image or []) for side in one.sides] == [[1] * 6, [2] * 6]
+
+
+def test_bad_pairs_are_counted_named_and_left_out(tmp_path: Path) -> None:
+    good = {
+        "prompt": "hello", "chosen": png(2), "rejected": png(3), "chosen_codes": None, "rejected_codes": None,
+        "margin": 0.5, "codec": None,
+    }  # fmt: skip
+    codes = {"chosen_codes": [1] * 6, "rejected_codes": [2] * 6}
+    bad = [
+        ({"rejected": png(2)}, IDENTICAL),
+        ({"rejected": None}, "missing image"),
+        ({"chosen": {"bytes": b"no picture", "path": None}}, "corrupt image"),
+        ({"margin": float("nan")}, NO_MARGIN),
+        ({"margin": float("inf")}, NO_MARGIN),
+        ({**codes, "chosen_codes": [1] * 5}, SHORT),
+        ({**codes, "rejected_codes": [2] * 5 + [64]}, FOREIGN),
+        ({**codes, "codec": "another"}, FOREIGN),
+        ({**codes, "rejected_codes": [1] * 6}, IDENTICAL),
+        ({"prompt": " "}, "empty prompt"),
+        ({"prompt": "hello \u4f60"}, "prompt that the tokenizer cannot spell"),
+    ]
+    rows = [good, *({**good, **change} for change, _ in bad), {**good, **codes, "codec": codec_hash(CODEC)}]
+    found = read(tmp_path, rows)
+    assert len(found.items) == 2
+    for reason in {reason for _, reason in bad}:
+        assert found.excluded[reason] == sum(other == reason for _, other in bad), reason
+    for number, (_, reason) in enumerate(bad, start=1):
+        assert any(line.startswith(f"row {number}: ") and reason in line for line in found.named), (number, reason)
+
+
+def test_images_that_have_the_same_codes_are_the_same_to_the_policy(tmp_path: Path) -> None:
+    near = picture(2)
+    near.putpixel((0, 0), near.getpixel((0, 0)) + 1)  # pyrefly: ignore
+    buffer = io.BytesIO()
+    near.save(buffer, format="PNG")
+    rows = [
+        {"prompt": "hello", "chosen": png(2), "rejected": {"bytes": buffer.getvalue(), "path": None}},
+        {"prompt": "hello", "chosen": png(2), "rejected": png(3)},
+    ]
+    found = read(tmp_path, rows)
+    assert found.excluded == {IDENTICAL: 1} and "their codes are" in found.named[0] and len(found.items) == 1
+
+
+def test_texts_are_answers_too(tmp_path: Path) -> None:
+    row = {"prompt": "what", "chosen": None, "rejected": None, "chosen_text": "yes", "rejected_text": "no"}
+    ((one,),) = read(tmp_path, [row]).items
+    end = POLICY.tokenizer.eos_token_id
+    assert one.understanding and list(one.sides[0].text) == [*POLICY.encode_prompt("yes"), end]
