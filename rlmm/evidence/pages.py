@@ -15,7 +15,8 @@ def write_pages(record: Mapping[str, Any], out: Path) -> None:
     """`<name>.md` and `<name>.png` beside the record's own file."""
     name = record["settings"]["name"]
     (out / f"{name}.md").write_text(markdown(record))
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), width_ratios=(3, 2), layout="constrained")
+    wide = max(9.0, 4.5 + 0.9 * len(record["arms"]))
+    figure, axes = plt.subplots(1, 2, figsize=(wide, 3.6), width_ratios=(3, 2), layout="constrained")
     _values(axes[0], record)
     _temperatures(axes[1], record)
     figure.savefig(out / f"{name}.png", dpi=140)
@@ -76,6 +77,8 @@ def _values(axis: Axes, record: Mapping[str, Any]) -> None:
         axis.plot([place] * len(one["values"]), one["values"], "o", color="tab:blue", alpha=0.6)
         axis.plot([place - 0.25, place + 0.25], [one["mean"]] * 2, color="black")
     axis.set_xticks(range(len(record["arms"])), list(record["arms"]))
+    if len(record["arms"]) > 5:
+        axis.tick_params("x", rotation=25)
     axis.set_ylabel(f"{record['settings']['judge']} {record['settings']['metric']}")
     axis.set_title("Test prompts: each training seed, and the mean")
 
@@ -86,4 +89,4 @@ def _temperatures(axis: Axes, record: Mapping[str, Any]) -> None:
         axis.plot(*zip(*points, strict=True), "o-", label=arm)
     axis.set_xlabel("sampling temperature")
     axis.set_title("Sharpening or learning")
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
