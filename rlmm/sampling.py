@@ -18,6 +18,7 @@ from rlmm.policies.families.loading import checkpoint_codec, load_policy
 from rlmm.policies.responses import response_of, texts_of
 from rlmm.seeds import derive
 from rlmm.train import experience as phases
+from rlmm.train.drawing import decode_images
 from rlmm.train.engines import build_engine
 from rlmm.train.processes import device
 from rlmm.train.tokens import ImageTokens
@@ -83,7 +84,7 @@ def draw_samples(
         for p, prompt in enumerate(prompts)
     ]
     made = phases.generate(build_engine(TorchEngineConfig(), policy), response, requests, policy.model)
-    return Samples(phases.decode_images(codec, policy.layout, made), texts_of(policy.tokenizer, made), samples)
+    return Samples(decode_images(codec, policy, made), texts_of(policy.tokenizer, made), samples)
 
 
 def read_image(path: Path) -> Image.Image:

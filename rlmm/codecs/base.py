@@ -1,6 +1,7 @@
 """A codec: pixels to codes and codes to pixels. One token a patch, row-major.
 
-Shapes: B images, C channels, H x W pixels, N tokens: rows * cols, and before them a preview's where there is one.
+Shapes: B images, C channels, H x W pixels, N tokens: rows * cols, and before them a preview's where there is one; M
+hidden states of width D.
 """
 
 from abc import ABC, abstractmethod
@@ -54,6 +55,9 @@ class _PatchBlock(nn.Module):
 class Codec(nn.Module, ABC):
     """What every codec is: its settings, and both ways between pixels and codes."""
 
+    reads_hidden = False
+    """Whether pixels are drawn of what the policy's last layer holds at the codes, and not of the codes alone."""
+
     def __init__(self, settings: StoredCodec) -> None:
         super().__init__()
         self.settings = settings
@@ -73,8 +77,13 @@ class Codec(nn.Module, ABC):
             raise ValueError(f"no codes: NaN or infinity in {whose}")
         return codes_BN
 
-    def decode(self, ids_BN: Tensor) -> Tensor:
-        """Images [B, C, H, W] float32 in [0, 1]; ValueError on codes outside [0, num_codes) or another count."""
+    def decode(self, ids_BN: Tensor, hidden_BMD: Tensor | None = None) -> Tensor:
+        """Images [B, C, H, W] float32 in [0, 1]; ValueError on codes outside [0, num_codes) or another count.
+        `hidden_BMD`: `CausalPolicy.image_hidden`, for a codec that reads it."""
+        if self.reads_hidden and hidden_BMD is None:
+            raise ValueError(
+                "this codec draws what the policy's last layer holds at the codes: it needs the policy too"
+            )
         if ids_BN.shape[-1] != self.tokens:
             grid = f"grid is {self.grid[0]}x{self.grid[1]}, {self.tokens} codes"
             raise ValueError(f"{ids_BN.shape[-1]} codes an image; this codec's {grid}")
@@ -83,14 +92,15 @@ class Codec(nn.Module, ABC):
                 f"codes from {int(ids_BN.min())} to {int(ids_BN.max())} are outside [0, {self.num_codes}): they are no "
                 "image codes of this codec; check the layout's image slice"
             )
-        return self._drawn(ids_BN.to(self.device)).clamp(0, 1).float()
+        hidden = None if hidden_BMD is None else hidden_BMD.to(self.device)
+        return self._drawn(ids_BN.to(self.device), hidden).clamp(0, 1).float()
 
     @abstractmethod
     def _encoded(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         """Codes [B, N] of images in [0, 1], and the latents that they were made of."""
 
     @abstractmethod
-    def _drawn(self, ids_BN: Tensor) -> Tensor:
+    def _drawn(self, ids_BN: Tensor, hidden_BMD: Tensor | None) -> Tensor:
         """Images [B, C, H, W] of codes, in [0, 1] but for overshoot."""
 
     def _check(self, images: Tensor) -> None:
@@ -132,7 +142,7 @@ class PatchCodec(Codec):
         latents_BND = self._latents(images_BCHW)
         return self.quantizer(latents_BND)[1], latents_BND
 
-    def _drawn(self, ids_BN: Tensor) -> Tensor:
+    def _drawn(self, ids_BN: Tensor, hidden_BMD: Tensor | None) -> Tensor:
         return self._pixels(self.quantizer.codes(ids_BN))
 
     def _pixels(self, latents_BND: Tensor) -> Tensor:

@@ -1,15 +1,20 @@
 """Weights of published image tokenizers, by the names that their checkpoints use."""
 
+import json
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
+
+from rlmm.codecs.torchscript import read_torchscript
 
 DECODER = "decoder."
 FILES = (
@@ -25,7 +30,7 @@ def published_tensors(source: str, folder: str = "") -> dict[str, Tensor]:
     for name in FILES:
         found = published_file(source, folder + name)
         if found is not None:
-            return _read(Path(found), source)
+            return read_tensors(Path(found), source)
     raise ValueError(f"{source} has no weights of an image tokenizer: none of {', '.join(folder + n for n in FILES)}")
 
 
@@ -64,9 +69,8 @@ def vqgan_decoder(found: Mapping[str, Tensor], file: str | None, levels: int, so
     """
     decoder = {n.removeprefix(DECODER): t for n, t in found.items() if n.startswith(DECODER)}
     if file is not None:
-        decoder = {
-            n.removeprefix(DECODER): t for n, t in _read(Path(file), "policy.decoder").items() if n.startswith(DECODER)
-        }
+        there = read_tensors(Path(file), "policy.decoder")
+        decoder = {n.removeprefix(DECODER): t for n, t in there.items() if n.startswith(DECODER)}
     if not decoder:
         where = f"{file} has no weights named {DECODER}*" if file else f"{source} has no image decoder"
         raise ValueError(
@@ -84,9 +88,13 @@ def reversed_levels(decoder: Mapping[str, Tensor], levels: int) -> dict[str, Ten
     return {re.sub(r"^up\.(\d+)", lambda m: f"up.{levels - 1 - int(m[1])}", n): t for n, t in decoder.items()}
 
 
-def _read(file: Path, whose: str) -> dict[str, Tensor]:
+def read_tensors(file: Path, whose: str) -> dict[str, Tensor]:
+    """What is in a file: safetensors, TorchScript (.jit) or a torch checkpoint, of which tensors alone are read. Raises
+    ValueError naming `whose` it is."""
     if not file.is_file():
         raise ValueError(f"{whose}: there is no file {file}")
+    if file.suffix == ".jit":
+        return read_torchscript(file)
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
@@ -94,3 +102,37 @@ def _read(file: Path, whose: str) -> dict[str, Tensor]:
     except (SafetensorError, RuntimeError, pickle.UnpicklingError) as error:
         raise ValueError(f"{whose}: {file} cannot be read as tensors ({error})") from error
     return read.get("state_dict", read)
+
+
+def safetensors_of(source: str, part: str) -> Iterator[tuple[str, Tensor]]:
+    """The weights with `part` in their names. Raises ValueError where the checkpoint has no safetensors files."""
+    files = _files(source, part)
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118 (no mapping)
+                    if part in name:
+                        yield name, opened.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise unreadable(source, error) from error
+
+
+def _files(source: str, part: str) -> list[str]:
+    """The files that hold the part."""
+    index = published_file(source, SAFE_WEIGHTS_INDEX_NAME)
+    if index is not None:
+        places: dict[str, Any] = json.loads(Path(index).read_text())["weight_map"]
+        names = sorted({file for name, file in places.items() if part in name})
+        return [file for name in names if (file := published_file(source, name)) is not None]
+    whole = published_file(source, SAFE_WEIGHTS_NAME)
+    if whole is None:
+        raise ValueError(f"{source} has no {SAFE_WEIGHTS_NAME}; convert its weights to safetensors first")
+    return [whole]
+
+
+def unreadable(source: str, error: Exception) -> ValueError:
+    """What to raise."""
+    return ValueError(
+        f"{source} is not a readable checkpoint ({error}); give a complete folder, a stage's with its layout.json or a "
+        "published one, or a hub id"
+    )

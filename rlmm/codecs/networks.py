@@ -13,6 +13,8 @@ from transformers import ChameleonVQVAE, ChameleonVQVAEConfig, Emu3VQVAE, Emu3VQ
 from transformers.models.janus.modeling_janus import JanusVQVAEDecoder
 
 from rlmm.codecs.base import Codec
+from rlmm.codecs.blip3o import Blip3oNetwork
+from rlmm.codecs.cosmos import CosmosNetwork
 from rlmm.codecs.glm_image import GlmImageNetwork
 from rlmm.codecs.vqgan import VqganNetwork
 from rlmm.config.base import nearest
@@ -86,8 +88,11 @@ NETWORKS: dict[str, Callable[[dict[str, Any]], nn.Module]] = {
     "chameleon": ChameleonNetwork,
     "glm_image": GlmImageNetwork,
     "vqgan": VqganNetwork,
+    "cosmos": CosmosNetwork,
+    "blip3o": Blip3oNetwork,
 }
-"""Name in codec.json -> class with `encode` and `decode` of pixels that are shifted and scaled already."""
+"""Name in codec.json -> class with `encode` and `decode` of pixels that are shifted and scaled already; `decode` takes
+codes or, where the class `reads_hidden`, the policy's hidden states."""
 
 
 class NetworkCodec(Codec):
@@ -99,6 +104,7 @@ class NetworkCodec(Codec):
             near = nearest(settings.network, list(NETWORKS))
             raise ValueError(f"codec network {settings.network!r} is unknown.{near}")
         self.network: Any = NETWORKS[settings.network](settings.config)
+        self.reads_hidden = getattr(self.network, "reads_hidden", False)
         self.mean_C11: Tensor
         self.std_C11: Tensor
         self.register_buffer("mean_C11", torch.tensor(settings.mean).view(-1, 1, 1), persistent=False)
@@ -108,7 +114,8 @@ class NetworkCodec(Codec):
     def _encoded(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         return self.network.encode((images_BCHW - self.mean_C11) / self.std_C11)
 
-    def _drawn(self, ids_BN: Tensor) -> Tensor:
+    def _drawn(self, ids_BN: Tensor, hidden_BMD: Tensor | None) -> Tensor:
         own = self.grid[0] * self.grid[1]  # a preview shows the same picture
-        pixels_BCHW = self.network.decode(ids_BN[:, -own:].unflatten(-1, self.grid))
+        codes_BRC = ids_BN[:, -own:].unflatten(-1, self.grid)
+        pixels_BCHW = self.network.decode(hidden_BMD if self.reads_hidden else codes_BRC)
         return pixels_BCHW * self.std_C11 + self.mean_C11

@@ -84,7 +84,8 @@ class CheckpointPolicy(Strict):
     null_prompt: str | None = None
     """The prompt of the unconditional stream (a negative prompt), for families that take one; their own if null."""
     decoder: str | None = None
-    """A file with the weights of the image decoder, for checkpoints that lack it (Chameleon's)."""
+    """A file or folder with the weights of the image decoder, for checkpoints that lack it (Chameleon, SimpleAR), or
+    the release of the diffusion model that draws (GLM-Image, BLIP3o-NEXT)."""
     image_tokenizer: str | None = None
     """A folder or hub id of the image tokenizer, for checkpoints that come without one (MMaDA, Show-o); the published
     one if null."""

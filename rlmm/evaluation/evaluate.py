@@ -32,6 +32,7 @@ from rlmm.seeds import derive
 from rlmm.train import experience as phases
 from rlmm.train.checkpoint import write_json_atomically
 from rlmm.train.context import StageContext, image_tokens, load_split, run_codec
+from rlmm.train.drawing import decode_images
 from rlmm.train.engines import build_engine
 from rlmm.train.processes import device
 from rollouts.trajectory import Trajectory
@@ -198,7 +199,7 @@ def sample_held_out(
         for p, example in enumerate(examples)
     ]
     made = phases.generate(engine, response, requests, policy.model)
-    images = phases.decode_images(codec, policy.layout, made)
+    images = decode_images(codec, policy, made)
     rows = [example for example in examples for _ in range(count)]
     return made, phases.samples_of(made, rows, images, texts_of(policy.tokenizer, made))
 

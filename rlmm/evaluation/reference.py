@@ -15,7 +15,8 @@ TARGET, RECONSTRUCTION = "training picture", "training picture through the codec
 
 def write_reference(context: StageContext, codec: Codec) -> None:
     """Leaves reference.parquet in the stage's folder: `kind`, `prompt` and `image` (PNG) of the first training targets,
-    each twice, since edges that the codec cannot draw are no fault of a policy. No file where no row has a target.
+    each twice, since edges that the codec cannot draw are no fault of a policy (once where it cannot draw without one).
+    No file where no row has a target.
     """
     data = build_dataset(context.recipe.data, "train", context.recipe.seed)
     rows = [data[index] for index in range(min(PICTURES, len(data)))]
@@ -29,10 +30,11 @@ def write_reference(context: StageContext, codec: Codec) -> None:
     codec.eval()
     with torch.no_grad():
         shown = images_to_tensor([image for _, image in there], codec)
-        drawn = tensor_to_images(codec.decode(codec.encode(shown)))
+        drawn = [] if codec.reads_hidden else tensor_to_images(codec.decode(codec.encode(shown)))
+    kinds = ((TARGET, tensor_to_images(shown)), *(((RECONSTRUCTION, drawn),) if drawn else ()))
     table = [
         {"kind": kind, "prompt": prompt, "image": phases.png_bytes(image)}
-        for kind, images in ((TARGET, tensor_to_images(shown)), (RECONSTRUCTION, drawn))
+        for kind, images in kinds
         for (prompt, _), image in zip(there, images, strict=True)
     ]
     partial = context.folder / "reference.partial"

@@ -80,6 +80,10 @@ class Policy(Protocol):
 
     def sequence_log_probs(self, batch: SequenceBatch, *, model: nn.Module | None = None) -> Tensor: ...
 
+    def image_hidden(self, trajectory: Trajectory) -> Tensor:
+        """For codecs that read it: what the last layer holds at drawn images [B, 1 + L, H]."""
+        ...
+
     def named_weights(self) -> Iterable[tuple[str, Tensor]]: ...
 
     def reference(self) -> AbstractContextManager[None]:

@@ -10,7 +10,7 @@ from rlmm.objectives.estimators import Estimator
 from rlmm.objectives.legality import LogProbKind
 from rlmm.policies.base import LogProbs, SequenceBatch
 from rlmm.policies.transformer import TransformerPolicy, streams_needed
-from rollouts.law import Law
+from rollouts.law import COND, Law
 from rollouts.trajectory import IMAGE, TEXT, Trajectory
 
 
@@ -80,15 +80,23 @@ class CausalPolicy(TransformerPolicy):
         """Hidden states [K, B, S, H] from which each response position is decided: one forward for all streams."""
         rows, length = trajectory.ids.shape
         width = max(trajectory.streams[name].ids_BP.shape[1] for name in names)
-        ids, masks = [], []
-        for name in names:
-            stream = trajectory.streams[name]
-            grow = (width - stream.ids_BP.shape[1], 0)
-            prefix = nn.functional.pad(stream.ids_BP, grow, value=self.layout.pad)
-            ids.append(torch.cat([prefix, trajectory.ids[:, :-1]], 1))
-            seen_BS = (
-                trajectory.attention_mask if stream.sees_BS is None else stream.sees_BS & trajectory.attention_mask
-            )
-            masks.append(torch.cat([nn.functional.pad(stream.mask_BP, grow), seen_BS[:, :-1]], 1))
-        hidden = self.hidden(torch.cat(ids), torch.cat(masks), model=model)
+        rows_of = [self._stream_rows(trajectory, name, width) for name in names]
+        ids, masks = (torch.cat([part[:, :-1] for part in parts]) for parts in zip(*rows_of, strict=True))
+        hidden = self.hidden(ids, masks, model=model)
         return hidden[:, width - 1 :].unflatten(0, (len(names), rows))
+
+    def _stream_rows(self, trajectory: Trajectory, name: str, width: int) -> tuple[Tensor, Tensor]:
+        """Ids and mask [B, width + S] of a stream's prefix, left-padded to `width`, and the response."""
+        stream = trajectory.streams[name]
+        grow = (width - stream.ids_BP.shape[1], 0)
+        prefix = nn.functional.pad(stream.ids_BP, grow, value=self.layout.pad)
+        seen_BS = trajectory.attention_mask if stream.sees_BS is None else stream.sees_BS & trajectory.attention_mask
+        mask = torch.cat([nn.functional.pad(stream.mask_BP, grow), seen_BS], 1)
+        return torch.cat([prefix, trajectory.ids], 1), mask
+
+    def image_hidden(self, trajectory: Trajectory) -> Tensor:
+        """What the last layer holds of drawn images [B, 1 + L, H]: at the token before an image span and at each of its
+        L tokens, in the conditional stream, under the present weights."""
+        width = trajectory.streams[COND].ids_BP.shape[1]
+        ids, mask = self._stream_rows(trajectory, COND, width)
+        return self.hidden(ids, mask)[:, -1 - self.layout.grid.length :]

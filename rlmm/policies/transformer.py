@@ -148,6 +148,10 @@ class TransformerPolicy(ABC):
     def sequence_log_probs(self, batch: SequenceBatch, *, model: nn.Module | None = None) -> Tensor:
         """See `Policy`."""
 
+    def image_hidden(self, trajectory: Trajectory) -> Tensor:
+        """See `Policy`. Raises ValueError for a family that is not read in one pass."""
+        raise ValueError(f"a {type(self).__name__} reads no image in one pass, so no codec can draw its hidden states")
+
     def head(self, hidden_NH: Tensor, vocabulary: tuple[int, int]) -> Tensor:
         return sliced_head(self.output_head(vocabulary), hidden_NH, vocabulary)
 

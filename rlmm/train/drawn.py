@@ -23,6 +23,7 @@ from rlmm.policies.transformer import TransformerPolicy
 from rlmm.seeds import derive, epoch_indices
 from rlmm.train import experience as phases
 from rlmm.train.context import StageContext, image_tokens, load_split
+from rlmm.train.drawing import decode_images
 from rlmm.train.engines import build_engine
 from rlmm.train.experience import Timed
 from rlmm.train.pairing import Candidate
@@ -101,7 +102,7 @@ def draw_batches(
             made = phases.generate(engine, response, requests, policy.model)
         each = [example for example in examples for _ in range(config.samples_per_prompt)]
         with timed("score"):
-            images = phases.decode_images(codec, policy.layout, made)
+            images = decode_images(codec, policy, made)
             samples = phases.samples_of(made, each, images, texts_of(policy.tokenizer, made))
             columns = phases.scored_columns(number, samples, reward.score(samples))
         columns["source_images"] = [[phases.png_bytes(image) for image in example.sources] for example in each]

@@ -18,12 +18,11 @@ from torch import Tensor
 
 from rewards.base import Sample
 from rewards.compose import Scored
-from rlmm.codecs import Codec, tensor_to_images
 from rlmm.config.stages import GrpoStage
 from rlmm.data import Dataset, Example
 from rlmm.evaluation.statistics import diversity, duplicate_share
 from rlmm.objectives.advantages import AdvantageResult, group_advantages
-from rlmm.policies.layout_io import read_codes, spell_image
+from rlmm.policies.layout_io import spell_image
 from rlmm.policies.responses import Response
 from rlmm.seeds import derive, epoch_indices
 from rlmm.train.processes import gather, share, world
@@ -91,14 +90,6 @@ def rollout_requests(
         )
         for place, example in prompts
     ]
-
-
-def decode_images(codec: Codec, layout: Layout, trajectory: Trajectory) -> list[Image.Image]:
-    """The images of a trajectory's rows; none where its rows are texts."""
-    if trajectory.spans[-1].kind != "image":
-        return []
-    with torch.no_grad():
-        return tensor_to_images(codec.decode(read_codes(layout, trajectory.ids[:, -layout.grid.length :])))
 
 
 def samples_of(

@@ -17,6 +17,7 @@ from rlmm.policies.responses import Response, texts_of
 from rlmm.policies.transformer import TransformerPolicy
 from rlmm.seeds import epoch_indices
 from rlmm.train import experience as phases
+from rlmm.train.drawing import decode_images
 from rlmm.train.experience import Timed
 from rlmm.train.processes import gather
 from rlmm.train.tokens import ImageTokens
@@ -94,7 +95,7 @@ class Roller:
             requests = phases.rollout_requests(self.response, self.tokens, prompts, config, rollout, self.seed, extra)
             made = phases.generate(self.engine, self.response, requests, self.policy.model)
         examples = [example for _, example in prompts for _ in range(config.samples_per_prompt)]
-        images = phases.decode_images(self.tokens.codec, self.policy.layout, made)
+        images = decode_images(self.tokens.codec, self.policy, made)
         return made, phases.samples_of(made, examples, images, texts_of(self.policy.tokenizer, made))
 
     def _flat(self, found: Rollout) -> list[int]:

@@ -20,7 +20,7 @@ from rollouts.trajectory import Span, Trajectory
 SIZES = {
     "emu3": (48, 48), "chameleon": (48, 48), "lumina_mgpt": (64, 64), "janus": (48, 48), "llamagen": (48, 48),
     "llamagen_text": (48, 48),
-    "glm_image": (48, 48), "glm_image_edit": (48, 48),
+    "glm_image": (48, 48), "glm_image_edit": (48, 48), "simplear": (48, 48), "blip3o_next": (48, 48),
 }  # fmt: skip
 LARGER = {
     "emu3": 5,
@@ -31,9 +31,11 @@ LARGER = {
     "llamagen_text": 5,
     "glm_image": 5,
     "glm_image_edit": 5,
+    "simplear": 5,
+    "blip3o_next": 5,
 }
 """What weights are multiplied by: much, but not so much that rounding in float32 reaches 1e-4 nats under guidance."""
-WRITERS = ("emu3", "chameleon", "lumina_mgpt", "janus")
+WRITERS = ("emu3", "chameleon", "lumina_mgpt", "janus", "simplear", "blip3o_next")
 """Families with a head for text."""
 PROMPTS = {"llamagen": ["207", "360", "22"]}
 """Of families that do not take any text."""

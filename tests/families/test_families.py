@@ -5,7 +5,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from transformers import Emu3ForConditionalGeneration, GenerationConfig, JanusForConditionalGeneration
+from transformers import GenerationConfig, JanusForConditionalGeneration
 
 from rlmm.codecs import codec_hash, load_codec, save_codec
 from rlmm.config.policy import Lora
@@ -117,12 +117,13 @@ def test_pixels_become_codes_and_pixels_again_and_the_codec_is_kept(name: str, t
     assert codes.shape == (3, codec.tokens) == (3, len(layout.grid.decided())) and int(codes.max()) < codec.num_codes
     if name.startswith("glm_image") and not DIFFUSERS:
         pytest.skip("diffusers, which has the decoder, is not installed")
-    pixels = codec.decode(codes)
+    hidden = torch.randn(3, 1 + codes.shape[1], 64) if codec.reads_hidden else None
+    pixels = codec.decode(codes, hidden)
     assert pixels.shape == images.shape and pixels.isfinite().all()
     save_codec(codec, tmp_path)
     back = load_codec(tmp_path)
     assert codec_hash(back) == codec_hash(codec)
-    assert back.encode(images).equal(codes) and back.decode(codes).equal(pixels)
+    assert back.encode(images).equal(codes) and back.decode(codes, hidden).equal(pixels)
 
 
 def test_janus_draws_what_transformers_own_guided_sampling_draws() -> None:
@@ -153,9 +154,10 @@ def test_janus_draws_what_transformers_own_guided_sampling_draws() -> None:
     assert read_codes(layout, ours.ids).tolist() == theirs.tolist()
 
 
-def test_emu3_draws_what_transformers_own_guided_sampling_draws() -> None:
-    policy = peaked("emu3")
-    model, layout, prompt = cast(Emu3ForConditionalGeneration, policy.base), policy.layout, "a red circle"
+@pytest.mark.parametrize("name", ["emu3", "simplear", "blip3o_next"])
+def test_it_draws_what_transformers_own_guided_sampling_draws(name: str) -> None:
+    policy = peaked(name)
+    model, layout, prompt = policy.base, policy.layout, "a red circle"
     cond, uncond = layout.prefix(policy.encode_prompt(prompt)), layout.prefix(layout.null_prompt)
     forced, start = layout.grid.forced(), len(cond)
 

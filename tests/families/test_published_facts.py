@@ -7,7 +7,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import ChameleonConfig, Emu3Config, GlmImageConfig, JanusConfig, LlamaConfig, PretrainedConfig
+from transformers import (
+    ChameleonConfig,
+    Emu3Config,
+    GlmImageConfig,
+    JanusConfig,
+    LlamaConfig,
+    PretrainedConfig,
+    Qwen2Config,
+)
 
 from rlmm.config.policy import CheckpointPolicy
 from rlmm.policies.families.base import Checkpoint
@@ -22,14 +30,15 @@ from rlmm.policies.families.loading import (
     load_spelling,
 )
 from rlmm.policies.models.llamagen import LlamaGenConfig
-from tests.families.checkpoints import SIZES, facts, tiny
+from tests.families.checkpoints import facts, tiny
 
 PUBLISHED = {
     "emu3": "emu3", "chameleon": "chameleon", "lumina_mgpt": "lumina_mgpt", "janus": "janus_pro_7b",
     "llamagen": "llamagen", "llamagen_text": "llamagen", "glm_image": "glm_image", "glm_image_edit": "glm_image",
+    "simplear": "simplear",
 }  # fmt: skip
 BILLIONS = {"emu3": 8.5, "chameleon": 7.0, "lumina_mgpt": 7.0, "janus": 7.4, "llamagen": 0.775 + 0.072}
-BILLIONS |= {"glm_image": 9 + 1.1, "glm_image_edit": 9 + 1.1, "llamagen_text": 0.775 + 0.072 + 1.22}
+BILLIONS |= {"simplear": 1.64, "glm_image": 9 + 1.1, "glm_image_edit": 9 + 1.1, "llamagen_text": 0.775 + 0.072 + 1.22}
 """With the image tokenizer's (LlamaGen: of XL, and VQ-16; GLM-Image: its vision encoder), and what reads the prompt."""
 
 
@@ -48,6 +57,8 @@ def published_config(name: str) -> PretrainedConfig:
                     "num_key_value_heads", "rms_norm_eps", "max_position_embeddings")
         if key in stated
     }  # fmt: skip
+    if name == "simplear":
+        return Qwen2Config(**shape, tie_word_embeddings=True, architectures=["Qwen2ForCausalLM"])
     if name.startswith("glm_image"):
         rope = {"rope_type": "default"} | {
             key: stated[key] for key in ("rope_theta", "mrope_section", "partial_rotary_factor")
@@ -138,7 +149,7 @@ def test_a_templates_special_tokens_are_obeyed_and_a_prompts_are_spelled_out() -
     assert posing.count(user) == 1 and len(posing) == len(plain) + len("<|User|>")
 
 
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("name", BILLIONS)
 def test_the_full_model_has_its_published_size_and_a_head_for_every_code(name: str) -> None:
     config = published_config(name)
     model = empty_model(config)

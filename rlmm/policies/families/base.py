@@ -1,20 +1,24 @@
 """What a checkpoint family states, and what it is handed: one record each."""
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
-from transformers.utils.hub import cached_file
 
 from rlmm.codecs import Codec
+from rlmm.codecs.network_files import published_file, safetensors_of, unreadable
 from rlmm.config.base import nearest
 from rlmm.config.policy import CheckpointPolicy
 from rlmm.policies.models import Showo, ShowoConfig
@@ -22,6 +26,11 @@ from rlmm.policies.spelling import Spelling
 from rlmm.policies.transformer import TransformerPolicy
 from rollouts.contract import Layout
 
+KNOWN_AS = {
+    name: ("qwen3", "Qwen3ForCausalLM")
+    for name in ("blip3o_qwen", "blip3o_qwen_inference", "blip3o_qwen_grpo", "llava_qwen_grpo")
+}
+"""Model types that transformers lacks, of language models that it has with other parts beside: its type and class."""
 SETTINGS = frozenset({"image_size", "template", "null_prompt", "decoder", "image_tokenizer"})
 """Of a recipe's policy, those that only some families have a use for."""
 
@@ -40,21 +49,24 @@ class Checkpoint:
             stated, _ = PretrainedConfig.get_config_dict(self.source)
             if stated.get("_class_name") == Showo.__name__:  # no format of transformers'
                 return ShowoConfig.published(self.source, stated)
+            if stated.get("model_type") in KNOWN_AS:
+                kind, name = KNOWN_AS[stated["model_type"]]
+                return CONFIG_MAPPING[kind].from_dict(stated | {"model_type": kind, "architectures": [name]})
             return AutoConfig.from_pretrained(self.source)
         except (OSError, ValueError) as error:
-            raise _unreadable(self.source, error) from error
+            raise unreadable(self.source, error) from error
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Show-o comes without one: its language model's, with what Show-o adds to it."""
         added_to = self.config if isinstance(self.config, ShowoConfig) else None
-        if added_to is not None and _found(self.source, TOKENIZER_CONFIG_FILE) is not None:
+        if added_to is not None and published_file(self.source, TOKENIZER_CONFIG_FILE) is not None:
             added_to = None
         source = self.source if added_to is None else added_to.llm_model_path
         try:
             made = cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(source))
         except (OSError, ValueError) as error:
-            raise _unreadable(source, error) from error
+            raise unreadable(source, error) from error
         if added_to is not None:
             added_to.complete(made)
         return made
@@ -83,7 +95,7 @@ class Checkpoint:
 
         Raises ValueError where the checkpoint has no safetensors files.
         """
-        for name, tensor in _safetensors(self.source, part):
+        for name, tensor in safetensors_of(self.source, part):
             yield name.split(part, 1)[1], tensor
 
     def size(self, own: tuple[int, int], step: int) -> tuple[int, int]:
@@ -110,6 +122,7 @@ class Family:
         masked: whether an image is revealed (masked diffusion), and not written from left to right.
         tiny: writes a random instance of the real class with the published vocabulary, special tokens and grid rules,
             and a few thousand weights beside them: what tests and `model=tiny` run.
+        named: read so only where a recipe names the family: its classes are those of plain language models too.
     """
 
     name: str
@@ -120,39 +133,4 @@ class Family:
     tiny: Callable[[Path, tuple[int, int]], None] | None = None
     settings: frozenset[str] = frozenset({"image_size", "template"})
     masked: bool = False
-
-
-def _safetensors(source: str, part: str) -> Iterator[tuple[str, Tensor]]:
-    files = _files(source, part)
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118 (no mapping)
-                    if part in name:
-                        yield name, opened.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise _unreadable(source, error) from error
-
-
-def _files(source: str, part: str) -> list[str]:
-    """The files that hold the part."""
-    index = _found(source, SAFE_WEIGHTS_INDEX_NAME)
-    if index is not None:
-        places: dict[str, Any] = json.loads(Path(index).read_text())["weight_map"]
-        names = sorted({file for name, file in places.items() if part in name})
-        return [file for name in names if (file := _found(source, name)) is not None]
-    whole = _found(source, SAFE_WEIGHTS_NAME)
-    if whole is None:
-        raise ValueError(f"{source} has no {SAFE_WEIGHTS_NAME}; convert its weights to safetensors first")
-    return [whole]
-
-
-def _found(source: str, name: str) -> str | None:
-    return cached_file(source, name, _raise_exceptions_for_missing_entries=False)
-
-
-def _unreadable(source: str, error: Exception) -> ValueError:
-    return ValueError(
-        f"{source} is not a readable checkpoint ({error}); give a complete folder, a stage's with its layout.json or a "
-        "published one, or a hub id"
-    )
+    named: bool = False

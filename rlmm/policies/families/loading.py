@@ -21,7 +21,19 @@ from rewards.functions import load_function
 from rlmm.codecs import Codec, load_codec
 from rlmm.config.base import nearest
 from rlmm.config.policy import CheckpointPolicy
-from rlmm.policies.families import chameleon, emu3, glm_image, janus, llama, llamagen, lumina_dimoo, mmada, show_o
+from rlmm.policies.families import (
+    blip3o,
+    chameleon,
+    emu3,
+    glm_image,
+    janus,
+    llama,
+    llamagen,
+    lumina_dimoo,
+    mmada,
+    show_o,
+    simplear,
+)
 from rlmm.policies.families.base import SETTINGS, Checkpoint, Family
 from rlmm.policies.layout_io import LAYOUT_FILE, load_layout
 from rlmm.policies.models import CLASSES
@@ -31,7 +43,7 @@ from rollouts.contract import Layout
 
 SHIPPED = (
     llama.FAMILY, emu3.FAMILY, chameleon.FAMILY, chameleon.LUMINA, janus.FAMILY,
-    llamagen.FAMILY, llamagen.TEXT, glm_image.FAMILY, glm_image.EDIT,
+    llamagen.FAMILY, llamagen.TEXT, glm_image.FAMILY, glm_image.EDIT, simplear.FAMILY, blip3o.FAMILY,
     mmada.FAMILY, lumina_dimoo.FAMILY, show_o.FAMILY,
 )  # fmt: skip
 FAMILIES: Mapping[str, Family] = {family.name: family for family in SHIPPED}
@@ -61,7 +73,7 @@ def load_policy(source: Path | str, options: CheckpointPolicy | None = None) -> 
     named = None if options is None else options.dtype or (None if own_folder(source) else "float32")
     dtype = "auto" if named is None else getattr(torch, named)
     kind = _model_class(family, checkpoint.config)
-    known = {"config": checkpoint.config} if kind in CLASSES.values() else {}
+    known = {"config": checkpoint.config} if kind in (*CLASSES.values(), AutoModelForCausalLM) else {}
     try:
         model, report = kind.from_pretrained(checkpoint.source, dtype=dtype, output_loading_info=True, **known)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -187,8 +199,8 @@ def _named(name: str, checkpoint: Checkpoint) -> Family:
 
 
 def _by_class(config: PretrainedConfig) -> Family:
-    names = set(config.architectures or ())
-    return next((family for family in FAMILIES.values() if names & set(family.architectures)), llama.FAMILY)
+    names, unnamed = set(config.architectures or ()), [family for family in FAMILIES.values() if not family.named]
+    return next((family for family in unnamed if names & set(family.architectures)), llama.FAMILY)
 
 
 def _model_class(family: Family, config: PretrainedConfig) -> Any:

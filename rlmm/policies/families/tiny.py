@@ -4,7 +4,7 @@ import string
 from collections.abc import Mapping
 
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 
 UNKNOWN = "<unknown>"
 
@@ -26,4 +26,20 @@ def published_tokenizer(
         pad_token=pad,
         unk_token=UNKNOWN,
         additional_special_tokens=[name for name in special if name not in (bos, eos, pad)],
+    )
+
+
+def qwen_tokenizer(
+    special: Mapping[str, int], codes: Mapping[str, int] | None = None, *, eos: str, pad: str
+) -> Qwen2Tokenizer:
+    """Qwen's own tokenizer, which transformers builds the same way whatever the files say, without merges: one token a
+    byte at Qwen's ids, 0 to 255, and `special` and `codes` at theirs."""
+    characters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {**{c: number for number, c in enumerate(characters)}, **special, **(codes or {})}
+    return Qwen2Tokenizer(
+        vocab=vocabulary,
+        merges=[],
+        eos_token=eos,
+        pad_token=pad,
+        additional_special_tokens=[name for name in special if name not in (eos, pad)],
     )
