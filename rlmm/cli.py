@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rlmm.bench.commands import bench_app
+from rlmm.evaluation.commands import benchmark_app
 
 app = typer.Typer(
     help="SFT, then GRPO, of models that generate images as discrete tokens.",
@@ -20,6 +21,7 @@ app = typer.Typer(
 reward_app = typer.Typer(help="Rewards: which there are, and whether one tells good from bad.", no_args_is_help=True)
 app.add_typer(reward_app, name="reward")
 app.add_typer(bench_app, name="bench")
+app.add_typer(benchmark_app, name="benchmark")
 console = Console()
 
 Config = Annotated[Path, typer.Argument(help="A recipe file, or the name of a shipped one")]

@@ -12,6 +12,7 @@ from rlmm.config.stages import GrpoStage
 from rlmm.evaluation.evaluate import run_eval
 from rlmm.export import run_export
 from rlmm.report import write_report
+from rlmm.reward_process import stop_served
 from rlmm.run_folder import RunFolder
 from rlmm.train.codec import run_codec_stage
 from rlmm.train.context import StageContext
@@ -41,7 +42,14 @@ def run_folder(recipe: Recipe) -> RunFolder:
 
 
 def run_recipe(recipe: Recipe, say: Callable[[str], None]) -> RunFolder:
-    """Run every stage that is not done; the report is written after each."""
+    """Run every stage that is not done; the report is written after each. Rewards' processes end with it."""
+    try:
+        return _run_stages(recipe, say)
+    finally:
+        stop_served()
+
+
+def _run_stages(recipe: Recipe, say: Callable[[str], None]) -> RunFolder:
     folder = run_folder(recipe)
     rank, processes = world()
     first = rank == 0

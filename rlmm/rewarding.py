@@ -18,6 +18,10 @@ from rlmm.config.rewards import AffineTransform, Rewards, RewardTerm, SigmoidTra
 
 def build_reward(term: RewardTerm) -> Reward:
     """The reward of one term. Raises ValueError or OSError that says what is missing."""
+    if term.serve is not None:
+        from rlmm.reward_process import served_reward
+
+        return served_reward(term)
     if term.function:
         return build("function", **{**term.options, "target": term.function, "name": term.key})
     return build(term.name, **term.options)

@@ -15,14 +15,15 @@ from rlmm.data import Example
 from rlmm.data.base import UnusableRow
 from rlmm.data.images import ImageReader, fit
 from rlmm.policies.families.loading import checkpoint_codec, load_policy
-from rlmm.policies.responses import response_of, texts_of
+from rlmm.policies.responses import Response, response_of, texts_of
+from rlmm.policies.transformer import TransformerPolicy
 from rlmm.seeds import derive
 from rlmm.train import experience as phases
 from rlmm.train.drawing import decode_images
 from rlmm.train.engines import build_engine
 from rlmm.train.processes import device
 from rlmm.train.tokens import ImageTokens
-from rollouts.contract import Layout
+from rollouts.contract import Engine, Layout
 
 GAP = 4
 
@@ -50,6 +51,58 @@ class Samples:
         return sheet
 
 
+@dataclass(frozen=True)
+class Drawer:
+    """A checkpoint that is ready to draw under one law."""
+
+    policy: TransformerPolicy
+    codec: Codec
+    response: Response
+    engine: Engine
+
+    @staticmethod
+    def of(source: CheckpointPolicy, sampling: Sampling) -> "Drawer":
+        """A masked policy without an unmasking reveals in a quarter as many steps as there are positions. Raises
+        ValueError on a source that is no checkpoint.
+        """
+        policy, codec = load_policy(source.path, source), checkpoint_codec(source).to(device())
+        policy.model.eval()
+        policy.to(device())
+        codec.eval()
+        response = response_of(policy, _unmasked(sampling, policy.layout))
+        return Drawer(policy, codec, response, build_engine(TorchEngineConfig(), policy))
+
+    def draw(
+        self,
+        prompts: Sequence[str],
+        samples: int,
+        *,
+        seed: int = 0,
+        sources: Sequence[Image.Image] = (),
+        first: int = 0,
+    ) -> Samples:
+        """The same seed draws the same. `sources`: images that every prompt is about; `first`: the number of the first
+        prompt, where they come in parts. Raises ValueError on an empty prompt.
+        """
+        empty = [i for i, prompt in enumerate(prompts) if not prompt.strip()]
+        if empty or not prompts:
+            raise ValueError(f"prompt {empty[0] + 1 if empty else 1} is empty; give each prompt some text")
+        tokens, shown = ImageTokens(self.codec), tuple(_fitted(image, self.codec) for image in sources)
+        requests = [
+            phases.request_for(
+                self.response,
+                tokens,
+                Example(prompt, sources=shown),
+                str(p),
+                [derive(seed, "sample", p, s) for s in range(samples)],
+            )
+            for p, prompt in enumerate(prompts, first)
+        ]
+        made = phases.generate(self.engine, self.response, requests, self.policy.model)
+        images = decode_images(self.codec, self.policy, made)
+        return Samples(images, texts_of(self.policy.tokenizer, made), samples)
+
+
 def draw_samples(
     source: CheckpointPolicy,
     prompts: Sequence[str],
@@ -59,32 +112,8 @@ def draw_samples(
     seed: int = 0,
     sources: Sequence[Image.Image] = (),
 ) -> Samples:
-    """The same seed draws the same. `sources`: images that every prompt is about. A masked policy without an unmasking
-    reveals in a quarter as many steps as there are positions.
-
-    Raises ValueError on an empty prompt and on a source that is no checkpoint.
-    """
-    empty = [i for i, prompt in enumerate(prompts) if not prompt.strip()]
-    if empty or not prompts:
-        raise ValueError(f"prompt {empty[0] + 1 if empty else 1} is empty; give each prompt some text")
-    policy, codec = load_policy(source.path, source), checkpoint_codec(source).to(device())
-    policy.model.eval()
-    policy.to(device())
-    codec.eval()
-    response, tokens = response_of(policy, _unmasked(sampling, policy.layout)), ImageTokens(codec)
-    shown = tuple(_fitted(image, codec) for image in sources)
-    requests = [
-        phases.request_for(
-            response,
-            tokens,
-            Example(prompt, sources=shown),
-            str(p),
-            [derive(seed, "sample", p, s) for s in range(samples)],
-        )
-        for p, prompt in enumerate(prompts)
-    ]
-    made = phases.generate(build_engine(TorchEngineConfig(), policy), response, requests, policy.model)
-    return Samples(decode_images(codec, policy, made), texts_of(policy.tokenizer, made), samples)
+    """All prompts at once by `Drawer`."""
+    return Drawer.of(source, sampling).draw(prompts, samples, seed=seed, sources=sources)
 
 
 def read_image(path: Path) -> Image.Image:

@@ -166,6 +166,7 @@ def _grpo_lines(steps: int) -> list[dict[str, Any]]:
             "reward/ocr/mean": reward,
             "group/flat_share": 0.02 + 0.3 * done**2 + 0.02 * rng.random(),
             "sample/unavailable_share": 0.0,
+            "canary/drift": 0.0,
             "sample/invalid_share": 0.01 * rng.random(),
             "sample/duplicate_share": 0.03 + 0.2 * done**2,
             "mismatch/mean": 2e-7 * (1 + rng.random()),

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from rewards import check_options
+from rewards import REWARDS, check_options
 from rlmm.config.base import Strict, nearest
 
 
@@ -38,8 +38,23 @@ class SigmoidTransform(Strict):
         return self
 
 
+class ServedTerm(Strict):
+    """A reward in a process of its own, which the run starts and ends."""
+
+    python: str = ""
+    """The interpreter of the environment that has the reward's packages, and rlmm; this run's own by default."""
+    environment: dict[str, str] = {}
+    """More environment variables of the process, such as CUDA_VISIBLE_DEVICES."""
+    concurrency: int = Field(1, ge=1)
+    """Requests scored at once."""
+    timeout_s: float = Field(120.0, gt=0)
+    """Seconds for one request."""
+    start_seconds: float = Field(300.0, gt=0)
+    """Seconds until it must answer; loading a model takes some."""
+
+
 class RewardTerm(Strict):
-    """One reward: a built-in by `name`, or your own Python function."""
+    """One reward: a built-in or an installed package's by `name`, or your own Python function."""
 
     name: str = ""
     """A built-in reward; `rlmm reward list` shows them."""
@@ -56,6 +71,8 @@ class RewardTerm(Strict):
     that every term has a score for and no gate shuts out."""
     options: dict[str, Any] = {}
     """The reward's own settings."""
+    serve: ServedTerm | None = None
+    """Runs the reward in a process of its own, `serve: {}` in this environment."""
 
     @model_validator(mode="after")
     def _one_reward(self) -> "RewardTerm":
@@ -63,7 +80,10 @@ class RewardTerm(Strict):
             raise ValueError("a reward term has either a name (a built-in) or a function (your own)")
         if self.name == "function":
             raise ValueError("for your own function, write `function: path/file.py:name` and no name")
-        if self.name:
+        if self.serve is not None and self.name == "remote":
+            raise ValueError("remote is a reward that is served already; `serve` is for the reward itself")
+        # What another environment has installed is known there alone; its own error says what is wrong.
+        if self.name and (self.serve is None or not self.serve.python or self.name in REWARDS):
             check_options(self.name, list(self.options))
         return self
 

@@ -78,6 +78,8 @@ class Gates(Strict):
     unavailable_share: float = 0.5
     duplicate_share: float = 0.98
     patience: int = Field(5, ge=1)
+    canary_drift: float | None = Field(None, gt=0)
+    """Largest change of a canary's score, in standard deviations of the canaries' first scores; null never stops."""
 
 
 class Diagnostics(Strict):
@@ -104,6 +106,10 @@ class GrpoStage(Optimization):
     diagnostics: Diagnostics = Diagnostics()
     held_out_every: int = Field(10, ge=0)
     """Score every n-th rollout with the held-out judge too; 0 never does."""
+    canary_every: int = Field(0, ge=0)
+    """Score the canaries, groups of the first rollout, anew every n-th rollout; 0 never does."""
+    canary_prompts: int = Field(2, ge=1)
+    """How many groups of the first rollout are canaries."""
     resample_flat: int = Field(0, ge=0)
     """How often a rollout's prompts whose group has no spread are replaced by others (DAPO's dynamic sampling)."""
     score_chunk: int | None = Field(None, ge=1)
@@ -147,6 +153,12 @@ class GrpoStage(Optimization):
                 f"{self.prompts_per_step} prompts; choose micro_batch_size and prompts_per_step so that both are even "
                 "(with several processes, on each of them)"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _canaries_are_looked_at(self) -> "GrpoStage":
+        if self.gates.canary_drift is not None and not self.canary_every:
+            raise ValueError("gates.canary_drift stops by the canaries, which canary_every: 0 never looks at; set it")
         return self
 
     @model_validator(mode="after")

@@ -103,6 +103,13 @@ def _excluded(curves: Curves, limits: Limits) -> Reading | None:
     return Reading(max(shares.values()), told)
 
 
+def _canary(curves: Curves, limits: Limits) -> Reading | None:
+    if "canary/drift" not in curves:
+        return None
+    most = float(np.max(curves["canary/drift"].values))
+    return Reading(most, f"scores of frozen samples moved by up to {most:.2g} of their spread")
+
+
 def _lowest_ess(curves: Curves, limits: Limits) -> Reading | None:
     if "ess" not in curves:
         return None
@@ -132,6 +139,7 @@ MEASURES: Mapping[CheckName, Callable[[Curves, Limits], Reading | None]] = {
     "clip": _level("{:.1%} of the tokens at the end", "clip_fraction"),
     "mismatch": _mismatch,
     "excluded": _excluded,
+    "canary": _canary,
     "ess": _lowest_ess,
     "grad": _gradient,
 }

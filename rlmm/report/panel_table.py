@@ -42,6 +42,13 @@ HEALTH = (
         "judged and got the configured penalty. Both should be near 0.",
     ),
     Panel(
+        "canary",
+        "Drift of the judges",
+        ("canary/drift",),
+        "Samples of the first rollout are scored again and again. The largest change of a score, in standard "
+        "deviations of their first scores: a judge that does not change stays at 0.",
+    ),
+    Panel(
         "duplicates",
         "Repeats within a group",
         ("sample/duplicate_share", "guard/repeats"),

@@ -15,6 +15,7 @@ CheckName = Literal[
     "flat",
     "mismatch",
     "excluded",
+    "canary",
     "duplicates",
     "blank",
     "across",
@@ -82,6 +83,11 @@ RULES: Mapping[CheckName, Rule] = {
     "mismatch": Rule("Largest mean and largest single difference, over their tolerances", 0.5, 1.0),
     "excluded": Rule(
         "Share of samples without a score, the whole stage or its last tenth, whichever is more", 0.01, 0.1
+    ),
+    "canary": Rule(
+        "Largest change of a frozen sample's score, in standard deviations of the frozen samples' first scores",
+        0.1,
+        0.5,
     ),
     "duplicates": Rule("Share of repeats within a group, by tokens or by looks, last tenth of the steps", 0.7, 0.95),
     "blank": Rule("Share of blank pictures beyond the reference's", 0.02, 0.1),

@@ -42,7 +42,8 @@ def ceilings(gates: Gates, precision: str) -> dict[str, float]:
     mean = gates.mismatch_mean if gates.mismatch_mean is not None else TOLERANCE[precision]
     largest = gates.mismatch_max if gates.mismatch_max is not None else MAX_FACTOR * mean
     shares = {name: getattr(gates, limit) for name, (limit, _) in SHARES.items()}
-    return {"mismatch/mean": mean, "mismatch/max": largest, **shares}
+    canary = {} if gates.canary_drift is None else {"canary/drift": gates.canary_drift}
+    return {"mismatch/mean": mean, "mismatch/max": largest, **shares, **canary}
 
 
 def check_mismatch(found: Mismatch, gates: Gates, precision: str, *, corrected: bool = False) -> None:

@@ -18,6 +18,7 @@ from rlmm.policies.transformer import TransformerPolicy
 from rlmm.rewarding import build_composite
 from rlmm.seeds import generator
 from rlmm.train import experience as phases
+from rlmm.train.canary import canary_figures
 from rlmm.train.context import StageContext, image_tokens, load_split
 from rlmm.train.engines import build_engine
 from rlmm.train.experience import Experience, Timed
@@ -137,6 +138,8 @@ class GrpoSource:
         FailurePolicy(self.context.recipe.rewards.ceiling).check(everyone)
         figures = phases.rollout_figures(found.scored, reward_B, valid_B, result, found.made)
         figures |= replaced_figure(found, config) | self._held_out_figures(rollout, found, timed)
+        judges = [*self.roller.reward.terms, *self.held_out.terms]
+        figures |= canary_figures(self.context.folder, config, judges, rollout, found.samples)
         check_shares(self.metrics.read(), figures, config.gates)
         self.meter.put({**figures, **timed.figures()})
         self._forget(rollout)

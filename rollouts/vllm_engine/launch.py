@@ -82,7 +82,7 @@ class Server:
         with self.log.open("wb") as out:
             self.process = subprocess.Popen(
                 plan.command(self.port), env=surroundings(self.token), stdout=out, stderr=subprocess.STDOUT,
-                start_new_session=True, preexec_fn=_end_with_parent,
+                start_new_session=True, preexec_fn=end_with_parent,
             )  # fmt: skip
 
     @property
@@ -110,11 +110,7 @@ class Server:
 
     def stop(self, seconds: float = 10) -> None:
         """End every process it started and forget its files. May be called again."""
-        for signum in (signal.SIGTERM, signal.SIGKILL):
-            with suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signum)
-            with suppress(subprocess.TimeoutExpired):
-                self.process.wait(seconds)
+        end_group(self.process, seconds)
         self._scratch.cleanup()
 
 
@@ -130,7 +126,16 @@ def serve(plan: ServerPlan, port: int, token: str) -> None:
     os.execve(command[0], command, surroundings(token))
 
 
-def _end_with_parent() -> None:
+def end_group(process: "subprocess.Popen[bytes]", seconds: float) -> None:
+    """End a process that leads a group, and all of the group; by force after so many seconds."""
+    for signum in (signal.SIGTERM, signal.SIGKILL):
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signum)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(seconds)
+
+
+def end_with_parent() -> None:
     """On Linux the kernel ends the server when the process that started it is gone, however it went."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG

@@ -118,9 +118,8 @@ def test_an_expected_digit_is_that_of_transformers(url: str, folder: str) -> Non
 
 
 def test_a_judge_that_does_not_answer_the_question_is_unavailable(url: str) -> None:
-    for score in scores("yes_no", url, min_mass=0.999) + scores("rubric", url, reasks=0, max_tokens=4):
-        assert score.status == "unavailable" and score.value is None
-        assert "below min_mass" in score.reason or "finish_reason" in score.reason or "no JSON" in score.reason
+    for score in scores("yes_no", url, min_mass=0.999):
+        assert score.status == "unavailable" and score.value is None and "below min_mass 0.999" in score.reason
 
 
 def test_the_server_says_what_it_serves_and_refuses_what_it_cannot(url: str) -> None:
@@ -128,5 +127,5 @@ def test_the_server_says_what_it_serves_and_refuses_what_it_cannot(url: str) -> 
         build("yes_no", url=url, model="org/other", api_key_env=KEY, check=True)
     with pytest.raises(JudgeError, match="refuses a request without a key"):
         build("yes_no", url=url, model=MODEL, check=True)
-    (score,) = build("yes_no", url=url, model="org/other", api_key_env=KEY, retries=0).score(samples()[:1])
+    (score,) = build("yes_no", url=url, model="org/other", api_key_env=KEY, retries=0, check=False).score(samples()[:1])
     assert score.status == "unavailable" and "404" in score.reason

@@ -123,6 +123,7 @@ BAD: Mapping[str, tuple[str, Spoil]] = {
         "unavailable 20.00%, invalid 0.",
         edit_metrics(lambda i, line: {"sample/unavailable_share": 0.2 * (i >= 36)}),
     ),
+    "canary": ("moved by up to 0.7", edit_metrics(lambda i, line: {"canary/drift": 0.7 if i == 20 else 0.0})),
     "duplicates": ("100% of those", edit_metrics(lambda i, line: {"sample/duplicate_share": 0.97})),
     "blank": ("1 at the end, 0 in the training pictures", edit_pictures(lambda i, prompt: png(""))),
     "across": ("1 at the end", edit_pictures(lambda i, prompt: png("AMBER"))),

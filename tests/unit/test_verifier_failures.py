@@ -16,7 +16,7 @@ from rewards.verifier.expected_score import ExpectedScoreReward
 from rewards.verifier.rubric import RubricReward
 from rewards.verifier.viescore import VieScoreReward
 from rewards.verifier.yes_no import YesNoReward
-from tests.unit.test_verifier_stub import MODEL, Reply, Stub, first_token, keys_of, says, serving, tokens
+from tests.unit.test_verifier_stub import MODEL, Reply, Stub, first_token, keys_of, says, serving, tokens, words
 
 GIVEN: Any = {"target_images": (Image.new("RGB", (4, 4), "red"),), "row": {"questions": ["Is it red?", "Is it a cat?"]}}
 SOURCE = Image.new("RGB", (4, 4), "blue")
@@ -33,7 +33,24 @@ JUDGES: dict[str, Callable[..., Reward]] = {
     "target_match": partial(RubricReward, criteria=TARGET),
 }
 
-SERVER_FAILURES = {
+
+def echo(body: dict[str, Any], number: int) -> Reply:
+    """What was asked, said again."""
+    return says(words(body))
+
+
+def schema_echo(body: dict[str, Any], number: int) -> Reply:
+    """The form that was asked for, in place of an answer in it."""
+    return says(json.dumps(body.get("response_format", {"score": "<0-10>"})))
+
+
+SERVER_FAILURES: dict[str, Reply | Callable[[dict[str, Any], int], Reply]] = {
+    "an echo": echo,
+    "an echo of the form": schema_echo,
+    "a refusal": says("I'm sorry, but I cannot rate this picture. Its score would be 0."),
+    "an empty object": says("{}"),
+    "reset": Reply(reset=True),
+    "an empty payload": Reply({}),
     "500": Reply({}, status=500),
     "503 in HTML": Reply(raw=b"<html>", status=503),
     "429": Reply({}, status=429),

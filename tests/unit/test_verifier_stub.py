@@ -6,6 +6,8 @@ import base64
 import io
 import json
 import math
+import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -26,7 +28,7 @@ MODEL = "org/judge-7b"
 
 @dataclass(frozen=True)
 class Reply:
-    """One scripted answer. `drop` closes the connection without any."""
+    """One scripted answer. `drop` closes the connection without any, `reset` breaks it off."""
 
     payload: Any = None
     status: int = 200
@@ -34,6 +36,7 @@ class Reply:
     delay_s: float = 0.0
     raw: bytes | None = None
     drop: bool = False
+    reset: bool = False
 
 
 def says(text: str | None, finish: str = "stop") -> Reply:
@@ -153,7 +156,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.stub.keys.append(self.headers["Authorization"])
 
     def _send(self, reply: Reply) -> None:
-        if reply.drop:
+        if reply.reset:  # to close without lingering is to send RST
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.connection.close()
+        if reply.drop or reply.reset:
             self.close_connection = True
             return
         content = json.dumps(reply.payload).encode() if reply.raw is None else reply.raw
