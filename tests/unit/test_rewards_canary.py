@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -32,7 +33,7 @@ class Judge:
         return [
             Score.unavailable("out")
             if s.sample_id == self.out
-            else Score.ok(s.images[0].getpixel((0, 0))[0] + self.shift)
+            else Score.ok(float(np.asarray(s.images[0])[0, 0, 0]) + self.shift)
             for s in samples
         ]
 
