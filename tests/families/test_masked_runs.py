@@ -19,6 +19,8 @@ from rlmm.sampling import draw_samples
 from rlmm.train.metrics import MetricsFile
 from tests.families.masked_checkpoints import MASKED, tiny
 
+pytestmark = pytest.mark.long
+
 TRAINED = {"steps": 2, "learning_rate": 1.0e-3, "micro_batch_size": 2, "warmup_steps": 0}
 GRPO: dict[str, Any] = {
     "kind": "grpo", **TRAINED, "prompts_per_step": 2, "samples_per_prompt": 2, "lora": {"rank": 4, "alpha": 8},

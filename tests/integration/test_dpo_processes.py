@@ -37,13 +37,13 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return alone, both
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_pairs_are_the_same(folders: tuple[Path, Path]) -> None:
     one, two = (pq.read_table(folder / "stages/03-pairs/pairs.parquet").to_pylist() for folder in folders)
     assert one == two and len(one) == 14
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_steps_are_the_same(folders: tuple[Path, Path], stage: str) -> None:
     rows = [
@@ -56,7 +56,7 @@ def test_the_steps_are_the_same(folders: tuple[Path, Path], stage: str) -> None:
         assert {name: two[name] for name in wanted} == pytest.approx(wanted, rel=2e-4, abs=2e-6)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_weights_are_the_same(folders: tuple[Path, Path], stage: str) -> None:
     one, two = (load_file(folder / f"stages/{stage}/model/model.safetensors") for folder in folders)

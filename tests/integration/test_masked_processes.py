@@ -15,7 +15,7 @@ from tests.integration.masked_program import PROCESSES
 
 ROOT = Path(__file__).parents[2]
 SEVERAL = [(case, count) for case, counts in PROCESSES.items() for count in counts[1:]]
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 
 @pytest.fixture(scope="module")

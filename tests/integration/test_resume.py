@@ -69,13 +69,14 @@ def test_resume_of_a_masked_policy_is_bit_identical(masked_report: dict, place: 
     check(masked_report["places"][place])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("place", MASKED_PLACES_OF_TWO)
 def test_resume_of_a_masked_policy_on_two_processes_is_bit_identical(report_of_two: dict, place: str) -> None:
     check(report_of_two["places"][place])
     assert "resuming from step" in report_of_two["places"][place]["log"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("place", DPO_PLACES)
 def test_resume_of_preferences_is_bit_identical(dpo_report: dict, place: str) -> None:
     names = " ".join(dpo_report["files"])

@@ -22,7 +22,7 @@ from tests.integration.tiny_judge import VOCABULARY, write_judge
 from tests.unit.test_verifier_stub import pictures, serving, tokens
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.long,
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
 ]
 MODEL, KEY = "org/judge-7b", "TINY_JUDGE_KEY"
