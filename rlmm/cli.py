@@ -280,6 +280,25 @@ def reward_serve(
     serve_reward(name, options or [], host, port, token_env, concurrency, max_megabytes)
 
 
+@reward_app.command("train-clip")
+def reward_train_clip(
+    out: Annotated[Path, typer.Argument(help="The folder to write; `model` of a clip_score term")],
+    scenes: Annotated[list[str] | None, typer.Argument(help="key=value as in data of kind scenes")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Fewer make a weaker judge")] = 400,
+    batch_size: Annotated[int, typer.Option(min=2)] = 64,
+    width: Annotated[int, typer.Option(min=4, help="Of both towers")] = 64,
+    seed: int = 0,
+) -> None:
+    """Train a small CLIP on scenes, as a judge that can be over-optimised on purpose. Half a minute of one core."""
+    from rlmm.config.data import ScenesData
+    from rlmm.config.settings import read_settings
+    from rlmm.weak_clip import ClipPlan, train_clip
+
+    data = read_settings(ScenesData, scenes or [], "train_images=2000")
+    found = train_clip(data, ClipPlan(steps, batch_size, width=width, seed=seed), out, say)
+    say(f"wrote {out}: {found:.0%} of held-out pictures find their prompt among eight")
+
+
 def main() -> None:
     """Run the command; an error a person can mend is one message without a traceback."""
     from rlmm.errors import MENDABLE
