@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from rewards.base import Sample, Score
+from rewards.failures import FailurePolicy
 from rewards.names import nearest
 from rewards.runner import RewardContractError, RewardRunner
 from rewards.transforms import IN_GROUP, GroupTransform, Transform, by_group, identity, zscores
@@ -60,6 +61,7 @@ class CompositeReward:
     reason names the term. A gate's term counts for this even at weight 0. Where several gates are below their
     thresholds, the lowest floor is the total.
 
+    `failures`: how many samples may be without a total, which whoever scores a rollout in parts holds the whole to.
     `normalise_terms`: each term is normalised in its group before the sum (GDPO, arXiv 2601.05242), not the sum
     after it. Whatever looks at a group looks at those of its members alone that have a value from every term and pass
     every gate.
@@ -71,6 +73,7 @@ class CompositeReward:
         mode: Mode = "weighted_sum",
         gates: Sequence[Gate] = (),
         normalise_terms: bool = False,
+        failures: FailurePolicy | None = None,
     ) -> None:
         names = [term.name for term in terms]
         if len(set(names)) != len(names):
@@ -87,6 +90,7 @@ class CompositeReward:
         self.mode: Mode = mode
         self.gates = tuple(gates)
         self.normalise_terms = normalise_terms
+        self.failures = failures or FailurePolicy()
 
     def score(self, samples: Sequence[Sample]) -> list[Scored]:
         """One Scored a sample, in order; `samples` are whole groups. Raises what RewardRunner.score raises."""
@@ -96,6 +100,12 @@ class CompositeReward:
         open_rows = [at for at, total in enumerate(settled) if total is None]
         made = dict(zip(open_rows, self._combined([(samples[at].group_id, rows[at]) for at in open_rows]), strict=True))
         return [Scored(made[at] if total is None else total, rows[at]) for at, total in enumerate(settled)]
+
+    def checked(self, samples: Sequence[Sample]) -> list[Scored]:
+        """`score`, held to the failure policy. Raises RewardFailureError, too, where too many samples have no score."""
+        scored = self.score(samples)
+        self.failures.check([one.total for one in scored])
+        return scored
 
     def _settled(self, scores: Mapping[str, Score]) -> Score | None:
         """The total of a sample that some term has no value for, or that a gate shuts out; None for the others."""

@@ -15,8 +15,8 @@ class RewardFailureError(RuntimeError):
 
 @dataclass(frozen=True)
 class FailurePolicy:
-    """Of the samples of one rollout the share `ceiling` may be unavailable, and is then left out of the statistics and
-    of the gradient; 0 lets none fail, 1 all.
+    """Of samples that are scored together, as those of a rollout, the share `ceiling` may be unavailable, and is then
+    left out of the statistics and of the gradient; 0 lets none fail, 1 all.
     """
 
     ceiling: float = 1.0
@@ -32,6 +32,6 @@ class FailurePolicy:
             return
         listed = "; ".join(f"{reason} ({count} times)" for reason, count in Counter(failed).most_common(REASONS_SHOWN))
         raise RewardFailureError(
-            f"{len(failed)} of {len(scores)} samples of a rollout have no score, above the share {self.ceiling:g} that "
+            f"{len(failed)} of {len(scores)} samples have no score, above the share {self.ceiling:g} that "
             f"may fail: {listed}. Mend the judge and go on with the same command, or let more samples be left out"
         )

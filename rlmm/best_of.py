@@ -77,7 +77,7 @@ def rank(
         )
         for place in range(len(prompts) * count)
     ]
-    scores_PN = scores_of(build_composite(rewards).score(made), rewards.invalid_output_penalty).reshape(-1, count)
+    scores_PN = scores_of(build_composite(rewards).checked(made), rewards.invalid_output_penalty).reshape(-1, count)
     order_PN = np.argsort(-np.nan_to_num(scores_PN, nan=-np.inf), axis=1, kind="stable")[:, :keep]
     places = (order_PN + np.arange(len(prompts))[:, None] * count).flatten().tolist()
     images = [drawn.images[place] for place in places] if drawn.images else []

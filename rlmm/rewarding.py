@@ -9,6 +9,7 @@ from typing import Any
 from rewards import build
 from rewards.base import Reward
 from rewards.compose import CompositeReward, Gate, Term
+from rewards.failures import FailurePolicy
 from rewards.gold import GoldPair, GoldResult, HasGold, gold_check_pairs, pair_from_row
 from rewards.runner import RewardRunner
 from rewards.transforms import Affine, GroupTransform, Sigmoid, Transform, identity
@@ -47,7 +48,7 @@ def build_composite(config: Rewards) -> CompositeReward:
         for term in config.terms
     ]
     gates = [Gate(gate.term, gate.threshold, gate.floor) for gate in config.gate]
-    return CompositeReward(terms, config.mode, gates, config.normalise == "terms")
+    return CompositeReward(terms, config.mode, gates, config.normalise == "terms", FailurePolicy(config.ceiling))
 
 
 def transform_of(term: RewardTerm) -> Transform:

@@ -23,7 +23,7 @@ PACKAGES = ("rlmm", "torch", "transformers", "peft", "accelerate", "datasets", "
 
 
 MAY_CHANGE = re.compile(
-    r"(stages\.[^.]+\.gates|rewards\.(on_failure|failed_share)|runtime\.(trackers|log_every))(\.|$)"
+    r"(stages\.[^.]+\.gates|(rewards|held_out)\.(on_failure|failed_share)|runtime\.(trackers|log_every))(\.|$)"
 )
 """Settings that decide when a run stops and who is told, and never what it computes. The number of threads decides the
 order of sums, and so the last bits."""

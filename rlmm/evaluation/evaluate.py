@@ -154,14 +154,14 @@ def _cell(
     points: list[CurvePoint] = []
     if best_of > 1:
         name = best_of_name(name[0], best_of), name[1]
-        totals = scores_of(judges["trained"].score(samples), context.recipe.rewards.invalid_output_penalty)
+        totals = scores_of(judges["trained"].checked(samples), context.recipe.rewards.invalid_output_penalty)
         if unscored := int(np.isnan(totals.reshape(-1, best_of)).all(1).sum()):
             context.say(f"{name[0]}: {unscored} choices among samples without a score, of which the first was taken")
         chosen = [run * best_of + best(part) for run, part in enumerate(totals.reshape(-1, best_of))]
         made, samples, points = made.rows(chosen), [samples[row] for row in chosen], curve(totals.reshape(-1, count))
     scores: dict[str, list[Score]] = {}
     for judge in judges.values():
-        for one in judge.score(samples):
+        for one in judge.checked(samples):
             for term, score in one.terms.items():
                 scores.setdefault(term, []).append(score)
     shape = (len(examples), config.sampling_seeds)

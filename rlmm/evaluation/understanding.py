@@ -39,7 +39,7 @@ def understanding(context: StageContext, arm: str, policy: TransformerPolicy, co
     if asked is None:
         return Answers([], [])
     samples = _answers(context, asked, policy, codec, batch)
-    scored = build_composite(asked.rewards).score(samples)
+    scored = build_composite(asked.rewards).checked(samples)
     values = _values(scored)
     rows = [{"arm": arm, "metric": name, **_interval(column)} for name, column in values.items()]
     shown = [

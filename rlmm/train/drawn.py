@@ -104,7 +104,7 @@ def draw_batches(
         with timed("score"):
             images = decode_images(codec, policy, made)
             samples = phases.samples_of(made, each, images, texts_of(policy.tokenizer, made))
-            columns = phases.scored_columns(number, samples, reward.score(samples))
+            columns = phases.scored_columns(number, samples, reward.checked(samples))
         columns["source_images"] = [[phases.png_bytes(image) for image in example.sources] for example in each]
         columns |= {name: [seconds] * len(each) for name, seconds in timed.figures().items()}
         write_trajectory(paths[number], made, columns)

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from rewards.failures import FailurePolicy
 from rlmm.codecs import Codec
 from rlmm.config.objectives import ObjectiveConfig
 from rlmm.config.stages import GrpoStage
@@ -135,7 +134,7 @@ class GrpoSource:
             phases.rollout_path(self.context.folder, rollout), rollout, experience, found.samples, found.scored
         )
         everyone = [one.total for part in gather(found.scored) for one in part]
-        FailurePolicy(self.context.recipe.rewards.ceiling).check(everyone)
+        self.roller.reward.failures.check(everyone)
         figures = phases.rollout_figures(found.scored, reward_B, valid_B, result, found.made)
         figures |= replaced_figure(found, config) | self._held_out_figures(rollout, found, timed)
         judges = [*self.roller.reward.terms, *self.held_out.terms]
@@ -152,6 +151,7 @@ class GrpoSource:
             return {}
         with timed("held_out"):
             judged = [s for part in gather(self.held_out.score(found.samples)) for s in part]
+            self.held_out.failures.check([one.total for one in judged])
         return phases.term_means(judged, "held_out")
 
     def _sync(self, rollout: int) -> None:

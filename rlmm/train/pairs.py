@@ -119,7 +119,7 @@ def _stored(context: StageContext, name: str) -> Iterator[list[Drawn]]:
         )
         drawn = [one for one, _ in rows]
         if reward is not None:
-            scored = reward.score([_sample(one, example) for one, example in rows])
+            scored = reward.checked([_sample(one, example) for one, example in rows])
             values, valid = phases.totals(scored, penalty)
             drawn = [
                 replace(one, candidate=replace(one.candidate, score=float(value) if there else None))

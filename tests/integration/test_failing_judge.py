@@ -121,7 +121,7 @@ def test_a_ceiling_stops_at_the_first_rollout_with_more_failures(
     for policy in ("on_failure: fail", "failed_share: 0.01"):
         terms = f"rewards={{terms: [{{function: '{path}:sometimes'}}], {policy}}}"
         recipe = variant(*LONGER, terms, f"run_dir={tmp_path / policy[:4]}")
-        with pytest.raises(RewardFailureError, match="of 32 samples of a rollout have no score.*times"):
+        with pytest.raises(RewardFailureError, match="of 32 samples have no score.*times"):
             run_recipe(recipe, lambda line: None)
         stage = run_folder(recipe).stage("grpo")
         assert (stage / "rollouts" / "step-000000.parquet").is_file(), "who failed, and why, can be looked up"

@@ -82,7 +82,10 @@ def test_transforms_and_failure_policies_are_what_the_section_says() -> None:
     composite = build_composite(rewards(terms=terms, normalise="terms"))
     assert [term.in_group for term in composite.terms] == ["", "rank", "zscore", ""] and composite.normalise_terms
     assert composite.terms[3].transform == Sigmoid(2, -1)
-    ceilings = [rewards(terms=terms, **more).ceiling for more in ({}, {"failed_share": 0.2}, {"on_failure": "fail"})]
+    ceilings = [
+        build_composite(rewards(terms=terms, **more)).failures.ceiling
+        for more in ({}, {"failed_share": 0.2}, {"on_failure": "fail"})
+    ]
     assert ceilings == [1, 0.2, 0]
 
 

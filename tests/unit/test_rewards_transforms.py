@@ -173,3 +173,13 @@ def test_a_failure_policy_lets_a_share_pass(ceiling: float, failed: int, stops: 
         return
     with pytest.raises(RewardFailureError, match=rf"{failed} of 4 samples.*no mass \({failed} times\)"):
         FailurePolicy(ceiling).check(scores)
+
+
+def test_a_composite_is_held_to_its_policy_where_a_rollout_is_scored_at_once() -> None:
+    raw = tables(0)[0]
+    judged = composite(raw).checked(batch())
+    failed = sum(one.total.status == "unavailable" for one in judged)
+    assert 0 < failed < len(judged)
+    composite(raw, failures=FailurePolicy(failed / len(judged))).checked(batch())
+    with pytest.raises(RewardFailureError, match=f"{failed} of {len(judged)} samples have no score"):
+        composite(raw, failures=FailurePolicy((failed - 1) / len(judged))).checked(batch())
