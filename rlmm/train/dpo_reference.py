@@ -26,7 +26,7 @@ from rlmm.train.preferences import Preference, preference_batch, sequence_log_pr
 from rlmm.train.processes import device, wait, world
 from rollouts.fingerprint import weights_fingerprint
 
-CHUNK = 64
+CHUNK: int = 64
 """Micro-batches of a file of log-probs."""
 
 
