@@ -118,10 +118,11 @@ def draw(context: StageContext, policy: TransformerPolicy, codec: Codec, what: D
     rank, processes = world()
     missing = [number for number in range(rank, len(starts), processes) if not paths[number].is_file()]
     engine = build_engine(config.engine, policy, what.response.law) if missing else None
+    tokens = image_tokens(context, codec)
     for number in missing:
         assert engine is not None, "there is one where something is missing"
         places = range(starts[number], min(starts[number] + config.batch_prompts, config.prompts))
-        _draw_batch(context, policy, image_tokens(context, codec), what, engine, places, number, paths[number])
+        _draw_batch(context, policy, tokens, what, engine, places, number, paths[number])
         kind = what.folder.name
         context.say(f"{context.name}: {kind} of {places.stop} of {config.prompts} prompts drawn and scored")
     if engine is not None:

@@ -92,6 +92,7 @@ def load_items(context: StageContext, policy: TransformerPolicy, codec: Codec) -
     found = read_preferences(raw, columns, speller)
     record = {"rows": len(raw), "kept": len(found.items), "excluded": dict(found.excluded), "named": found.named}
     if world()[0] == 0:
+        speller.tokens.save()
         write_json_atomically(context.folder / "preferences.json", record)
     if found.excluded:
         context.say(f"{what}: {len(found.items)} of {len(raw)} rows, excluded {reasons(found.excluded)}")

@@ -17,8 +17,8 @@ from typing import Any
 import rlmm.evaluation.evaluate as evaluate_module
 import rlmm.export as export_module
 import rlmm.train.dpo_reference as reference_module
-import rlmm.train.pair_samples as samples_module
 import rlmm.train.grpo as grpo_module
+import rlmm.train.pair_samples as samples_module
 import rlmm.train.pairs as pairs_module
 import rlmm.train.trainer as trainer_module
 from rewards.compose import CompositeReward
