@@ -32,6 +32,9 @@ RECIPE = Path(__file__).parents[1] / "recipes" / "tiny.yaml"
 STAGES = ("codec", "sft", "grpo")
 
 
+reference_module.CHUNK = 2  # of every run here, so that the few preferences have several files
+
+
 def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
