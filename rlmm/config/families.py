@@ -39,6 +39,10 @@ def check_family(name: str, stage: Stage, policy: Policy, positions: int | None)
             raise ValueError(f"stage {name!r}: a masked policy draws images alone; leave thought and answer out")
     if isinstance(stage, PairsStage) and family == "masked":
         _check_engine(name, stage)
+        if stage.judge or stage.understanding:
+            raise ValueError(f"stage {name!r}: a masked policy draws images alone; leave judge and understanding out")
+    if isinstance(stage, DpoStage) and family == "masked" and stage.understanding:
+        raise ValueError(f"stage {name!r}: a masked policy draws images alone; leave understanding out")
     if isinstance(stage, GrpoStage):
         _check_grpo(name, stage, family)
     elif isinstance(stage, SftStage | DpoStage) and stage.noise is not None and family == "next_token":

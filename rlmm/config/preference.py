@@ -1,17 +1,14 @@
-"""What a recipe says of preferences: where pairs come from, and how a policy learns from them."""
+"""What a recipe says of learning from preferences, and of rows that hold some."""
 
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
-from rlmm.config.base import Strict, nearest
+from rlmm.config.base import Strict
 from rlmm.config.data import MAX_EXCLUDED_SHARE, RowsData
-from rlmm.config.engines import EngineConfig, TorchEngineConfig
 from rlmm.config.optimization import Optimization, divides
 from rlmm.config.policy import Lora
-from rlmm.config.rewards import Rewards
-from rlmm.config.sampling import Sampling, Writing
+from rlmm.config.sampling import Writing
 from rlmm.objectives.dpo import Loss
 from rlmm.objectives.legality import LogProbKind
 from rlmm.objectives.noise import SCHEME_KINDS, Scheme, check_draws
@@ -79,6 +76,16 @@ class PreferenceData(Strict):
         return RowsData.model_validate({name: getattr(self, name) for name in shared})
 
 
+class PairedUnderstanding(Strict):
+    """Beside each pair of images the pair of answers about a picture that comes with it (Pair-DPO: HermesFlow, arXiv
+    2502.12148)."""
+
+    weight: float = Field(1.0, gt=0)
+    """Of the answers' loss, beside `generation_weight` of the images'."""
+    writing: Writing | None = None
+    """How the question is written; null: as the pairs stage asked it."""
+
+
 class DpoStage(Optimization):
     """Learning from preferences, against a frozen reference (Rafailov et al. 2023, arXiv 2305.18290)."""
 
@@ -104,6 +111,9 @@ class DpoStage(Optimization):
     desirable_weight: float = Field(1.0, gt=0)
     """Of wanted images, under loss kto."""
     undesirable_weight: float = Field(1.0, gt=0)
+    generation_weight: float = Field(1.0, gt=0)
+    """Of the loss of images, beside that of `understanding`."""
+    understanding: PairedUnderstanding | None = None
     batch_size: int = Field(16, ge=1)
     """Pairs a step; under loss kto images."""
     micro_batch_size: int = Field(16, ge=1)
@@ -118,6 +128,10 @@ class DpoStage(Optimization):
         divides(self.batch_size, self.micro_batch_size, "batch_size", "micro_batch_size")
         if (self.pairs is None) == (self.data is None):
             raise ValueError("give either `pairs`, a pairs stage before this one, or `data`, other preferences")
+        if self.understanding is None and self.generation_weight != 1:
+            raise ValueError("generation_weight is beside understanding.weight, and there is no understanding; drop it")
+        if self.understanding is not None and (self.loss == "kto" or self.writing != Writing()):
+            raise ValueError("understanding is of pairs of plain images: not with loss kto, and not with `writing`")
         if self.loss == "kto":
             if self.batch_size < 2:
                 raise ValueError("loss kto reads other rows' answers, too; give a batch_size of 2 or more")
@@ -128,59 +142,3 @@ class DpoStage(Optimization):
         if self.data is not None and self.data.completion_column is not None and self.loss != "kto":
             raise ValueError(f"data.completion_column: unpaired rows have no margin for loss {self.loss}; use loss kto")
         return self
-
-
-class PairsStage(Strict):
-    """Preference pairs of a policy's own samples: the best of a prompt against the worst."""
-
-    kind: Literal["pairs"] = "pairs"
-    rollouts: str | None = None
-    """A grpo stage before this one, whose stored rollouts are used; null: samples are drawn anew."""
-    start_from: str | None = None
-    """The stage whose policy is sampled; by default the policy stage before this one, if any."""
-    rewards: Rewards | None = None
-    """What scores the samples; null: the recipe's rewards (of stored rollouts, the scores stored with them)."""
-    prompts: int = Field(64, ge=1)
-    """Prompts that are sampled, of those that RL samples from."""
-    samples_per_prompt: int = Field(8, ge=2)
-    batch_prompts: int = Field(16, ge=1)
-    """Prompts sampled at once; a stopped stage goes on after the last whole batch."""
-    sampling: Sampling = Sampling()
-    engine: EngineConfig = TorchEngineConfig()
-    precision: Literal["float32", "bfloat16"] = "float32"
-    pairs_per_prompt: int = Field(1, ge=1)
-    """Most pairs a prompt: the best against the worst, the second best against the second worst, and so on."""
-    margin: float = Field(0.0, ge=0)
-    """Pairs whose scores differ by no more than this are left out."""
-    duplicate_distance: float = Field(0.0, ge=0, lt=1)
-    """Of two samples of a prompt that differ in no more than this share of their tokens, the later one is left out."""
-    max_excluded_share: float = Field(1.0, ge=0, le=1)
-    """Prompts without a pair above this share are an error; one that has none at all always is."""
-
-    @model_validator(mode="after")
-    def _stored_rollouts_are_drawn(self) -> "PairsStage":
-        drawing = ("start_from", "prompts", "samples_per_prompt", "batch_prompts", "sampling", "engine", "precision")
-        given = [name for name in drawing if getattr(self, name) != type(self).model_fields[name].default]
-        if self.rollouts is not None and given:
-            raise ValueError(f"{given[0]} is of samples drawn anew, and `rollouts` has some that were; leave it out")
-        if 2 * self.pairs_per_prompt > self.samples_per_prompt and self.rollouts is None:
-            raise ValueError(
-                f"{self.samples_per_prompt} samples a prompt make at most {self.samples_per_prompt // 2} pairs; lower "
-                "pairs_per_prompt, or raise samples_per_prompt"
-            )
-        return self
-
-
-def check_preferences(stages: Mapping[str, Any]) -> None:
-    """Raises ValueError where a dpo stage names no pairs stage before it, or a pairs stage no grpo stage before it."""
-    before: dict[str, str] = {}
-    for name, stage in stages.items():
-        for setting, kind in (("pairs", "pairs"), ("rollouts", "grpo")):
-            wanted = getattr(stage, setting, None) if isinstance(stage, DpoStage | PairsStage) else None
-            known = [other for other, its in before.items() if its == kind]
-            if wanted is not None and wanted not in known:
-                raise ValueError(
-                    f"stage {name!r}: {setting} names {wanted!r}, which is no {kind} stage before it."
-                    f"{nearest(wanted, known)}"
-                )
-        before[name] = stage.kind

@@ -15,8 +15,8 @@ from rlmm.config.base import Strict, nearest
 from rlmm.config.codec import CodecConfig
 from rlmm.config.data import Data
 from rlmm.config.families import check_family
+from rlmm.config.pairs import check_preferences
 from rlmm.config.policy import CheckpointPolicy, NewPolicy, Policy
-from rlmm.config.preference import check_preferences
 from rlmm.config.rewards import Rewards
 from rlmm.config.sampling import Written
 from rlmm.config.stages import CodecStage, EvalStage, ExportStage, GrpoStage, PolicyStage, SftStage, Stage

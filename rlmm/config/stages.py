@@ -10,8 +10,9 @@ from rlmm.config.engines import EngineConfig, TorchEngineConfig
 from rlmm.config.masked import EstimatorConfig, NoiseConfig
 from rlmm.config.objectives import ObjectiveConfig
 from rlmm.config.optimization import Optimization, divides
+from rlmm.config.pairs import PairsStage
 from rlmm.config.policy import Lora
-from rlmm.config.preference import DpoStage, PairsStage
+from rlmm.config.preference import DpoStage
 from rlmm.config.sampling import Sampled, Sampling, Writing
 
 

@@ -67,12 +67,13 @@ def _grpo(stage: dict[str, Any]) -> dict[str, Any]:
 
 
 def _pairs(stage: dict[str, Any]) -> dict[str, Any]:
+    # A random policy's pictures all read the same, and no two are of the same size.
+    told = {"margin": 0.0} | ({} if stage.get("judge") else {"rewards": {"terms": [{"name": "jpeg_size"}]}})
     if stage.get("rollouts"):
-        return stage
+        return stage | told
     count = max(2, 2 * stage.get("pairs_per_prompt", 1))
     drawn = {"prompts": 6, "samples_per_prompt": count, "batch_prompts": 3, "engine": {"kind": "torch"}}
-    # A random policy's samples may score the same.
-    return stage | drawn | {"sampling": _short(dict(stage.get("sampling") or {})), "margin": 0.0}
+    return stage | drawn | told | {"sampling": _short(dict(stage.get("sampling") or {}))}
 
 
 def _dpo(stage: dict[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from rlmm.data.images import ImageReader
 from rlmm.data.requests import parse_row
 
 IDENTICAL = "chosen and rejected are the same"
+UNASKED = "no pair of answers about a picture"
 NO_MARGIN = "margin that is no finite number"
 SIDES = ("chosen", "rejected")
 
@@ -24,7 +25,7 @@ class RawSide:
 
     image: Image.Image | None = None
     codes: tuple[int, ...] | None = None
-    text: str = ""
+    text: str | None = None
 
 
 @dataclass(frozen=True)
@@ -71,15 +72,27 @@ def parse_preference(raw: Mapping[str, Any], config: PreferenceData, reader: Ima
     return RawPreference(asked.prompt, sides, None, sources, codec)
 
 
+def parse_asked(raw: Mapping[str, Any], reader: ImageReader) -> RawPreference:
+    """The question about the row's `picture` and the pair of answers to it, in columns `question`, `chosen_answer` and
+    `rejected_answer`. Raises UnusableRow."""
+    missing = [name for name in ("question", "picture", "chosen_answer", "rejected_answer") if raw.get(name) is None]
+    if missing:
+        raise UnusableRow(UNASKED, f"{missing[0]} is missing")
+    chosen, rejected = (RawSide(text=str(raw[f"{side}_answer"])) for side in SIDES)
+    if chosen == rejected:
+        raise UnusableRow(IDENTICAL, "the answers are")
+    return RawPreference(str(raw["question"]), (chosen, rejected), sources=(reader.read(raw["picture"]),))
+
+
 def _side(raw: Mapping[str, Any], side: str, column: str, reader: ImageReader) -> RawSide:
-    text, codes, image = raw.get(f"{side}_text") or "", raw.get(f"{side}_codes"), raw.get(column)
+    text, codes, image = raw.get(f"{side}_text"), raw.get(f"{side}_codes"), raw.get(column)
     if codes is not None:
         return RawSide(codes=tuple(codes), text=text)
     if isinstance(image, list):
         if len(image) > 1:
             raise UnusableRow("answer with several images", f"{column} has {len(image)}; an answer is one image")
         image = image[0] if image else None
-    if image is None and text:
+    if image is None and text is not None:
         return RawSide(text=text)
     if image is None:
         raise UnusableRow("missing image", f"{column} is null")

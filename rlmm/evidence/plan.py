@@ -14,6 +14,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from rlmm.config.base import Strict
 from rlmm.config.masked import UnmaskingConfig
+from rlmm.config.stages import best_of_name
 
 START = "sft"
 PlanT = TypeVar("PlanT", bound="Plan")
@@ -32,8 +33,10 @@ class Prompts(Strict):
 
 
 class Arm(Strict):
-    """A stage, and the settings tried on the validation prompts: each trial's values replace the stage's."""
+    """A stage, and the settings tried on the validation prompts: each trial's values replace the stage's. `before`:
+    stages that lead to it, as pairs to a dpo stage, or whole rounds; each goes on from the one before."""
 
+    before: tuple[dict[str, Any], ...] = ()
     stage: dict[str, Any]
     trials: tuple[dict[str, Any], ...] = Field(..., min_length=1)
 
@@ -70,6 +73,8 @@ class EvidencePlan(Plan):
     start: Arm
     """The SFT that is itself the first arm, and that the other arms go on from."""
     arms: dict[str, Arm] = Field(..., min_length=1)
+    best_of: int | None = Field(None, ge=2)
+    """A further arm without training: of each so many samples of the start the one that the rewards like most."""
 
     @model_validator(mode="after")
     def _a_fair_comparison(self) -> "EvidencePlan":
@@ -86,6 +91,11 @@ class EvidencePlan(Plan):
         if START in self.arms:
             raise ValueError(f"{START!r} is the start's own name; give the arm another")
         return self
+
+    @property
+    def best_of_arm(self) -> str | None:
+        """What the evaluation calls the best of the start's samples."""
+        return None if self.best_of is None else best_of_name(START, self.best_of)
 
     @property
     def all_arms(self) -> dict[str, Arm]:

@@ -60,7 +60,7 @@ def beside(
 ) -> dict[str, dict[str, list[float]]]:
     """What else is told of each arm, a value a seed: the plan's other metrics at the chosen temperature, and what the
     arm understands where that was asked."""
-    told: dict[str, dict[str, list[float]]] = {arm: {} for arm in plan.all_arms}
+    told: dict[str, dict[str, list[float]]] = {arm: {} for arm in chosen}
     for metric in plan.also:
         for record in runs:
             table = scores(record, plan, metric)
@@ -103,6 +103,21 @@ def extra_seconds(record: Mapping[str, Any], start: str) -> dict[str, float]:
     return {arm: round(s if arm == start else s - spent[start], 1) for arm, s in spent.items()}
 
 
+def choose_best_of(table: Mapping[tuple[str, float], float], plan: EvidencePlan, start: Chosen) -> dict[str, Chosen]:
+    """The temperature of the best-of-n arm, which has no trials of its own; nothing where the plan has no such arm."""
+    name = plan.best_of_arm
+    if name is None:
+        return {}
+    options = [Chosen(start.trial, temperature, table[name, temperature]) for temperature in plan.temperatures]
+    return {name: max(options, key=lambda option: option.score)}
+
+
+def _settings(plan: EvidencePlan, arm: str, trial: int) -> dict[str, Any]:
+    if arm in plan.all_arms:
+        return plan.all_arms[arm].settings(trial)
+    return {**plan.start.settings(trial), "best_of": plan.best_of}
+
+
 def result_record(
     plan: EvidencePlan,
     chosen: Mapping[str, Chosen],
@@ -112,7 +127,7 @@ def result_record(
 ) -> dict[str, Any]:
     """The evidence file's content; `runs`: the evaluation records of the plan's seeds, in order."""
     tables = [scores(record, plan) for record in runs]
-    arms = list(plan.all_arms)
+    arms = [*plan.all_arms, *([plan.best_of_arm] if plan.best_of_arm else [])]
     values = {arm: [table[arm, chosen[arm].temperature] for table in tables] for arm in arms}
     start = arms[0]
     return {
@@ -121,7 +136,7 @@ def result_record(
                 "values": values[arm],
                 "mean": fmean(values[arm]),
                 "by_temperature": {f"{t:g}": [table[arm, t] for table in tables] for t in plan.temperatures},
-                "chosen": asdict(chosen[arm]) | {"settings": plan.all_arms[arm].settings(chosen[arm].trial)},
+                "chosen": asdict(chosen[arm]) | {"settings": _settings(plan, arm, chosen[arm].trial)},
             }
             for arm in arms
         },

@@ -9,7 +9,7 @@ from rlmm.config.recipe import Recipe
 from rlmm.evidence.pages import write_pages
 from rlmm.evidence.plan import START, EvidencePlan
 from rlmm.evidence.recipes import arm_trials, seed_run, start_trials
-from rlmm.evidence.results import Chosen, choose, evaluation, result_record, scores
+from rlmm.evidence.results import Chosen, choose, choose_best_of, evaluation, result_record, scores
 from rlmm.pipeline import run_recipe
 from rlmm.run_folder import RunFolder, environment
 from rlmm.train.checkpoint import write_json_atomically
@@ -25,6 +25,7 @@ def run_plan(plan: EvidencePlan, folder: Path, out: Path, say: Say) -> dict[str,
     trials = arm_trials(plan, folder, chosen[START].trial)
     tuned = scores(evaluation(progress.run("trials of the arms", trials)), plan)
     chosen |= {name: choose(tuned, name, len(arm.trials), plan.temperatures) for name, arm in plan.arms.items()}
+    chosen |= choose_best_of(tuned, plan, chosen[START])
     for name, one in chosen.items():
         say(_choice_line(plan, name, one))
     picked = {name: one.trial for name, one in chosen.items()}
@@ -37,7 +38,7 @@ def run_plan(plan: EvidencePlan, folder: Path, out: Path, say: Say) -> dict[str,
 
 
 def _choice_line(plan: EvidencePlan, name: str, one: Chosen) -> str:
-    settings = plan.all_arms[name].trials[one.trial]
+    settings = plan.all_arms.get(name, plan.start).trials[one.trial]
     return f"{name}: {settings} at temperature {one.temperature:g} ({plan.metric} {one.score:.3f} on validation)"
 
 

@@ -101,7 +101,7 @@ def kto_loss(
     lengths_B: Tensor | None = None,
 ) -> DPOLoss:
     """w (1 - sigmoid(s beta (r - point))) with s = 1 for the wanted (bool [B]) and -1 for the others, r the log-ratio
-    and w the weight of its kind (KTO, arXiv 2402.01306, eq. 8).
+    and w the weight of its kind (KTO, arXiv 2402.01306, section 4.1).
 
     `point`: the reference point, the policy's divergence from its reference in nats (a token's, with `lengths_B`); it
     has no gradient. Raises ValueError where beta is not positive, the point is negative or a row decides nothing.

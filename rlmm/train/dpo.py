@@ -132,6 +132,7 @@ def run_dpo(context: StageContext) -> None:
         batch_size=config.batch_size,
         micro_batch_size=config.micro_batch_size,
         seed=context.seed("preferences"),
+        weights=(1.0,) if config.understanding is None else (config.generation_weight, config.understanding.weight),
         noise=noise,
         reference_NKs=reference_NKs,
         point=point,

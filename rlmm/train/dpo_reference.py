@@ -26,7 +26,7 @@ from rlmm.train.preferences import Preference, preference_batch, sequence_log_pr
 from rlmm.train.processes import device, wait, world
 from rollouts.fingerprint import weights_fingerprint
 
-CHUNK = 64
+CHUNK: int = 64
 """Micro-batches of a file of log-probs."""
 
 
@@ -62,7 +62,7 @@ def stored_reference(context: StageContext, policy: TransformerPolicy, items: Se
     flat = [one for item in items for one in item]
     each = CHUNK * size
     chunks = [flat[at : at + each] for at in range(0, len(flat), each)]
-    mark = _mark(reader, flat)
+    mark = _mark(reader, flat, each)
     rank, processes = world()
     folder = context.folder / "reference"
     folder.mkdir(parents=True, exist_ok=True)
@@ -113,9 +113,10 @@ def _read(path: Path, mark: str) -> Tensor:
     return logp_Fs
 
 
-def _mark(policy: TransformerPolicy, preferences: Sequence[Preference]) -> str:
-    """What the log-probs are a function of: the reference's weights, and every token."""
+def _mark(policy: TransformerPolicy, preferences: Sequence[Preference], each: int) -> str:
+    """What the files are a function of: the reference's weights, every token, and how many preferences a file has."""
     digest = hashlib.sha256(weights_fingerprint(policy.named_weights(), policy.base.dtype).encode())
+    digest.update(str(each).encode())
     for one in preferences:
         for side in one.sides:
             parts = (side.prompt, side.text, [] if side.image is None else side.image, *side.sources)

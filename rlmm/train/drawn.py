@@ -1,4 +1,4 @@
-"""Scored samples in rollout files: drawn anew for pairs, or read of a GRPO stage's."""
+"""Scored samples as rollout files hold them, and the pairs that are made of them."""
 
 import json
 import math
@@ -12,24 +12,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from rewards.compose import CompositeReward
-from rlmm.codecs import Codec
-from rlmm.config.preference import PairsStage
 from rlmm.config.stages import GrpoStage
 from rlmm.data import Dataset, Example
 from rlmm.policies.layout_io import read_codes
-from rlmm.policies.responses import response_of, texts_of
-from rlmm.policies.transformer import TransformerPolicy
-from rlmm.seeds import derive, epoch_indices
+from rlmm.seeds import epoch_indices
 from rlmm.train import experience as phases
-from rlmm.train.context import StageContext, image_tokens, load_split
-from rlmm.train.drawing import decode_images
-from rlmm.train.engines import build_engine
-from rlmm.train.experience import Timed
 from rlmm.train.pairing import Candidate
-from rlmm.train.processes import world
 from rollouts.contract import Layout
-from rollouts.store import read_trajectory, write_trajectory
+from rollouts.store import read_trajectory
 from rollouts.trajectory import Trajectory
 
 
@@ -42,7 +32,7 @@ class Drawn:
     prompt: str
     image: bytes | None
     codes: tuple[int, ...] | None
-    text: str
+    text: str | None
     candidate: Candidate
     sources: tuple[bytes, ...]
     weights_version: int
@@ -75,50 +65,12 @@ class Found:
     """Prompts of which no pair came."""
 
 
-def draw_batches(
-    context: StageContext, policy: TransformerPolicy, codec: Codec, reward: CompositeReward, folder: Path
-) -> list[Path]:
-    """Sample and score the stage's prompts, a file a batch; what is there already is passed over. Processes take turns,
-    and a batch is the same whichever makes it. Returns every batch's file."""
-    config: PairsStage = context.config
-    response, tokens = response_of(policy, config.sampling), image_tokens(context, codec)
-    data, seed = load_split(context, "prompts", response.spelling), context.seed("rollouts")
-    rows = epoch_indices(len(data), 0, config.prompts, seed, "prompts")
-    starts = range(0, config.prompts, config.batch_prompts)
-    paths = [folder / "rollouts" / f"step-{number:06d}.parquet" for number in range(len(starts))]
-    rank, processes = world()
-    missing = [number for number in range(rank, len(starts), processes) if not paths[number].is_file()]
-    engine = build_engine(config.engine, policy, response.law) if missing else None
-    for number in missing:
-        assert engine is not None, "there is one where something is missing"
-        timed, places = Timed(), range(starts[number], min(starts[number] + config.batch_prompts, config.prompts))
-        examples = [data[rows[place]] for place in places]
-        with timed("rollout"):
-            seeds = [[derive(seed, "sample", p, s) for s in range(config.samples_per_prompt)] for p in places]
-            requests = [
-                phases.request_for(response, tokens, example, f"{context.name}/{place:06d}", its)
-                for place, example, its in zip(places, examples, seeds, strict=True)
-            ]
-            made = phases.generate(engine, response, requests, policy.model)
-        each = [example for example in examples for _ in range(config.samples_per_prompt)]
-        with timed("score"):
-            images = decode_images(codec, policy, made)
-            samples = phases.samples_of(made, each, images, texts_of(policy.tokenizer, made))
-            columns = phases.scored_columns(number, samples, reward.checked(samples))
-        columns["source_images"] = [[phases.png_bytes(image) for image in example.sources] for example in each]
-        columns |= {name: [seconds] * len(each) for name, seconds in timed.figures().items()}
-        write_trajectory(paths[number], made, columns)
-        context.say(f"{context.name}: {places.stop} of {config.prompts} prompts sampled and scored")
-    if engine is not None:
-        engine.close()
-    return paths
-
-
 def read_drawn(path: Path, layout: Layout, penalty: float) -> list[Drawn]:
     """The samples of a rollout file; an invalid output has the score `penalty`."""
     made, columns = read_trajectory(path)
     codes = read_codes(layout, made.ids[:, -layout.grid.length :]).tolist() if made.spans[-1].kind == "image" else None
     law, ended = json.dumps([span.to_dict() for span in made.spans]), _ended(made)
+    written = any(span.kind == "text" for span in made.spans)
     sources = columns.get("source_images") or [[]] * len(made)
     return [
         Drawn(
@@ -127,7 +79,7 @@ def read_drawn(path: Path, layout: Layout, penalty: float) -> list[Drawn]:
             prompt=columns["prompt"][row],
             image=columns["image"][row],
             codes=None if codes is None else tuple(codes[row]),
-            text=columns["text"][row],
+            text=columns["text"][row] if written else None,
             candidate=Candidate(
                 _score(columns["reward_status"][row], columns["reward"][row], penalty),
                 made.ids[row, made.target_mask[row]].tolist(),

@@ -40,14 +40,21 @@ _COLUMNS: Mapping[str, pa.DataType] = {
     "weights_version": pa.int64(),
     "law": pa.string(),
     "codec": pa.string(),
+    "question": pa.string(),
+    "picture": _IMAGE,
+    "chosen_answer": pa.string(),
+    "rejected_answer": pa.string(),
+    "chosen_answer_score": pa.float64(),
+    "rejected_answer_score": pa.float64(),
 }
-_FEATURES = {"chosen": {"_type": "Image"}, "rejected": {"_type": "Image"}}
+_FEATURES = {name: {"_type": "Image"} for name in ("chosen", "rejected", "picture")}
 """Columns that the `datasets` library is to show as images."""
 
 
-def write_pairs(path: Path, pairs: Sequence[Paired], codec: Codec, origin: str) -> None:
+def write_pairs(path: Path, pairs: Sequence[tuple[Paired, Paired | None]], codec: Codec, origin: str) -> None:
     """TRL's columns, codes beside the images, and of each pair the samples' ids and scores, the stage and file that
-    they come from, the version of its weights, the law that they were drawn under and the codec of the codes."""
+    they come from, the version of its weights, the law that they were drawn under and the codec of the codes. Beside
+    it, where there is one, a pair of answers about the row's own picture."""
     mark = codec_hash(codec)
     rows = [
         _side("chosen", pair.chosen)
@@ -63,12 +70,24 @@ def write_pairs(path: Path, pairs: Sequence[Paired], codec: Codec, origin: str) 
             "law": pair.chosen.law,
             "codec": mark,
         }
-        for pair in pairs
+        | ({} if answers is None else _answers(answers))
+        for pair, answers in pairs
     ]
     table = pa.Table.from_pylist(rows, schema=pa.schema(_COLUMNS, metadata={"huggingface": json.dumps(_info())}))
     partial = path.with_suffix(".partial")
     pq.write_table(table, partial, compression="zstd")
     os.replace(partial, path)
+
+
+def _answers(pair: Paired) -> dict[str, Any]:
+    return {
+        "question": pair.chosen.prompt,
+        "picture": {"bytes": pair.chosen.sources[0], "path": None},
+        "chosen_answer": pair.chosen.text,
+        "rejected_answer": pair.rejected.text,
+        "chosen_answer_score": pair.chosen.candidate.score,
+        "rejected_answer_score": pair.rejected.candidate.score,
+    }
 
 
 def _info() -> dict[str, Any]:
@@ -87,7 +106,7 @@ def _side(name: str, one: Drawn) -> dict[str, Any]:
     return {
         name: None if one.image is None else {"bytes": one.image, "path": None},
         f"{name}_codes": one.codes,
-        f"{name}_text": one.text or None,
+        f"{name}_text": one.text,
         f"{name}_score": one.candidate.score,
         f"{name}_id": one.sample_id,
     }

@@ -8,6 +8,7 @@ UNSCORED = "sample without a score"
 DUPLICATE = "sample that is all but another one"
 UNENDED = "text that did not end"
 FEW = "prompt with fewer than two different samples"
+UNANSWERED = "pair of pictures without a pair of answers"
 CLOSE = "pair with too small a margin"
 
 

@@ -1,29 +1,34 @@
 """The pairs stage: samples of a policy are drawn and scored, or read of a GRPO stage, and made into preferences."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
 from rewards.base import Sample
+from rlmm.codecs import Codec
 from rlmm.config.base import nearest
 from rlmm.config.families import check_family
-from rlmm.config.preference import PairsStage, check_preferences
+from rlmm.config.pairs import PairsStage, check_preferences
 from rlmm.config.recipe import OWN_POLICY, recipe_of
+from rlmm.config.rewards import Rewards
 from rlmm.config.settings import read_settings
 from rlmm.config.stages import GrpoStage
 from rlmm.data import Example
 from rlmm.policies.families.loading import load_spelling
 from rlmm.policies.responses import writing_spelling
 from rlmm.policies.spelling import Spelling
+from rlmm.policies.transformer import TransformerPolicy
 from rlmm.rewarding import build_composite
 from rlmm.run_folder import RunFolder
 from rlmm.train import experience as phases
-from rlmm.train.context import StageContext, load_split, parent, run_codec, sampled_policy
-from rlmm.train.drawn import Drawn, Found, Paired, draw_batches, group_row, picture, read_drawn, with_rows
+from rlmm.train.context import StageContext, image_tokens, load_split, parent, run_codec, sampled_policy
+from rlmm.train.drawn import Drawn, Found, Paired, group_row, picture, read_drawn, with_rows
 from rlmm.train.judges import bind_judges, check_gold
 from rlmm.train.pair_files import write_metrics, write_pairs, write_report
-from rlmm.train.pairing import choose_pairs
+from rlmm.train.pair_samples import ANSWERS, PICTURES, OwnJudge, Scorer, draw, drawings
+from rlmm.train.pairing import UNANSWERED, choose_pairs
 from rlmm.train.processes import wait, world
 
 
@@ -36,24 +41,70 @@ def run_pairs(context: StageContext) -> None:
     codec, folder = run_codec(context), context.folder
     codec.eval()
     folder.mkdir(parents=True, exist_ok=True)
-    if config.rollouts is None:
-        policy = sampled_policy(context, codec)
-        rewards = config.rewards or context.recipe.rewards
-        check_gold(context, {"rewards": rewards})
-        reward = build_composite(rewards)
-        bind_judges(context, {"rewards": reward})
-        paths = draw_batches(context, policy, codec, reward, folder)
-        wait()
-        groups, origin = _groups(paths, policy.spelling, rewards.invalid_output_penalty), parent(context) or "policy"
+    answers: Found | None = None
+    if config.rollouts is not None:
+        paths, groups, origin = [], _stored(context, config.rollouts), config.rollouts
     else:
-        groups, origin = _stored(context, config.rollouts), config.rollouts
-        paths = []
+        policy, origin = sampled_policy(context, codec), parent(context) or OWN_POLICY
+        what = drawings(context, policy, codec, _scorer(context, policy, codec), folder)
+        drawn = {name: draw(context, policy, codec, one) for name, one in what.items()}
+        wait()
+        paths, penalty = drawn[PICTURES], _rewards(context).invalid_output_penalty
+        groups = _groups(paths, policy.spelling, penalty)
+        if config.understanding is not None:
+            penalty = config.understanding.rewards.invalid_output_penalty
+            answers = pair_groups(_groups(drawn[ANSWERS], policy.spelling, penalty), config)
+            paths = [*paths, *drawn[ANSWERS]]
     if world()[0] == 0:
         found = pair_groups(groups, config)
+        rows = [(pair, None) for pair in found.pairs] if answers is None else with_answers(found, answers)
         _judge(found, config, context)
-        write_pairs(folder / "pairs.parquet", found.pairs, codec, origin)
+        write_pairs(folder / "pairs.parquet", rows, codec, origin)
         write_report(folder, found)
         write_metrics(folder, paths)
+
+
+def _rewards(context: StageContext) -> Rewards:
+    config: PairsStage = context.config
+    return config.judge.rewards if config.judge is not None else config.rewards or context.recipe.rewards
+
+
+def _scorer(context: StageContext, policy: TransformerPolicy, codec: Codec) -> Scorer:
+    """What scores the pictures, once it is known to tell good from bad and to be what the stage started with."""
+    config: PairsStage = context.config
+    used = {"rewards": _rewards(context)}
+    if config.understanding is not None:
+        used["understanding"] = config.understanding.rewards
+    check_gold(context, used)
+    built = {name: build_composite(rewards) for name, rewards in used.items()}
+    bind_judges(context, built)
+    if config.judge is None:
+        return built["rewards"]
+    return OwnJudge(policy, image_tokens(context, codec), config.judge, context.seed("judge"))
+
+
+def by_group(found: Found) -> dict[str, list[Paired]]:
+    """The pairs of each group, in their order."""
+    groups: dict[str, list[Paired]] = {}
+    for pair in found.pairs:
+        groups.setdefault(pair.chosen.group_id, []).append(pair)
+    return groups
+
+
+def with_answers(found: Found, answers: Found) -> list[tuple[Paired, Paired | None]]:
+    """Each pair of pictures with one of answers about the same row's own picture; what finds none leaves `found`, and
+    is counted."""
+    waiting = by_group(answers)
+    rows: list[tuple[Paired, Paired | None]] = []
+    for pair in found.pairs:
+        mine = waiting.get(pair.chosen.group_id)
+        if mine:
+            rows.append((pair, mine.pop(0)))
+    found.left_out += Counter({f"answers: {reason}": count for reason, count in answers.left_out.items()})
+    found.left_out[UNANSWERED] += len(found.pairs) - len(rows)
+    found.pairs = [pair for pair, _ in rows]
+    found.without = found.prompts - len(by_group(found))
+    return rows
 
 
 def pairs_of_run(run_dir: Path, out: Path, settings: Sequence[str], say: Callable[[str], None]) -> None:
@@ -145,7 +196,7 @@ def _sample(one: Drawn, example: Example) -> Sample:
         group_id=one.group_id,
         prompt=one.prompt,
         images=() if one.image is None else (picture(one.image),),
-        text=one.text,
+        text=one.text or "",
         source_images=example.sources,
         target_images=() if example.target is None else (example.target,),
         target_texts=example.texts,

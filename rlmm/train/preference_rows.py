@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 import pyarrow.parquet as pq
 
 from rlmm.codecs import Codec, codec_hash
+from rlmm.config.pairs import PairsStage
 from rlmm.config.preference import DpoStage, PreferenceData
 from rlmm.config.sampling import Writing
 from rlmm.data.base import UnusableRow
 from rlmm.data.images import ImageReader
-from rlmm.data.preferences import IDENTICAL, RawPreference, RawSide, check_columns, parse_preference
+from rlmm.data.preferences import IDENTICAL, RawPreference, RawSide, check_columns, parse_asked, parse_preference
 from rlmm.policies.layout_io import Supervised
 from rlmm.policies.responses import stop_tokens, writing_spelling
 from rlmm.policies.spelling import Spelling, UnusablePrompt
@@ -60,6 +61,8 @@ class Speller:
     tokens: ImageTokens
     spelling: Spelling
     writing: Writing
+    asking: Writing | None = None
+    """How the question about a picture is written, where pairs of answers are learned from too."""
 
     def sides(self, row: RawPreference) -> list[Supervised]:
         """The row's sides without their images. Raises UnusablePrompt."""
@@ -68,7 +71,7 @@ class Speller:
     def _side(self, row: RawPreference, side: RawSide) -> Supervised:
         spelling, text = self.spelling, []
         draws = side.codes is not None or side.image is not None
-        if side.text:
+        if side.text is not None:
             plain = writing_spelling(spelling, Writing(template="{prompt}"), 0, True)
             text = [*plain.encode(side.text), stop_tokens(spelling, self.writing)[0]]
             spelling = writing_spelling(spelling, self.writing, len(text), draws)
@@ -85,14 +88,26 @@ def load_items(context: StageContext, policy: TransformerPolicy, codec: Codec) -
     """
     config: DpoStage = context.config
     raw, columns, what = _source(context, config)
-    found = read_preferences(raw, columns, Speller(image_tokens(context, codec), policy.spelling, config.writing))
+    speller = Speller(image_tokens(context, codec), policy.spelling, config.writing, _asking(context, config))
+    found = read_preferences(raw, columns, speller)
     record = {"rows": len(raw), "kept": len(found.items), "excluded": dict(found.excluded), "named": found.named}
     if world()[0] == 0:
+        speller.tokens.save()
         write_json_atomically(context.folder / "preferences.json", record)
     if found.excluded:
         context.say(f"{what}: {len(found.items)} of {len(raw)} rows, excluded {reasons(found.excluded)}")
     _judge(found, len(raw), columns.max_excluded_share, what)
     return apart(found.items) if config.loss == "kto" else found.items
+
+
+def _asking(context: StageContext, config: DpoStage) -> Writing | None:
+    """How the questions of `understanding` are written: as the stage says, or else as the pairs stage asked them."""
+    if config.understanding is None:
+        return None
+    if config.understanding.writing is not None:
+        return config.understanding.writing
+    made = context.recipe.stages.get(config.pairs or "")
+    return made.understanding.answer if isinstance(made, PairsStage) and made.understanding else Writing()
 
 
 def apart(items: Sequence[Item]) -> list[Item]:
@@ -124,7 +139,7 @@ def own_pairs(path: Path) -> "RawRows":
 
 
 def read_preferences(raw: "RawRows", config: PreferenceData, speller: Speller) -> Read:
-    """Every usable row as an item of one preference."""
+    """Every usable row as an item of its preference, and of that of the answers where they are asked for."""
     check_columns(raw.columns, config, raw.name)
     codec, found = speller.tokens.codec, Read()
     codec.eval()
@@ -132,11 +147,12 @@ def read_preferences(raw: "RawRows", config: PreferenceData, speller: Speller) -
     reader = ImageReader(raw.root, (width, height), "RGB" if codec.channels == 3 else "L", config.resize)
     for start in range(0, len(raw), BATCH):
         part = [(row, raw[row]) for row in range(start, min(start + BATCH, len(raw)))]
-        found.items += [(one,) for one in _encoded(list(_usable(part, config, reader, speller, found)), speller, found)]
+        found.items += list(_encoded(list(_usable(part, config, reader, speller, found)), speller, found))
     return found
 
 
-Usable = tuple[int, RawPreference, list[Supervised]]
+Usable = tuple[int, RawPreference, list[Supervised], list[Preference]]
+"""A row's number, what it says, its sides without their images, and the answers that come with it."""
 
 
 def _usable(
@@ -147,9 +163,16 @@ def _usable(
         try:
             row = parse_preference(raw, config, reader)
             _check_codes(row, speller.tokens.codec, mine)
-            yield number, row, speller.sides(row)
+            yield number, row, speller.sides(row), _answers(raw, reader, speller)
         except (UnusableRow, UnusablePrompt) as fault:
             found.leave_out(number, fault.reason, fault)
+
+
+def _answers(raw: Any, reader: ImageReader, speller: Speller) -> list[Preference]:
+    if speller.asking is None:
+        return []
+    asked = replace(speller, writing=speller.asking).sides(parse_asked(raw, reader))
+    return [Preference(tuple(asked))]
 
 
 def _check_codes(row: RawPreference, codec: Codec, mine: str) -> None:
@@ -166,11 +189,11 @@ def _check_codes(row: RawPreference, codec: Codec, mine: str) -> None:
             )
 
 
-def _encoded(rows: Sequence[Usable], speller: Speller, found: Read) -> Iterator[Preference]:
+def _encoded(rows: Sequence[Usable], speller: Speller, found: Read) -> Iterator[Item]:
     """With the codes of images, which may turn out to be the same."""
-    images = [side.image for _, row, _ in rows for side in row.sides if side.image is not None]
+    images = [side.image for _, row, *_ in rows for side in row.sides if side.image is not None]
     made = iter(speller.tokens.codes(images).tolist() if images else [])
-    for number, row, spelled in rows:
+    for number, row, spelled, answers in rows:
         coded = [next(made) if side.image is not None else side.codes for side in row.sides]
         sides = tuple(
             ids if codes is None else replace(ids, image=array("i", codes))
@@ -179,7 +202,7 @@ def _encoded(rows: Sequence[Usable], speller: Speller, found: Read) -> Iterator[
         if len(sides) == 2 and (sides[0].image, list(sides[0].text)) == (sides[1].image, list(sides[1].text)):
             found.leave_out(number, IDENTICAL, f"{IDENTICAL}: their codes are")
             continue
-        yield Preference(sides, row.desirable)
+        yield (Preference(sides, row.desirable), *answers)
 
 
 def _judge(found: Read, rows: int, limit: float, what: str) -> None:

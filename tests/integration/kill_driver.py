@@ -17,8 +17,8 @@ from typing import Any
 import rlmm.evaluation.evaluate as evaluate_module
 import rlmm.export as export_module
 import rlmm.train.dpo_reference as reference_module
-import rlmm.train.drawn as drawn_module
 import rlmm.train.grpo as grpo_module
+import rlmm.train.pair_samples as samples_module
 import rlmm.train.pairs as pairs_module
 import rlmm.train.trainer as trainer_module
 from rewards.compose import CompositeReward
@@ -30,6 +30,9 @@ from tests.integration.forked import run_forked
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "tiny.yaml"
 STAGES = ("codec", "sft", "grpo")
+
+
+reference_module.CHUNK = 2  # of every run here, so that the few preferences have several files
 
 
 def die() -> None:
@@ -100,7 +103,7 @@ def kill_between_stages() -> None:
 
 
 def kill_in_pairs() -> None:
-    drawn_module.write_trajectory = dying(drawn_module.write_trajectory, 2)  # the second of three batches
+    samples_module.write_trajectory = dying(samples_module.write_trajectory, 2)  # the second of three batches
 
 
 def kill_in_pair_files() -> None:

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 from PIL import Image
 from safetensors.torch import load_file
 from typer.testing import CliRunner
@@ -249,3 +250,21 @@ def test_the_command_shows_the_best(run: TinyRun, tmp_path: Path) -> None:
     assert answer.exit_code == 0, answer.output
     assert "best of 4: " in answer.output and Image.open(out).width == 2 * (96 + 4) + 4
     assert isinstance(CliRunner().invoke(app, [*asked, "--best-of", "5"]).exception, ValueError)
+
+
+def test_a_masked_policy_learns_from_its_pairs(tmp_path: Path) -> None:
+    raw = yaml.safe_load((RECIPE.parent / "tiny_masked.yaml").read_text()) | {"run_dir": str(tmp_path / "run")}
+    stages = {name: raw["stages"][name] for name in ("codec", "sft")}
+    dpo = {"kind": "dpo", "steps": 2, "batch_size": 2, "micro_batch_size": 1, "learning_rate": 1e-3, "pairs": "pairs"}
+    stages["pairs"] = {"kind": "pairs", "prompts": 4, "samples_per_prompt": 4, "sampling": {"unmasking": {"steps": 3}}}
+    stages["dpo"] = dpo | {"start_from": "sft", "noise": {"scheme": "count", "draws": 2}}
+    stages["lora"] = dpo | {"start_from": "dpo", "lora": {"rank": 4, "alpha": 4}, "reference": "sft"}
+    stages["evaluation"] = raw["stages"]["evaluation"] | {"arms": ["sft", "dpo", "lora"]}
+    recipe = Recipe.model_validate(raw | {"stages": stages})
+    folder = run_recipe(recipe, lambda line: None)
+    first, second = MetricsFile(folder.stage("dpo") / "metrics.jsonl").read()
+    assert first["loss"] == pytest.approx(0.6931, abs=1e-4) and first["dpo/bias_bound"] == pytest.approx(0, abs=1e-9)
+    assert second["dpo/bias_bound"] > 0 and not (folder.stage("dpo") / "reference").exists()
+    # The second stage starts from dpo and is held against sft, so it does not begin at log 2.
+    (start, _) = MetricsFile(folder.stage("lora") / "metrics.jsonl").read()
+    assert start["dpo/margin"] != pytest.approx(0, abs=1e-6)

@@ -57,6 +57,22 @@ def test_a_plan_runs_whole_and_only_once(tmp_path: Path) -> None:
     assert not [line for line in said if line.endswith(("(codec)", "(sft)", "(grpo)", "(eval)"))]
 
 
+def test_a_plan_may_have_arms_of_several_stages_and_the_best_of_n(tmp_path: Path) -> None:
+    whole = read_plan(TINY, EvidencePlan).model_dump(mode="json")
+    pairs = {"kind": "pairs", "prompts": 4, "samples_per_prompt": 4}
+    dpo = {"kind": "dpo", "steps": 1, "batch_size": 2, "micro_batch_size": 2, "learning_rate": 1e-3}
+    whole["start"]["trials"] = [{"steps": 2}]
+    whole["arms"] = {"dpo": {"before": [pairs, dpo, pairs], "stage": dpo, "trials": [{}]}}
+    record = run_plan(
+        EvidencePlan.model_validate(whole | {"best_of": 2}), tmp_path / "runs", tmp_path / "out", lambda line: None
+    )
+    assert list(record["arms"]) == ["sft", "dpo", "sft best of 2"]
+    assert record["arms"]["sft best of 2"]["chosen"]["settings"]["best_of"] == 2
+    assert record["compute"]["seconds"]["sft best of 2"] == [0.0, 0.0]
+    assert all(seconds > 0 for seconds in record["compute"]["seconds"]["dpo"])
+    assert "| sft best of 2 - dpo |" in (tmp_path / "out" / "tiny.md").read_text()
+
+
 def test_an_ablation_runs_whole(tmp_path: Path) -> None:
     plan = AblationPlan.model_validate(ABLATION)
     record = run_ablation(plan, tmp_path / "run", tmp_path / "out", lambda line: None)

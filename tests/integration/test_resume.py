@@ -26,7 +26,7 @@ def killed_runs(out: Path, recipe: str, places: list[str], processes: int = 1) -
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1800,
     )
     assert answer.returncode == 0, answer.stderr[-6000:]
     return json.loads(answer.stdout.splitlines()[-1])

@@ -25,3 +25,8 @@ def picky(prompts: list[str], completions: list[Image.Image], **columns: Any) ->
     """`darkness`, but the same for every picture of a prompt whose length is even."""
     dark = darkness(prompts, completions)
     return [0.0 if len(prompt) % 2 == 0 else value for prompt, value in zip(prompts, dark, strict=True)]
+
+
+def brevity(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+    """Shorter texts score higher."""
+    return [1 / (1 + len(text)) for text in completions]

@@ -82,6 +82,22 @@ def test_every_trial_of_the_start_begins_with_the_recipes_policy_and_every_arm_w
     assert getattr(trials.stages["grpo-1"], "learning_rate", None) == 1e-2
 
 
+def test_an_arm_may_be_a_chain_of_stages_each_from_the_one_before() -> None:
+    pairs, dpo = {"kind": "pairs"}, {"kind": "dpo", "steps": 1, "learning_rate": 1e-3}
+    rounds = {"before": [pairs, dpo, {**pairs, "prompts": 8}], "stage": {**dpo, "reference": "sft"}, "trials": [{}, {}]}
+    whole = plan(arms={"rounds": rounds}, best_of=4)
+    final = seed_run(whole, Path("runs"), 1, {"sft": 0, "rounds": 1})
+    assert list(final.stages) == ["codec", "sft", "rounds_1", "rounds_2", "rounds_3", "rounds", "evaluation"]
+    started = {name: getattr(stage, "start_from", None) for name, stage in final.stages.items()}
+    assert [started[f"rounds{part}"] for part in ("_1", "_2", "_3", "")] == ["sft", "sft", "rounds_2", "rounds_2"]
+    assert [getattr(final.stages[name], "pairs", None) for name in ("rounds_2", "rounds")] == ["rounds_1", "rounds_3"]
+    evaluation = final.stages["evaluation"]
+    assert isinstance(evaluation, EvalStage) and evaluation.every_arm == ("sft", "rounds", "sft best of 4")
+    tuned = arm_trials(whole, Path("runs"), 0)
+    assert getattr(tuned.stages["evaluation"], "arms", None) == ("sft", "rounds-0", "rounds-1")
+    assert getattr(tuned.stages["rounds-1"], "pairs", None) == "rounds-1_3"
+
+
 def test_choices_see_the_validation_prompts_and_results_the_test_prompts() -> None:
     def read(recipe: Any) -> range:
         stage = recipe.stages["evaluation"]

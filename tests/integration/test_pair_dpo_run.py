@@ -1,0 +1,93 @@
+"""Pairs of pictures and of answers about the same rows, learned from together; and a policy that is its own judge."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from rlmm.config.recipe import RecipeError, read_recipe
+from rlmm.config.sampling import Writing
+from rlmm.data import build_dataset
+from rlmm.pipeline import run_recipe
+from rlmm.policies.families.loading import load_policy
+from rlmm.policies.layout_io import Supervised, supervised_batch
+from rlmm.policies.responses import stop_tokens, writing_spelling
+from rlmm.train.context import StageContext, image_tokens, run_codec
+from rlmm.train.experience import spell_sources
+from rlmm.train.metrics import MetricsFile
+from tests.integration.conftest import TinyRun
+
+RECIPE = Path(__file__).parents[1] / "recipes" / "tiny_pair_dpo.yaml"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
+    recipe = read_recipe(RECIPE, [f"run_dir={tmp_path_factory.mktemp('pair') / 'run'}"])
+    said: list[str] = []
+    return TinyRun(recipe, run_recipe(recipe, said.append), said)
+
+
+def pairs(run: TinyRun, stage: str) -> list[dict[str, Any]]:
+    return pq.read_table(run.folder.stage(stage) / "pairs.parquet").to_pylist()
+
+
+def test_both_pairs_are_of_one_row(run: TinyRun) -> None:
+    data = build_dataset(run.recipe.data, "train", run.recipe.seed)
+    pictures = {example.target.tobytes(): example.prompt for example in data if example.target is not None}
+    rows = pairs(run, "pairs")
+    assert rows
+    for row in rows:
+        shown = Image.open(io.BytesIO(row["picture"]["bytes"]))
+        assert pictures[shown.tobytes()] == row["prompt"] and row["question"] == "what is shown"
+        assert row["chosen_answer_score"] > row["rejected_answer_score"]
+        assert row["chosen_answer"] != row["rejected_answer"] and row["chosen_codes"] != row["rejected_codes"]
+
+
+def test_the_loss_has_either_kind_with_its_weight(run: TinyRun) -> None:
+    """At the reference every pair's loss is log 2."""
+    (first, _) = MetricsFile(run.folder.stage("dpo") / "metrics.jsonl").read()
+    assert first["loss"] == pytest.approx((2.0 + 0.5) * 0.6931471805599453, abs=1e-5)
+    assert {"dpo/correct", "dpo/understanding/correct", "dpo/margin", "dpo/understanding/margin"} <= first.keys()
+
+
+def test_answers_are_read_after_the_picture_and_the_question_as_it_was_asked(run: TinyRun) -> None:
+    """By hand: the stored reference of the first row's answers."""
+    policy = load_policy(run.folder.stage("sft") / "model")
+    context = StageContext(run.recipe, run.folder, "dpo", run.recipe.stages["dpo"], print)
+    codec = run_codec(context)
+    codec.eval()
+    row, writing = pairs(run, "pairs")[0], Writing(template="say: {prompt}")
+    source = Image.open(io.BytesIO(row["picture"]["bytes"]))
+    sources = spell_sources(image_tokens(context, codec), policy.layout, [source])
+    asked = writing_spelling(policy.spelling, writing, 1, False).encode(row["question"])
+    stored = load_file(run.folder.stage("dpo") / "reference" / "000000.safetensors")["log_probs"]
+    for side, answer in enumerate((row["chosen_answer"], row["rejected_answer"])):
+        text = [*policy.encode_prompt(answer), stop_tokens(policy.spelling, Writing(stop=("<eos>",)))[0]]
+        batch = supervised_batch(policy.layout, [Supervised(asked, sources=sources, text=text)])
+        with torch.no_grad():
+            wanted = float(policy.sequence_log_probs(batch)[batch.target_BT].sum())
+        assert float(stored[1, side]) == pytest.approx(wanted, abs=1e-4)
+
+
+def test_a_policys_own_answers_are_scores(run: TinyRun) -> None:
+    rows = pairs(run, "self_play")
+    assert len(rows) == 4 and all(row["margin"] > 0 and row["question"] is None for row in rows)
+    table = pq.read_table(run.folder.stage("self_play") / "rollouts" / "step-000000.parquet")
+    assert {"reward/wer", "reward/brevity"} <= set(table.column_names)
+    assert "darkness" not in " ".join(table.column_names)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    for override, message in (
+        ("stages.pairs.split=prompts", "asks about a row's picture, and split prompts has none"),
+        ("stages.dpo.loss=kto", "not with loss kto"),
+        ("stages.again.generation_weight=2.0", "there is no understanding"),
+        ("policy.family=masked", "a masked policy"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            read_recipe(RECIPE, [override])
