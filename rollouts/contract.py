@@ -67,7 +67,7 @@ class Layout:
     a `null_token`, the prompt with every token of it replaced by that one, as Janus does: then the stream is a function
     of the tokens alone. `mask` stands for a position that is not decided yet; only masked families have one, in neither
     slice, so it is never drawn. Of those, with `causal_prompt`, what stands before the image sees what stands before it
-    alone, as in Show-o (arXiv 2408.12528).
+    alone (Show-o's attention, arXiv 2408.12528, but for its begin-of-image, which sees all).
     """
 
     vocab_size: int
@@ -190,8 +190,8 @@ class MaskedDecoder(Protocol):
     layout: Layout
 
     def hidden(self, ids_BT: Tensor, mask_BT: Tensor, *, cache: Any = None) -> Tensor:
-        """Final hidden states [B, T, H]; an image's each see the whole sequence. `mask_BT` covers what the cache holds,
-        too: prompts, where those see themselves alone."""
+        """Final hidden states [B, T, H] of whole sequences, of which an image's each see all. Where prompts see
+        themselves alone a cache may hold them: then of the positions that it lacks."""
         ...
 
     def head(self, hidden_NH: Tensor, vocabulary: tuple[int, int]) -> Tensor:

@@ -57,13 +57,14 @@ class MaskedPolicy(TransformerPolicy):
             )
 
     def attention(self, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
-        """Everything sees everything, or what is before the image (up to the last token that announces one) only what
-        is before it. What is padding sees itself: a row that sees nothing is not a number."""
+        """Everything sees everything, or what is before the image (up to the last token that announces one, or all of
+        a sequence without) only what is before it. What is padding sees itself: a row that sees nothing is not a
+        number."""
         if not self.layout.causal_prompt:
             return mask_BT
         place_T = torch.arange(ids_BT.shape[1], device=ids_BT.device)
         last_B1 = torch.where(ids_BT == self.layout.boi[-1], place_T, -1).amax(1, keepdim=True)
-        image_BT1 = (place_T > last_B1)[..., None]
+        image_BT1 = ((place_T > last_B1) & (last_B1 >= 0))[..., None]
         before_TT, itself_TT = place_T <= place_T[:, None], place_T == place_T[:, None]
         return ((mask_BT[:, None].to(ids_BT.device) & (image_BT1 | before_TT)) | itself_TT)[:, None]
 

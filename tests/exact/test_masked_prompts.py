@@ -113,6 +113,8 @@ def test_a_prompt_sees_neither_the_image_nor_what_comes_after() -> None:
     for position in range(image, one.shape[1]):
         assert change(causal, position) == [False] * image + [True] * LENGTH
         assert all(change(full, position))
+    one, seen = one[:, : image - 1], seen[:, : image - 1]  # nothing announces an image
+    assert change(causal, 1) == [False] + [True] * (image - 2)
 
 
 def test_padding_and_supervised_batches_keep_the_law(policy: MaskedPolicy) -> None:
