@@ -4,6 +4,8 @@ Exact match is ours; the others are the field's packages, of the extra `answers`
 score is in [0, 1], CIDEr's in [0, 10], and more is better.
 """
 
+import hashlib
+import importlib
 import unicodedata
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -80,8 +82,6 @@ def bleu() -> AnswerReward:
 def cider(corpus: str) -> AnswerReward:
     """CIDEr-D (Vedantam et al. 2015, section 5), in [0, 10]. How rare a phrase is says `corpus`, a text file with a
     reference a line, so that a score does not depend on the samples beside it."""
-    import hashlib
-
     lines = [plain(line) for line in Path(corpus).read_text(encoding="utf-8").splitlines() if line.strip()]
     if len(lines) < 2:
         raise ValueError(f"cider: {corpus} has {len(lines)} references; rarity needs many, one a line")
@@ -107,8 +107,6 @@ class _Cider:
 
 
 def _package(name: str) -> Any:
-    import importlib
-
     try:
         return importlib.import_module(name)
     except ImportError as error:

@@ -52,12 +52,9 @@ def response_of(policy: TransformerPolicy, sampling: Sampling) -> Response:
     if written is None:
         return Response((sampling.span(layout),), policy.spelling)
     stop = stop_tokens(policy.spelling, written)
-    spans = (written.span(layout, stop),) if sampling.thought is None else (
-        written.span(layout, stop), sampling.span(layout),
-    )  # fmt: skip
-    return Response(
-        spans, writing_spelling(policy.spelling, written, written.length_limit, sampling.thought is not None)
-    )
+    text, draws = written.span(layout, stop), sampling.thought is not None
+    spelling = writing_spelling(policy.spelling, written, written.length_limit, draws)
+    return Response((text, sampling.span(layout)) if draws else (text,), spelling)
 
 
 def writing_spelling(spelling: Spelling, writing: Writing, length: int, draws: bool) -> Spelling:
