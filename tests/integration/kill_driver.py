@@ -32,9 +32,6 @@ RECIPE = Path(__file__).parents[1] / "recipes" / "tiny.yaml"
 STAGES = ("codec", "sft", "grpo")
 
 
-reference_module.CHUNK = 2  # of every run here, so that the few preferences have several files
-
-
 def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -110,9 +107,6 @@ def kill_in_pair_files() -> None:
     pairs_module.write_pairs = dying(pairs_module.write_pairs, 1)
 
 
-reference_module.CHUNK = 2  # pyrefly: ignore[bad-assignment]  # of every run here: some files, not one
-
-
 def kill_in_reference() -> None:
     reference_module._write = dying(reference_module._write, 2)
 
@@ -167,6 +161,7 @@ def digest(folder: Path) -> dict[str, str]:
 
 
 def main(out: Path, recipe: Path, count: int, places: list[str]) -> None:
+    reference_module.CHUNK = 2  # pyrefly: ignore[bad-assignment]  # of every run here: some files, not one
     whole = out / "whole"
     status = run_forked(recipe, [f"run_dir={whole}"], out / "whole.log", count=count)
     if any(status):
