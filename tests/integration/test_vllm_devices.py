@@ -29,7 +29,7 @@ def policy() -> CausalPolicy:
     return make_policy(lora=True)
 
 
-@pytest.fixture(scope="module", params=WAYS)
+@pytest.fixture(scope="module", params=["two servers", pytest.param("two devices", marks=pytest.mark.long)])
 def engine(request: pytest.FixtureRequest, policy: CausalPolicy) -> Iterator[Recovering]:
     change(policy, 1)
     with pytest.MonkeyPatch.context() as patch:

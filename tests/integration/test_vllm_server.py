@@ -105,6 +105,7 @@ def test_an_interrupted_rollout_leaves_no_rows_behind(engine: Recovering, policy
     assert gap(policy, sample(engine, policy, {"guidance_scale": 2.0})) < 1e-4
 
 
+@pytest.mark.long
 def test_a_server_killed_during_a_rollout_is_started_once_more_and_nothing_changes(
     engine: Recovering, policy: CausalPolicy
 ) -> None:
