@@ -1,16 +1,20 @@
 """The table of estimators: what must hold on any policy."""
 
 import json
-from pathlib import Path
 
 import pytest
 
 from rlmm.bench.estimators import ESTIMATORS, bench_estimators
 
 
-def test_the_table_has_every_estimator_and_says_which_are_biased(tmp_path: Path) -> None:
-    bench_estimators(2, 4000, tmp_path / "table.json")
-    record = json.loads((tmp_path / "table.json").read_text())
+@pytest.fixture(scope="module")
+def record(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    path = tmp_path_factory.mktemp("bench") / "table.json"
+    bench_estimators(2, 4000, path)
+    return json.loads(path.read_text())
+
+
+def test_the_table_has_every_estimator_and_says_which_are_biased(record: dict) -> None:
     rows = {row["estimator"]: row for row in record["rows"]}
     assert set(ESTIMATORS) < set(rows)
     trajectory = rows["trajectory, all steps"]
@@ -23,3 +27,19 @@ def test_the_table_has_every_estimator_and_says_which_are_biased(tmp_path: Path)
     spread = [rows[n]["deviation"] for n in ("stratified, 3 draws", "count, 3 draws", "count", "bernoulli, 1/t")]
     assert spread == sorted(spread)
     assert rows["mean field (d1)"]["deviation"] == pytest.approx(0, abs=1e-6)
+    few = rows["trajectory, 1 of 3 steps"]
+    assert few["bias"] < 0.3 < few["deviation"] and few["least"] > 0.99
+    assert rows["confident order, all of it"]["least"] == pytest.approx(1, abs=1e-6)
+    tokens, whole, field = (
+        rows[f"confident order, {of}"] for of in ("tokens alone (dLLM-RL)", "the ELBO", "mean field")
+    )
+    assert 0.9999 > tokens["cosine"] > whole["cosine"] > field["cosine"]
+    mixed = rows["sandwich (SPG), 3 draws"]
+    assert mixed["bias"] is None and 0.8 < mixed["least"] < 0.9999
+
+
+def test_what_else_enumeration_tells(record: dict) -> None:
+    figures = record["figures"]
+    assert 0 < figures["gap"] < figures["most_gap"]
+    assert 20 * figures["shared"] < figures["apart"]
+    assert 0 < figures["violated"] < 0.5
