@@ -12,6 +12,7 @@ from rewards.plugins import plugins, target_of
 REWARDS: dict[str, Callable[..., Reward]] = {
     "ocr": pictures.ocr,
     "tesseract": pictures.tesseract,
+    "letter_forms": pictures.letter_forms,
     "scenes": pictures.scenes,
     "not_blank": pictures.not_blank,
     "edge_density": pictures.edge_density,

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Literal, Protocol, get_args
 
 from PIL import Image
 
@@ -10,7 +10,10 @@ from rewards.base import Sample, Score
 from rewards.gold import GoldPair
 from rewards.gold_images import word_image
 from rewards.images import CorruptImage, load_all
-from rewards.text import match_text, quoted_spans
+from rewards.names import nearest
+from rewards.text import match_text, match_words, quoted_spans
+
+Level = Literal["characters", "words"]
 
 
 class Reader(Protocol):
@@ -28,14 +31,14 @@ class Reader(Protocol):
 
 
 class OcrReward:
-    """How well the text in the image matches the text asked for; the value is `rewards.text.match_text`'s
-    F-measure.
+    """How well the text in the image matches the text asked for; the value is the F-measure of characters
+    (`rewards.text.match_text`), or of whole words (`rewards.text.match_words`) where `level` is "words".
 
     The wanted text is every quoted span of the prompt, or, with `text_column`, that column of the data row (a
     string or a list of strings). Several images of a sample are read as one text. Parts: exact, similarity,
-    precision, recall; the reason of a score holds what was read. A sample without wanted text is unavailable;
-    an image in which nothing is read scores 0, because that is what the policy drew; one that does not decode
-    is invalid output.
+    precision, recall, and words, the F-measure of words; the reason of a score holds what was read. A sample
+    without wanted text is unavailable; an image in which nothing is read scores 0, because that is what the policy
+    drew; one that does not decode is invalid output.
     """
 
     def __init__(
@@ -45,15 +48,20 @@ class OcrReward:
         name: str = "ocr",
         case_sensitive: bool = False,
         text_column: str | None = None,
+        level: Level = "characters",
     ) -> None:
+        if level not in (known := get_args(Level)):
+            raise ValueError(f"level is characters or words, got {level!r}. {nearest(level, known)}")
         self.name = name
+        self.level = level
         self.reader = reader
         self.case_sensitive = case_sensitive
         self.text_column = text_column
 
     def fingerprint(self) -> str:
         """The reader's identity and the settings of the comparison."""
-        return f"ocr/1 [{self.reader.fingerprint()}] case={self.case_sensitive} text={self.text_column}"
+        settings = f"case={self.case_sensitive} text={self.text_column} level={self.level}"
+        return f"ocr/2 [{self.reader.fingerprint()}] {settings}"
 
     def score(self, samples: Sequence[Sample]) -> list[Score]:
         """One Score a sample; all readable images go to the reader in one call."""
@@ -103,13 +111,15 @@ class OcrReward:
     def _compare(self, wanted: list[str], read: str) -> Score:
         try:
             match = match_text(wanted, read, case_sensitive=self.case_sensitive)
+            by_word = match_words(wanted, read, case_sensitive=self.case_sensitive)
         except ValueError as error:
             return Score.unavailable(str(error))
         score = Score.ok(
-            match.f_measure,
+            match.f_measure if self.level == "characters" else by_word.f_measure,
             exact=match.exact,
             similarity=match.similarity,
             precision=match.precision,
             recall=match.recall,
+            words=by_word.f_measure,
         )
         return dataclasses.replace(score, reason=f"read {read!r}")

@@ -2,16 +2,24 @@
 
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tesserocr
 from PIL import Image, ImageOps
+from skimage.measure import label, regionprops
+
+from rewards.letters import Symbol
 
 UPSCALE = 2
 _ONE_LINE: Any = tesserocr.PSM.SINGLE_LINE  # its stub has no usable type
+_SYMBOL: Any = tesserocr.RIL.SYMBOL
+INK_CONTRAST = 64
+"""Grey levels (0-255) by which a pixel must differ from the background to count as ink."""
+REACH = 2
+"""Pixels of the upscaled image that a character's box is made higher by, above and below."""
 BORDER = 10
 """Pixels of background put around the upscaled image; Tesseract misses text that touches the edge."""
 
@@ -57,10 +65,56 @@ class TesseractReader:
         with self._lock:
             return [self._read(image) for image in images]
 
+    def symbols(self, images: Sequence[Image.Image]) -> list[list[Symbol]]:
+        """Every character of each RGB image with its ink; none where nothing is read."""
+        with self._lock:
+            return [self._symbols(image) for image in images]
+
     def _read(self, image: Image.Image) -> str:
+        self._api.SetImage(self._prepared(image)[0])
+        return self._api.GetUTF8Text().strip()
+
+    def _symbols(self, image: Image.Image) -> list[Symbol]:
+        page, background = self._prepared(image)
+        self._api.SetImage(page)
+        if not self._api.GetUTF8Text().strip():
+            return []
+        ink_HW = np.abs(np.asarray(page, dtype=np.int16) - background) > INK_CONTRAST
+        read = [(one.GetUTF8Text(_SYMBOL), one.BoundingBox(_SYMBOL)) for one in self._every(_SYMBOL)]
+        return [Symbol(text, ink) for (text, _), ink in zip(read, _inks(ink_HW, [box for _, box in read]), strict=True)]
+
+    def _every(self, level: Any) -> Iterator[Any]:
+        return tesserocr.iterate_level(self._api.GetIterator(), level)
+
+    @staticmethod
+    def _prepared(image: Image.Image) -> tuple[Image.Image, int]:
+        """The image as Tesseract gets it, and the grey level of its background."""
         grey = image.convert("L")
         pixels = np.asarray(grey)
         background = int(np.median(np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])))
         large = grey.resize((grey.width * UPSCALE, grey.height * UPSCALE), Image.Resampling.BICUBIC)
-        self._api.SetImage(ImageOps.expand(large, BORDER, fill=background))
-        return self._api.GetUTF8Text().strip()
+        return ImageOps.expand(large, BORDER, fill=background), background
+
+
+Box = tuple[int, int, int, int]
+"""Left, top, right, bottom."""
+
+
+def _inks(ink_HW: np.ndarray, boxes: Sequence[Box]) -> list[np.ndarray]:
+    """The ink [h, w] of each character's box. Boxes overlap, so a piece of ink belongs to the one whose middle is
+    nearest to its own; a box that has none then takes its largest, since letters may touch."""
+    pieces_HW = label(ink_HW, connectivity=2)
+    middles = np.array([(left + right) / 2 for left, _, right, _ in boxes])
+    owner = {
+        piece.label: int(np.abs(middles - (piece.bbox[1] + piece.bbox[3] - 1) / 2).argmin())
+        for piece in regionprops(pieces_HW)
+    }
+    inks = []
+    for number, (left, top, right, bottom) in enumerate(boxes):
+        # Boxes are tight and now and then a pixel short, above all over a dot or under a comma.
+        inside_HW = pieces_HW[max(0, top - REACH) : bottom + REACH, left:right]
+        sizes = np.bincount(inside_HW.ravel())
+        sizes[0] = 0
+        own = [piece for piece, whose in owner.items() if whose == number] or [int(sizes.argmax()) or -1]
+        inks.append(np.isin(inside_HW, own))
+    return inks

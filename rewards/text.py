@@ -1,8 +1,9 @@
-"""Text asked for against text read: quoted spans, normalisation, and the edit-distance F-measure."""
+"""Text asked for against text read: quoted spans, normalisation, and F-measures of characters and of words."""
 
 import itertools
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -86,4 +87,44 @@ def match_text(wanted: Sequence[str], read: str, *, case_sensitive: bool = False
         recall=hits / length,
         similarity=hits / longest,
         exact=float(distance == 0),
+    )
+
+
+def words(text: str, *, case_sensitive: bool = False) -> list[str]:
+    """The words of a text, normalised: what stands between white space, without the punctuation around it. A script
+    that puts no space between words is one word a run.
+    """
+    bare = (re.sub(r"^[\W_]+|[\W_]+$", "", word) for word in text.split())
+    return [normalise(word, case_sensitive=case_sensitive) for word in bare if word]
+
+
+@dataclass(frozen=True)
+class WordMatch:
+    """How many words were read as they were wanted; all fields in [0, 1]."""
+
+    f_measure: float
+    precision: float
+    recall: float
+
+
+def match_words(wanted: Sequence[str], read: str, *, case_sensitive: bool = False) -> WordMatch:
+    """Compares the words of the wanted spans with those of one reading, whatever their order; a word counts as often as
+    it stands on both sides, and only whole::
+
+        hits      = sum over words of min(times wanted, times read)
+        precision = hits / words read      (0 for an empty reading)
+        recall    = hits / words wanted
+        f_measure = 2 * hits / (wanted + read)
+
+    Raises ValueError for no wanted word.
+    """
+    asked = Counter(word for span in wanted for word in words(span, case_sensitive=case_sensitive))
+    found = Counter(words(read, case_sensitive=case_sensitive))
+    if not asked:
+        raise ValueError("there is no wanted word to compare with")
+    hits = (asked & found).total()
+    return WordMatch(
+        f_measure=2 * hits / (asked.total() + found.total()),
+        precision=hits / found.total() if found else 0.0,
+        recall=hits / asked.total(),
     )

@@ -9,6 +9,7 @@ def ocr(
     *,
     case_sensitive: bool = False,
     text_column: str | None = None,
+    level: Literal["characters", "words"] = "characters",
     model: str | None = None,
     height: int = 48,
     width_scale: float = 1.0,
@@ -28,13 +29,14 @@ def ocr(
         batch_size=batch_size,
         threads=threads,
     )
-    return OcrReward(reader, name="ocr", case_sensitive=case_sensitive, text_column=text_column)
+    return OcrReward(reader, name="ocr", case_sensitive=case_sensitive, text_column=text_column, level=level)
 
 
 def tesseract(
     *,
     case_sensitive: bool = False,
     text_column: str | None = None,
+    level: Literal["characters", "words"] = "characters",
     language: str = "eng",
     tessdata: str | None = None,
     characters: str | None = None,
@@ -44,7 +46,15 @@ def tesseract(
     from rewards.tesseract import TesseractReader
 
     reader = TesseractReader(language=language, tessdata=tessdata, characters=characters)
-    return OcrReward(reader, name="tesseract", case_sensitive=case_sensitive, text_column=text_column)
+    return OcrReward(reader, name="tesseract", case_sensitive=case_sensitive, text_column=text_column, level=level)
+
+
+def letter_forms(*, language: str = "eng", tessdata: str | None = None, characters: str | None = None) -> Reward:
+    """Share of the letters read that are whole: pieces and holes as in common fonts; for a gate."""
+    from rewards.letters import LetterFormsReward
+    from rewards.tesseract import TesseractReader
+
+    return LetterFormsReward(TesseractReader(language=language, tessdata=tessdata, characters=characters))
 
 
 def scenes() -> Reward:

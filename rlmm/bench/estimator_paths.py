@@ -67,7 +67,7 @@ def confident_rows(problems: Sequence[Problem]) -> list[Row]:
         _confident_row("confident order, all of it", "trajectory", LENGTH, every, "logp_W"),
         _confident_row("confident order, tokens alone (dLLM-RL)", "surrogate", LENGTH, every, "tokens_W"),
         _confident_row("confident order, the ELBO", "elbo", LENGTH, every, "elbo_W"),
-        _confident_row("confident order, mean field", "mean field", 1, every, "mean_field_W"),
+        _confident_row("confident order, mean field", "mean_field", 1, every, "mean_field_W"),
     ]
 
 

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from rewards import build
 from rewards.base import Reward, Sample
 from rewards.gold import HasGold, gold_check_pairs
 from rewards.gold_images import word_image
-from rewards.ocr import OcrReward
+from rewards.ocr import Level, OcrReward
 from rewards.paddle import PaddleReader
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -183,3 +184,15 @@ def test_rewards_need_no_torch_and_load_no_engine_before_it_is_asked_for() -> No
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_level_says_whether_words_or_characters_are_the_value() -> None:
+    sample = Sample("s", "g", 'a sign "OPEN NOW"', (Image.new("RGB", (8, 8)),))
+    values = {}
+    for level in get_args(Level):
+        (score,) = OcrReward(Scripted("opennow"), level=level).score([sample])
+        assert score.parts["words"] == 0 and score.parts["exact"] == 1
+        values[level] = score.value
+    assert values == {"characters": 1.0, "words": 0.0}
+    with pytest.raises(ValueError, match="word"):
+        OcrReward(Scripted(), level="word")  # pyrefly: ignore[bad-argument-type]

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from rewards.text import MAX_SPANS, match_text, normalise, quoted_spans
+from rewards.text import MAX_SPANS, match_text, match_words, normalise, quoted_spans
 
 
 @pytest.mark.parametrize(
@@ -89,3 +89,26 @@ def test_no_wanted_text_and_too_many_spans_are_errors() -> None:
         match_text([" "], "X")
     with pytest.raises(ValueError, match=f"at most {MAX_SPANS}"):
         match_text(["A"] * (MAX_SPANS + 1), "X")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "read", "expected"),
+    [
+        (["OPEN NOW"], "open now", (1.0, 1.0, 1.0)),
+        (["OPEN NOW"], "now, open!", (1.0, 1.0, 1.0)),
+        (["OPEN NOW"], "opennow", (0.0, 0.0, 0.0)),  # characters alone would call it right
+        (["OPEN", "CLOSED"], "open", (2 / 3, 1.0, 0.5)),
+        (["go go go"], "go go away", (2 / 3, 2 / 3, 2 / 3)),
+        (["it's"], "its", (0.0, 0.0, 0.0)),
+        (["stop"], "", (0.0, 0.0, 0.0)),
+    ],
+)
+def test_words_count_whole_and_in_any_order(wanted: list[str], read: str, expected: tuple[float, float, float]) -> None:
+    found = match_words(wanted, read)
+    assert (found.f_measure, found.precision, found.recall) == pytest.approx(expected)
+
+
+def test_the_case_of_words_counts_where_asked_and_no_word_is_an_error() -> None:
+    assert match_words(["Bar"], "bar", case_sensitive=True).f_measure == 0
+    with pytest.raises(ValueError, match="no wanted word"):
+        match_words(["--", " "], "bar")
