@@ -84,7 +84,8 @@ class Unmasking:
 
     @property
     def exact(self) -> bool:
-        """Whether the trajectory's log-prob is known: Gumbel noise on the confidence has no closed form."""
+        """Whether the trajectory's log-prob is computed here: with Gumbel noise on the confidence it would take the
+        proposals that were not kept, too (Plackett-Luce), and those are not stored."""
         return self.order != "noisy_confidence"
 
     def to_dict(self) -> dict[str, Any]:

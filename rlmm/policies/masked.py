@@ -158,8 +158,9 @@ class MaskedPolicy(TransformerPolicy):
         if not unmasking.exact or span.law.truncated:
             raise ValueError(
                 f"the log-prob of a trajectory with order {unmasking.order!r} and top_k={span.law.top_k}, "
-                f"top_p={span.law.top_p} is not known (noise has no closed form, and the supports of what was not kept "
-                "are not stored); train with order random, blocks, ancestral, or confidence without top-k and top-p"
+                f"top_p={span.law.top_p} is not known (proposals that noise put aside, and supports of what was "
+                "not kept, are not stored); train with order random, blocks, ancestral, or confidence without top-k "
+                "and top-p"
             )
         everything = States(states.row_R, states.masked_RS, states.masked_RS)
         names = span.law.streams(replay=True)

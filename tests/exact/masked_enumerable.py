@@ -20,7 +20,7 @@ from rlmm.policies.families.llama import build
 from rlmm.policies.masked import MaskedPolicy
 from rollouts.assembly import span_trajectory
 from rollouts.contract import Request
-from rollouts.law import COND, UNCOND, Law
+from rollouts.law import COND, SOURCE, UNCOND, Law
 from rollouts.torch_engine.masked import MaskedTorchEngine
 from rollouts.trajectory import Span, Trajectory, pad_left
 from rollouts.unmasking import Unmasking
@@ -36,6 +36,7 @@ LAWS: dict[str, dict[str, Any]] = {
     "temperature": {"temperature": 0.6},
     "guidance": {"guidance_scale": 2.5},
     "guidance, temperature": {"guidance_scale": 1.7, "temperature": 1.4},
+    "guidance by text and source": {"guidance_scale": 2.0, "source_scale": 1.5},
 }
 
 
@@ -57,6 +58,8 @@ def request_for(policy: MaskedPolicy, seeds: Sequence[int], prompt: str = PROMPT
     streams = {
         COND: policy.layout.prefix(policy.encode_prompt(prompt)),
         UNCOND: policy.layout.prefix(policy.layout.null([])),
+        # What a source image would stand for: another condition than the prompt's, of its own length.
+        SOURCE: policy.layout.prefix(policy.encode_prompt(prompt[::-1] + "c")),
     }
     return Request(prompt, streams, tuple(seeds), tuple(f"{prompt}/{seed}" for seed in seeds))
 
@@ -94,7 +97,10 @@ def table(policy: MaskedPolicy, law: Law, prompt: str = PROMPT) -> Tensor:
         logits = cast(Any, policy.model)(input_ids=ids, attention_mask=seen).logits
         by_name[name] = logits[:, given.shape[1] :, slice(*law.vocabulary)]
     mixed = by_name[COND]
-    if law.guided:
+    if law.source_scale is not None:
+        by_source, by_text = by_name[SOURCE] - by_name[UNCOND], by_name[COND] - by_name[SOURCE]
+        mixed = by_name[UNCOND] + law.source_scale * by_source + law.guidance_scale * by_text
+    elif law.guided:
         mixed = by_name[UNCOND] + law.guidance_scale * (by_name[COND] - by_name[UNCOND])
     return (mixed / law.temperature).log_softmax(-1)
 
