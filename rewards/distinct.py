@@ -6,13 +6,14 @@ from typing import Literal
 import numpy as np
 
 from rewards.base import Sample, Score
-from rewards.guards import FLOOR, NEAR_SHARE, THUMBNAIL, fingerprint, near_duplicates
+from rewards.guards import FLOOR, NEAR_SHARE, THUMBNAIL, distances, fingerprint, near_duplicates
 from rewards.images import load_or_invalid
 
 
 class DistinctReward:
     """The share of the other samples of its group that a picture is not alike, by `guards.near_duplicates`: 1 for one
-    of its own, 0 where all are one and the same. Only the first of a sample's images is compared.
+    of its own, 0 where all are one and the same. Only the first of a sample's images is compared. Part `apart`: how far
+    it is from the others on average (`guards.distances`), which tells slight variations from pictures of their own.
 
     A picture that does not decode is invalid output and is no copy of anything; a group with fewer than two others is
     unavailable. No gold pair: of two copies neither is the better one.
@@ -23,7 +24,7 @@ class DistinctReward:
 
     def fingerprint(self) -> str:
         """Version of the formula and its constants."""
-        return f"distinct/1 {THUMBNAIL} {NEAR_SHARE} {FLOOR}"
+        return f"distinct/2 {THUMBNAIL} {NEAR_SHARE} {FLOOR}"
 
     def score(self, samples: Sequence[Sample]) -> list[Score]:
         """One Score a sample, in order; `samples` are whole groups."""
@@ -37,7 +38,9 @@ class DistinctReward:
             if len(rows) < 2:
                 scores[rows[0]] = Score.unavailable("the group has no other picture to differ from")
                 continue
-            alike_NN = near_duplicates([fingerprint(item[0]) for row in rows if isinstance(item := loaded[row], list)])
-            others_N = (alike_NN & ~np.eye(len(rows), dtype=bool)).sum(axis=1)
-            scores |= {row: Score.ok(1 - float(n) / (len(rows) - 1)) for row, n in zip(rows, others_N, strict=True)}
+            prints = [fingerprint(item[0]) for row in rows if isinstance(item := loaded[row], list)]
+            others_N = (near_duplicates(prints) & ~np.eye(len(rows), dtype=bool)).sum(axis=1) / (len(rows) - 1)
+            apart_N = distances(prints).sum(axis=1) / (len(rows) - 1)
+            each = zip(rows, others_N, apart_N, strict=True)
+            scores |= {row: Score.ok(1 - float(alike), apart=float(apart)) for row, alike, apart in each}
         return [scores[row] for row in range(len(samples))]

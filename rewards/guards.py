@@ -95,11 +95,25 @@ def near_duplicates(prints: Sequence[Print]) -> np.ndarray:
     12 levels. Unlike an average hash it sees colours that are all darker than the ground, and unlike a plain distance
     it does not let a large empty ground make everything alike.
     """
+    apart_NN, spread_NN = _apart(prints)
+    return apart_NN <= NEAR_SHARE * spread_NN + len(prints[0].thumbnail_K) * FLOOR**2
+
+
+def distances(prints: Sequence[Print]) -> np.ndarray:
+    """float64 [N, N] in [0, 1]: that ratio, cut at 1; of two flat pictures 0 where they are alike, else 1."""
+    apart_NN, spread_NN = _apart(prints)
+    flat_NN = spread_NN == 0
+    ratio_NN = apart_NN / np.where(flat_NN, 1.0, spread_NN)
+    return np.where(flat_NN, ~near_duplicates(prints), ratio_NN.clip(0, 1))
+
+
+def _apart(prints: Sequence[Print]) -> tuple[np.ndarray, np.ndarray]:
+    """|a - b|^2 and var a + var b [N, N] of every pair of thumbnails."""
     small_NK = np.array([one.thumbnail_K for one in prints])
     variance_N = np.array([one.variance for one in prints])
     square_N = (small_NK**2).sum(axis=1)
     apart_NN = square_N[:, None] + square_N[None] - 2 * small_NK @ small_NK.T
-    return apart_NN <= NEAR_SHARE * (variance_N[:, None] + variance_N[None]) + small_NK.shape[1] * FLOOR**2
+    return apart_NN, variance_N[:, None] + variance_N[None]
 
 
 def repeats_within(alike_NN: np.ndarray, group_N: Sequence[Hashable]) -> float | None:

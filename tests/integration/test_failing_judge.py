@@ -92,7 +92,7 @@ def test_one_failure_in_ten(variant: Callable[..., Recipe], tmp_path: Path, grad
     failing = f"rewards={{terms: [{{function: '{path}:sometimes'}}]}}"
     folder, rows = ran(variant(*LONGER, failing, "seed=4", f"run_dir={tmp_path / 'failing'}"))
     assert len(rows) == ROLLOUTS and max(clean) - min(clean) > 0
-    assert abs(last_rewards(rows) - np.mean(clean)) <= max(clean) - min(clean)
+    assert min(clean) <= last_rewards(rows) <= max(clean)
 
     failed: set[str] = set()
     for at, row in enumerate(rows):
@@ -107,6 +107,8 @@ def test_one_failure_in_ten(variant: Callable[..., Recipe], tmp_path: Path, grad
     assert 0.07 < len(failed) / (PER_ROLLOUT * ROLLOUTS) < 0.13
     kinds = {failure_of(name) for name in failed}
     assert kinds == {"none", "nan", "unavailable", "raise"}
+    # A failed sample is not run through the model at all, but where it stands in for one, with weight 0.
+    assert len(failed - gradients.keys()) > 0.9 * len(failed)
     assert all(bool((gradients[name] == 0).all()) for name in failed & gradients.keys())
     others = [grad for name, grad in gradients.items() if name not in failed]
     assert len(others) > 0.8 * PER_ROLLOUT * ROLLOUTS and sum(bool(grad.any()) for grad in others) > 0.95 * len(others)

@@ -1,9 +1,10 @@
-"""A real judge in the loop: `vllm serve` with a tiny multimodal model, asked over a socket by the rewards."""
+"""A real judge in the loop: vLLM's OpenAI server with a tiny multimodal model, asked over a socket by the rewards."""
 
 import importlib.util
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,10 @@ from rewards import build
 from rewards.base import Sample, Score
 from rewards.runner import RewardRunner
 from rewards.verifier.errors import JudgeError
+from rlmm.config.recipe import Recipe
+from rlmm.pipeline import run_recipe
+from rlmm.train.metrics import MetricsFile
+from rollouts.store import read_trajectory
 from rollouts.vllm_engine.launch import Server, ServerPlan
 from tests.integration.tiny_judge import VOCABULARY, write_judge
 from tests.unit.test_verifier_stub import pictures, serving, tokens
@@ -29,7 +34,8 @@ MODEL, KEY = "org/judge-7b", "TINY_JUDGE_KEY"
 
 
 class JudgePlan(ServerPlan):
-    """Stock `vllm serve` of a judge: nothing of this package is in it."""
+    """The stock server of `vllm serve`, by its module: the CPU build's own command looks for the package `vllm` and
+    fails. Nothing of this package is in it."""
 
     def command(self, port: int) -> list[str]:
         return [
@@ -115,6 +121,23 @@ def test_an_expected_digit_is_that_of_transformers(url: str, folder: str) -> Non
         assert (
             score.value == pytest.approx(wanted, rel=1e-3) if score.status == "ok" else "several digits" in score.reason
         )
+
+
+def test_grpo_trains_on_what_the_judge_says(url: str, variant: Callable[..., Recipe]) -> None:
+    options = f"{{url: '{url}', model: {MODEL}, api_key_env: {KEY}, min_mass: 1.0e-6}}"
+    rewards = f"rewards={{terms: [{{name: yes_no, options: {options}}}]}}"
+    run = run_recipe(variant(rewards, "stages.grpo.steps=2", "stages.grpo.held_out_every=0"), lambda line: None)
+    rows = MetricsFile(run.stage("grpo") / "metrics.jsonl").read()
+    assert len(rows) == 2 and all(row["sample/unavailable_share"] == 0 for row in rows)
+    assert all(0 < row["reward/mean"] < 1 and row["reward/std"] > 0 and row["grad_norm"] > 0 for row in rows)
+    made, columns = read_trajectory(run.stage("grpo") / "rollouts" / "step-000000.parquet")
+    again = [
+        Sample(name, "g", prompt, (Image.open(BytesIO(image)),))
+        for name, prompt, image in zip(made.sample_id, columns["prompt"], columns["image"], strict=True)
+    ]
+    judge = build("yes_no", url=url, model=MODEL, api_key_env=KEY, min_mass=1e-6)
+    asked_alone = [score.value for score in RewardRunner(judge).score(again[:4])]
+    assert columns["reward"][:4] == pytest.approx(asked_alone, rel=1e-3)
 
 
 def test_a_judge_that_does_not_answer_the_question_is_unavailable(url: str) -> None:

@@ -1,5 +1,6 @@
 """Prompt files of published benchmarks, and the folders that their official scripts read."""
 
+import gzip
 import json
 import re
 from collections.abc import Callable
@@ -10,6 +11,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from rewards.object_spec import read_spec
 from rlmm.cli import app
 from rlmm.evaluation.benchmarks import READERS, BenchmarkError, BenchPrompt, read_benchmark, summary
 from rlmm.evaluation.layouts import SAMPLES, WRITERS
@@ -25,7 +27,7 @@ CASES = [(kind, path) for kind, paths in FILES.items() for path in paths]
 
 
 @pytest.mark.parametrize(("kind", "path"), CASES, ids=lambda value: getattr(value, "name", value))
-def test_a_shipped_file_is_read_whole(kind: str, path: Path) -> None:
+def test_every_line_becomes_a_prompt(kind: str, path: Path) -> None:
     lines = path.read_text(encoding="utf-8").splitlines()
     read = read_benchmark(kind, path)
     assert len(read) == len(lines) >= 3 and len({item.key for item in read}) == len(read)
@@ -33,6 +35,32 @@ def test_a_shipped_file_is_read_whole(kind: str, path: Path) -> None:
         assert item.prompt in (line if kind == "t2i_compbench" else json.loads(line)["prompt"])
         assert kind == "t2i_compbench" or item.row == json.loads(line)
     assert summary(read).startswith(f"{len(lines)} prompts")
+
+
+WHOLE = {
+    "geneval/metadata.whole.jsonl.gz": ("geneval", 553),
+    "benchmarks/dpg_bench/prompts.whole.jsonl.gz": ("dpg_bench", 1065),
+    "benchmarks/longtext_bench/text_prompts.whole.jsonl.gz": ("longtext_bench", 160),
+    "benchmarks/longtext_bench/text_prompts_zh.whole.jsonl.gz": ("longtext_bench", 160),
+    **{
+        f"benchmarks/t2i_compbench/{name}_val.whole.txt.gz": ("t2i_compbench", 300)
+        for name in ("color", "shape", "texture", "spatial", "3d_spatial", "numeracy", "non_spatial", "complex")
+    },
+}
+"""Published files as they are, and how many prompts they say they have."""
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_published_file_is_read_whole(name: str, tmp_path: Path) -> None:
+    kind, count = WHOLE[name]
+    path = tmp_path / Path(name).stem
+    path.write_bytes(gzip.decompress((FIXTURES / name).read_bytes()))
+    read = read_benchmark(kind, path)
+    assert len(read) == len({item.key for item in read}) == count and all(item.prompt for item in read)
+    if kind == "geneval":
+        specs = [read_spec(item.row) for item in read]
+        assert all(spec.include for spec in specs)
+        assert [spec.counting for spec in specs] == [item.group == "counting" for item in read]
 
 
 def test_keys_and_groups_are_the_benchmarks_own() -> None:

@@ -183,3 +183,19 @@ def test_distinct_counts_the_copies_of_each_in_its_own_group() -> None:
         None,
     ]
     assert [s.status for s in scores[-2:]] == ["unavailable", "invalid_output"]
+
+
+def test_how_far_apart_a_groups_pictures_are_tells_variations_from_pictures_of_their_own() -> None:
+    word, white, black = word_image("WORD"), *(Image.new("RGB", (64, 64), colour) for colour in ("white", "black"))
+    groups = {
+        "copies": [word, word, word],
+        "variations": [word, word_image("WORE"), word_image("LORD")],
+        "pictures": [word, scene_image(SCENE).resize(word.size), word_image("II")],
+        "flat": [white, white, black],
+    }
+    apart = {}
+    for name, images in groups.items():
+        samples = [Sample(str(at), name, "p", (image,)) for at, image in enumerate(images)]
+        apart[name] = [score.parts["apart"] for score in build("distinct").score(samples)]
+    assert apart["copies"] == [0, 0, 0] and apart["flat"] == [0.5, 0.5, 1]
+    assert 0 < min(apart["variations"]) <= max(apart["variations"]) < min(apart["pictures"]) <= 1

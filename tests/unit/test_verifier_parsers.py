@@ -12,9 +12,11 @@ from PIL import Image
 
 from rewards.base import Sample
 from rewards.verifier.answers import Answer, read_answer, read_ranking, read_scores
+from rewards.verifier.checklist import ChecklistReward
 from rewards.verifier.client import Client
 from rewards.verifier.errors import BadAnswerError, JudgeError
 from rewards.verifier.expected_score import ExpectedScoreReward
+from rewards.verifier.pairwise import PairwiseReward
 from rewards.verifier.prompts import NATURALNESS, SUCCESS
 from rewards.verifier.ranking import RankingReward
 from rewards.verifier.rubric import RubricReward
@@ -342,8 +344,11 @@ def test_whatever_a_judge_writes_is_unavailable_or_what_it_wrote() -> None:
         ExpectedScoreReward(client, criteria=CRITERIA),
         RubricReward(client, criteria=CRITERIA),
         RankingReward(client, min_agreement=0),
+        ChecklistReward(client),
+        PairwiseReward(client),
     ]
-    pair = [Sample(name, "g", "a cat", (Image.new("RGB", (4, 4), name),)) for name in ("red", "blue")]
+    row = {"questions": ["Is it a cat?", "Is it red?"]}
+    pair = [Sample(name, "g", "a cat", (Image.new("RGB", (4, 4), name),), row=row) for name in ("red", "blue")]
     seen = {judge.name: set[str]() for judge in judges}
     for _ in range(600):
         text = any_text(chance)
