@@ -36,8 +36,17 @@ def say(line: str) -> None:
 
 
 @app.command()
-def run(config: Config, overrides: Overrides = None) -> None:
+def run(
+    config: Config,
+    overrides: Overrides = None,
+    nproc: Annotated[int | None, typer.Option(min=1, help="Processes of this machine, e.g. one a GPU")] = None,
+) -> None:
     """Run a recipe's stages in order. A second call resumes where the first one stopped."""
+    if nproc is not None:
+        from rlmm.launcher import launch
+
+        launch(nproc, config, overrides or [])
+        return
     from rlmm.config.recipe import read_recipe
     from rlmm.pipeline import run_recipe
     from rlmm.train.launch import check_deepspeed, processes

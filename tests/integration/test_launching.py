@@ -1,0 +1,70 @@
+"""Runs of several processes as people start them: by --nproc, by plain ssh, under Slurm."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rlmm.launcher import launch
+
+ROOT = Path(__file__).parents[2]
+RECIPE = ROOT / "tests" / "recipes" / "tiny.yaml"
+CODEC = json.dumps({"kind": "codec", "steps": 2, "batch_size": 8, "learning_rate": 1e-3, "checkpoint_every": 2})
+# What ssh and srun are to the examples: they run a command on a node, which here is this machine.
+SSH = '#!/bin/bash\nexec bash -c "$2"\n'
+SRUN = """#!/bin/bash
+[ "$1" = --kill-on-bad-exit=1 ] && shift
+for node in 0 1; do SLURM_NODEID=$node "$@" & done
+wait -n && wait -n
+"""
+SCONTROL = "#!/bin/bash\necho 127.0.0.1\necho 127.0.0.2\n"
+
+
+def ran(command: list[str], folder: Path, **environment: str) -> Path:
+    """The folder of a run of one codec stage that the command started."""
+    run = folder / "run"
+    overrides = [str(RECIPE), f"run_dir={run}", f"stages={{codec: {CODEC}}}", "runtime.trackers=[]"]
+    path = f"{folder}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    given = {**os.environ, **environment, "PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, *overrides], cwd=ROOT, env=given, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return run
+
+
+def processes_of(run: Path) -> int:
+    (stage,) = (run / "stages").glob("*codec*/stage.json")
+    return json.loads(stage.read_text())["processes"]
+
+
+def script(folder: Path, name: str, text: str) -> None:
+    (folder / name).write_text(text)
+    (folder / name).chmod(0o755)
+
+
+@pytest.mark.slow
+def test_nproc_starts_processes_of_this_machine(tmp_path: Path) -> None:
+    assert processes_of(ran([sys.executable, "-m", "rlmm.cli", "run", "--nproc", "2"], tmp_path)) == 2
+
+
+def test_nproc_under_a_launcher_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="WORLD_SIZE is 2.*leave --nproc out"):
+        launch(2, RECIPE, [])
+
+
+@pytest.mark.long
+def test_two_nodes_by_ssh(tmp_path: Path) -> None:
+    script(tmp_path, "ssh", SSH)
+    hosts = {"HOSTS": "127.0.0.1 127.0.0.1", "NPROC": "1", "MASTER_PORT": "29517"}
+    assert processes_of(ran([str(ROOT / "examples" / "nodes.sh")], tmp_path, **hosts)) == 2
+
+
+@pytest.mark.long
+def test_two_nodes_under_slurm(tmp_path: Path) -> None:
+    script(tmp_path, "srun", SRUN)
+    script(tmp_path, "scontrol", SCONTROL)
+    slurm = {"SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "n[1-2]", "MASTER_PORT": "29518"}
+    assert processes_of(ran(["bash", str(ROOT / "examples" / "slurm.sbatch")], tmp_path, **slurm)) == 2
