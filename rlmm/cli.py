@@ -72,7 +72,7 @@ def check(config: Config, overrides: Overrides = None) -> None:
     for line in batch_equations(recipe):
         say(line)
     table = Table(title="Memory plan (estimate)")
-    parts = ("weights", "gradients", "optimizer", "reference", "activations", "logits", "kv_cache", "engine", "total")
+    parts = ("weights", "gradients", "optimizer", "reference", "engine", "working", "sampling", "total")
     plans = memory_plans(recipe)
     for column in ("held", *(plan.stage for plan in plans)):
         table.add_column(column, justify="left" if column == "held" else "right")

@@ -1,25 +1,27 @@
 """A memory plan: what a stage will hold, in bytes, from the recipe alone.
 
-Weights, gradients and Adam's moments are counted; activations are the estimate of Korthikanti et al. 2022
-(arXiv 2205.05198, eq. 2) without dropout masks, scaled to the precision in use.
+An update's part is that of a dry run (`rlmm.dry_run`); what sampling holds is reckoned.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from rlmm.config.data import Data, RowsData, ScenesData
 from rlmm.config.engines import TorchEngineConfig, VllmServerConfig, VllmSizes
-from rlmm.config.policy import CheckpointPolicy, NewPolicy
+from rlmm.config.policy import NewPolicy
 from rlmm.config.preference import PairNoise
 from rlmm.config.recipe import Recipe
-from rlmm.config.stages import DpoStage, GrpoStage, PolicyStage
+from rlmm.config.stages import DpoStage, GrpoStage, PolicyStage, SftStage
+from rlmm.dry_run import Update, dry_run
 from rlmm.policies.families import llama
-from rlmm.policies.families.loading import empty_model, layout_of, load_config
-from rlmm.policies.head import LOGIT_BYTES
+from rlmm.policies.families.loading import outline
+from rlmm.policies.transformer import TransformerPolicy
 from rollouts.contract import Layout
+from rollouts.law import Law
 
-ADAM_BYTES = 8
 FLOAT_BYTES = 4
 PROMPT_TOKENS = 32
 """What a prompt is taken to need."""
@@ -34,9 +36,10 @@ class MemoryPlan:
     gradients: int
     optimizer: int
     reference: int
-    activations: int
-    logits: int
-    kv_cache: int
+    working: int
+    """What an update holds beside these at its widest point: activations and logits."""
+    sampling: int
+    """What sampling holds in their place: keys and values, or a forward of a masked policy."""
     engine: int
     """The rollout engine's own copy of the weights."""
 
@@ -44,34 +47,25 @@ class MemoryPlan:
     def total(self) -> int:
         """Sampling and updating take turns, so the larger of their working sets counts."""
         held = self.weights + self.gradients + self.optimizer + self.reference + self.engine
-        return held + max(self.activations + self.logits, self.kv_cache)
+        return held + max(self.working, self.sampling)
+
+
+Make = Callable[[], TransformerPolicy]
+"""Builds a stage's policy on the current device."""
 
 
 def memory_plans(recipe: Recipe) -> list[MemoryPlan]:
     """A plan for each policy stage. Raises ValueError where the recipe's checkpoint cannot be read."""
     if isinstance(recipe.policy, NewPolicy):
         assert recipe.codec is not None, "the recipe lets no new policy be without"
-        size = recipe.policy
-        with torch.device("meta"):  # shapes alone
-            policy = llama.build(size, num_codes=recipe.codec.num_codes, grid=recipe.codec.grid, seed=0)
-        layout, total = policy.layout, sum(parameter.numel() for parameter in policy.model.parameters())
-    else:
-        layout, whole = layout_of(recipe.policy.path, recipe.policy), load_config(recipe.policy.path, recipe.policy)
-        total = sum(parameter.numel() for parameter in empty_model(whole).parameters())
-        config = whole.get_text_config()
-        size = NewPolicy(
-            hidden_size=config.hidden_size,
-            num_layers=config.num_hidden_layers,
-            num_heads=config.num_attention_heads,
-            intermediate_size=config.intermediate_size,
-            tie_embeddings=config.tie_word_embeddings,
+        make: Make = partial(
+            llama.build, recipe.policy, num_codes=recipe.codec.num_codes, grid=recipe.codec.grid, seed=0
         )
-    stages = {name: stage for name, stage in recipe.stages.items() if isinstance(stage, PolicyStage)}
-    half = isinstance(recipe.policy, CheckpointPolicy) and recipe.policy.dtype == "bfloat16"
-    held = FLOAT_BYTES // 2 if half else FLOAT_BYTES
+    else:
+        make = partial(outline, recipe.policy)
     sources = _has_sources(recipe.data)
     return [
-        _plan(name, stage, size, total, layout, held, _length(stage, layout, sources)) for name, stage in stages.items()
+        _plan(name, stage, make, sources) for name, stage in recipe.stages.items() if isinstance(stage, PolicyStage)
     ]
 
 
@@ -90,31 +84,58 @@ def _length(stage: PolicyStage, layout: Layout, sources: bool) -> int:
     return PROMPT_TOKENS + text + (sources + draws) * layout.grid.length
 
 
-def _plan(
-    name: str, stage: PolicyStage, shape: NewPolicy, total: int, layout: Layout, held: int, length: int
-) -> MemoryPlan:
-    trained = _trained(stage, shape, total, layout)
-    streams = len(stage.sampling.law(layout.image).streams()) if isinstance(stage, GrpoStage) else 1
-    rows = stage.micro_batch_size * streams * _sequences(stage, layout)
+def _plan(name: str, stage: PolicyStage, make: Make, sources: bool) -> MemoryPlan:
+    with torch.device("meta"):
+        policy = make()
+    layout, length = policy.layout, _length(stage, policy.layout, sources)
+    held = dry_run(partial(_adapted, make, stage), _law(stage, layout), _update(stage, layout, length))
+    total = sum(weight.numel() for weight in policy.model.parameters())
+    sampling = _sampling(stage, policy, length) if isinstance(stage, GrpoStage) else 0
     return MemoryPlan(
         stage=name,
-        weights=total * held + (trained if stage.lora else 0) * FLOAT_BYTES,
-        gradients=trained * FLOAT_BYTES * _gradients(stage),
-        optimizer=trained * ADAM_BYTES,
-        reference=total * FLOAT_BYTES if _holds_reference(stage, layout) else 0,
-        activations=_activations(shape, rows, length, stage),
-        logits=_logits(stage, rows, layout),
-        kv_cache=_sampling(stage, shape, streams, length, layout.causal_prompt) if isinstance(stage, GrpoStage) else 0,
+        weights=held.weights,
+        gradients=held.gradients * _gradients(stage),
+        optimizer=held.optimizer,
+        reference=held.weights if _holds_reference(stage, layout) else 0,
+        working=held.working,
+        sampling=max(0, sampling - held.gradients * _gradients(stage)),
         engine=_engine_copy(stage, total) if isinstance(stage, GrpoStage) else 0,
     )
 
 
-def _logits(stage: PolicyStage, rows: int, layout: Layout) -> int:
-    """A few copies of a chunk; under an order of confidence those of every masked position at once."""
-    size = rows * (layout.grid.length + PROMPT_TOKENS) * (layout.image[1] - layout.image[0]) * FLOAT_BYTES
-    unmasking = stage.sampling.unmasking if isinstance(stage, GrpoStage) else None
-    whole = unmasking is not None and unmasking.order in ("confidence", "threshold")
-    return 3 * (size if whole else min(size, LOGIT_BYTES))
+def _adapted(make: Make, stage: PolicyStage) -> TransformerPolicy:
+    """The policy, with the stage's adapter."""
+    policy = make()
+    if stage.lora is not None:
+        policy.add_lora(stage.lora, seed=0)
+    return policy
+
+
+def _law(stage: PolicyStage, layout: Layout) -> Law:
+    return stage.sampling.law(layout.image) if isinstance(stage, GrpoStage) else Law(layout.image)
+
+
+def _update(stage: PolicyStage, layout: Layout, length: int) -> Update:
+    streams = len(_law(stage, layout).streams(replay=True))
+    accumulated = _rows(stage) > stage.micro_batch_size
+    return Update(
+        rows=stage.micro_batch_size * streams * _sequences(stage, layout),
+        streams=streams,
+        length=length,
+        decided=min(length - 1, layout.grid.length),
+        again=accumulated,
+        precision=stage.precision,
+        checkpointing=stage.gradient_checkpointing,
+        image_rows=isinstance(stage, GrpoStage) and stage.trains_image_rows,
+    )
+
+
+def _rows(stage: PolicyStage) -> int:
+    """Of a step, over all processes."""
+    if isinstance(stage, GrpoStage):
+        return stage.rollouts // stage.objective.updates_per_rollout
+    assert isinstance(stage, SftStage | DpoStage), "no other stage trains a policy"
+    return stage.batch_size
 
 
 def _sequences(stage: PolicyStage, layout: Layout) -> int:
@@ -143,15 +164,6 @@ def _states(stage: GrpoStage) -> int:
     return min(steps, stage.estimator.steps or steps) if stage.estimator.kind == "trajectory" else stage.estimator.draws
 
 
-def _trained(stage: PolicyStage, shape: NewPolicy, total: int, layout: Layout) -> int:
-    """Weights with a gradient: an adapter's, or all but the rows of the head that are never decided."""
-    if stage.lora is not None:
-        return _lora_size(shape, stage.lora.rank, len(stage.lora.target_modules))
-    if not isinstance(stage, GrpoStage) or not stage.trains_image_rows or shape.tie_embeddings:
-        return total
-    return total - (layout.vocab_size - (layout.image[1] - layout.image[0])) * shape.hidden_size
-
-
 def _gradients(stage: PolicyStage) -> int:
     """Of a step, and beside it that of its first half where the halves are compared."""
     return 2 if isinstance(stage, GrpoStage) and stage.diagnostics.gradient_agreement else 1
@@ -165,30 +177,21 @@ def _engine_copy(stage: GrpoStage, total: int) -> int:
     return total * FLOAT_BYTES * 3 // 2 if both else total * FLOAT_BYTES
 
 
-def _sampling(stage: GrpoStage, shape: NewPolicy, streams: int, length: int, causal_prompt: bool) -> int:
+def _sampling(stage: GrpoStage, policy: TransformerPolicy, length: int) -> int:
     """Keys and values of the torch engine's widest batch, or what vLLM reserves; of a masked policy, a forward's."""
     if isinstance(stage.engine, VllmSizes):
         servers = stage.engine.started if isinstance(stage.engine, VllmServerConfig) else 1
         return servers * (stage.engine.kv_megabytes << 20)
+    sizes, streams = policy.sizes, len(_law(stage, policy.layout).streams())
     rows = min(stage.rollouts * streams, stage.engine.max_rows)
-    if stage.sampling.unmasking is not None:  # one layer's activations at a time, and prompts' keys and values if kept
-        kept = rows * PROMPT_TOKENS * shape.num_layers * 2 * shape.hidden_size * FLOAT_BYTES
-        return _activations(shape, rows, length, stage) // shape.num_layers + causal_prompt * kept
-    return rows * length * shape.num_layers * 2 * shape.hidden_size * FLOAT_BYTES
-
-
-def _activations(shape: NewPolicy, rows: int, length: int, stage: PolicyStage) -> int:
-    """All layers' activations, or with gradient checkpointing each layer's input and one layer's activations."""
-    half = stage.precision == "bfloat16"
-    per_layer = rows * length * shape.hidden_size * 32 + 4 * shape.num_heads * rows * length * length
-    per_layer *= 1 if half else 2
-    if stage.gradient_checkpointing:
-        return per_layer + shape.num_layers * rows * length * shape.hidden_size * (2 if half else FLOAT_BYTES)
-    return per_layer * shape.num_layers
-
-
-def _lora_size(shape: NewPolicy, rank: int, modules: int) -> int:
-    return shape.num_layers * modules * rank * (shape.hidden_size + max(shape.hidden_size, shape.intermediate_size))
+    heads = getattr(sizes, "num_key_value_heads", None) or sizes.num_attention_heads
+    width = getattr(sizes, "head_dim", None) or sizes.hidden_size // sizes.num_attention_heads
+    position = sizes.num_hidden_layers * 2 * heads * width * FLOAT_BYTES
+    if stage.sampling.unmasking is None:
+        return rows * length * position
+    # One layer's widest activations at a time, and prompts' keys and values if they are kept.
+    forward = rows * length * (2 * sizes.intermediate_size + 4 * sizes.hidden_size) * FLOAT_BYTES
+    return forward + policy.layout.causal_prompt * rows * PROMPT_TOKENS * position
 
 
 def readable(size: int) -> str:

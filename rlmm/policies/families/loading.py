@@ -143,6 +143,20 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
         return made.from_config(config) if made is AutoModelForCausalLM else made(config)
 
 
+def outline(options: CheckpointPolicy) -> TransformerPolicy:
+    """The policy of a recipe's checkpoint with none of its weights read: for its shapes, on the meta device.
+    Raises ValueError as `load_policy` does."""
+    checkpoint, layout = _checkpoint(options.path, options), layout_of(options.path, options)
+    kind = _model_class(find_family(layout.family), checkpoint.config)
+    made = kind.from_config(checkpoint.config) if kind is AutoModelForCausalLM else kind(checkpoint.config)
+    named = options.dtype or (None if own_folder(options.path) else "float32")
+    stated = checkpoint.config.dtype if named is None else getattr(torch, named)
+    model = made if stated is None else made.to(stated)
+    return find_family(layout.family).policy(
+        cast(PreTrainedModel, model), cast(PreTrainedTokenizerBase, checkpoint.tokenizer), layout
+    )
+
+
 def model_class(source: Path | str) -> tuple[str, str]:
     """What loads a checkpoint's model: the package to import from, and the class."""
     config = load_config(source)

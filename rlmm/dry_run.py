@@ -1,0 +1,160 @@
+"""What an update holds, by making it on tensors that have shapes and no memory.
+
+The policy's own model, head and optimizer run under PyTorch's FakeTensorMode, and every storage is counted from when it
+is made to when nothing refers to it. So attention, grouped heads, LoRA, gradient checkpointing and autocast are what
+they are in a real update, and no formula has to know of them.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from rlmm.policies.transformer import TransformerPolicy
+from rollouts.law import Law
+
+
+@dataclass(frozen=True)
+class Update:
+    """A stage's update. rows: sequences of a micro-batch, `streams` for each decision. decided: positions at a
+    sequence's end that the head reads. again: whether a second micro-batch follows in the same step."""
+
+    rows: int
+    streams: int
+    length: int
+    decided: int
+    again: bool
+    precision: str
+    checkpointing: bool
+    image_rows: bool = False
+    """Whether of the head only the rows of image codes are trained."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes: of all weights, of the trained ones' gradients and of the optimizer's state; `peak`: the most that an
+    update holds beside the weights, those two among it."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    peak: int
+
+    @property
+    def working(self) -> int:
+        """What is left of the peak for activations and logits."""
+        return max(0, self.peak - self.gradients - self.optimizer)
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of storages that operations make."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self._held: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        given = {_storage(leaf).cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        made = func(*args, **kwargs)
+        for leaf in tree_leaves(made):
+            if isinstance(leaf, Tensor):
+                storage = _storage(leaf)
+                # A view, or an operation in place, of what was there before.
+                if storage.cdata not in given or storage.cdata in self._held:
+                    self._held[storage.cdata] = (storage, leaf.untyped_storage().nbytes())
+        # What has been let go of is looked for only where it could matter.
+        if sum(size for _, size in self._held.values()) > self.peak:
+            self.peak = max(self.peak, self.live)
+        return made
+
+    @property
+    def live(self) -> int:
+        """Bytes held now."""
+        self._held = {key: one for key, one in self._held.items() if not one[0].expired()}
+        return sum(size for _, size in self._held.values())
+
+
+def _storage(tensor: Tensor) -> StorageWeakRef:
+    return StorageWeakRef(tensor.untyped_storage())
+
+
+def dry_run(make: Callable[[], TransformerPolicy], law: Law, update: Update) -> Held:
+    """Two steps of the policy that `make` builds, the second one with the optimizer's state there from the first.
+
+    `make` is called on the meta device, so it must load nothing; its model has an adapter where one is trained.
+    """
+    with torch.device("meta"):
+        policy = make()
+    policy.precision = update.precision
+    with FakeTensorMode():
+        _onto_cpu(policy.model)
+        weights = _bytes(list(policy.model.parameters()))  # rows of the head are a view of it
+        if update.image_rows:
+            policy.train_image_rows()
+        if update.checkpointing:
+            policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        policy.model.train()
+        trained = [weight for weight in policy.model.parameters() if weight.requires_grad]
+        # As Trainer makes it.
+        optimizer = torch.optim.AdamW(trained, fused=True)
+        with Live() as live:
+            for _ in range(2):
+                for _ in range(1 + update.again):
+                    _loss(policy, law, update).backward()
+                torch.nn.utils.clip_grad_norm_(trained, 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+        state = [leaf for leaf in tree_leaves(dict(optimizer.state)) if isinstance(leaf, Tensor)]
+        return Held(weights, _bytes(trained), _bytes(state), live.peak)
+
+
+def _onto_cpu(model: nn.Module) -> None:
+    """Tensors that operations take for a processor's, in place of those on the meta device; tied ones stay tied."""
+    made: dict[Tensor, Tensor] = {}
+    for module in model.modules():
+        for held in (module._parameters, module._buffers):
+            for name, old in held.items():
+                if old is None:
+                    continue
+                if old not in made:
+                    new = torch.empty(old.shape, dtype=old.dtype, device="cpu")
+                    made[old] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+                held[name] = made[old]
+
+
+def _bytes(tensors: Sequence[Tensor]) -> int:
+    return sum(one.numel() * one.element_size() for one in tensors)
+
+
+def _loss(policy: TransformerPolicy, law: Law, update: Update) -> Tensor:
+    """Through the model as a stage goes: the whole forward with its hidden states, one position of its own logits."""
+    shape = (update.rows, update.length)
+    ids_BT = torch.zeros(shape, dtype=torch.long)
+    mask_BT = torch.ones(shape, dtype=torch.bool)
+    # Which sees which, said outright: whether some rows are padded cannot be asked of tensors without values.
+    seen = torch.ones(update.rows, 1, update.length, update.length, dtype=torch.bool)
+    with torch.autocast(ids_BT.device.type, torch.bfloat16, enabled=update.precision == "bfloat16"):
+        output = policy.model(
+            **policy.embedded(ids_BT),
+            attention_mask=seen,
+            position_ids=policy.positions(ids_BT, mask_BT),
+            use_cache=False,
+            output_hidden_states=True,
+            logits_to_keep=1,
+        )
+    hidden_BTH = output.hidden_states[-1].to(policy.base.dtype)[:, -update.decided - 1 : -1]
+    del output
+    hidden_KNH = hidden_BTH.unflatten(0, (update.streams, -1)).flatten(1, 2)
+    tokens_N = torch.full((hidden_KNH.shape[1],), law.vocabulary[0])
+    logp_N, _ = policy.decide(law, hidden_KNH, tokens_N)
+    return logp_N.sum()
