@@ -21,8 +21,9 @@ class PairNoise(Strict):
     scheme: Scheme = "stratified"
     """One of those that estimate the ELBO: DPO compares likelihoods."""
     draws: int = Field(4, ge=1)
+    """At least 2: how much they differ is what tells the noise of their mean."""
     bias_ceiling: float = Field(0.1, gt=0)
-    """Nats a pair by which the noise of the margins may bias the loss, in a micro-batch's mean; past it the run
+    """Nats a pair by which the noise of the margins may bias the loss, as estimated, in a step's mean; past it the run
     stops."""
 
     @model_validator(mode="after")
@@ -33,12 +34,17 @@ class PairNoise(Strict):
                 "likelihoods or their bounds; use count, stratified, complement, quadrature or bernoulli"
             )
         check_draws(self.scheme, self.draws)
+        if self.draws < 2:
+            raise ValueError(
+                "noise.draws is 1, and how far noise may bias the loss is told by how much draws differ; use 2 or more"
+            )
         return self
 
 
 class PreferenceData(Strict):
-    """Rows of preferences in TRL's columns: what `rlmm pairs` writes, or a public set with images. Columns
-    `chosen_codes` and `rejected_codes`, where there are any, are read in place of the images."""
+    """Rows of preferences in TRL's columns: what `rlmm pairs` writes, or a public set. Answers are images, or texts
+    where the policy writes any. Columns `chosen_codes` and `rejected_codes`, where there are any, are read in place of
+    the images."""
 
     path: str
     """A file, a glob of files, a folder of images, or with `format: hub` a dataset id on the Hugging Face hub."""
@@ -53,7 +59,8 @@ class PreferenceData(Strict):
     """Unpaired rows, for loss kto: the image, and `label_column` says whether it is wanted (TRL's `completion`)."""
     label_column: str = "label"
     sources_column: str | None = None
-    """The image, or list of images, that the prompt is about."""
+    """The image, or list of images, that the prompt is about; null: the column `sources`, `images` or `image`, where
+    there is one."""
     image_root: str | None = None
     """The folder image paths are relative to; by default the folder of the (first) file."""
     resize: Literal["crop", "pad", "stretch"] = "crop"

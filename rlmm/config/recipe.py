@@ -18,6 +18,7 @@ from rlmm.config.families import check_family
 from rlmm.config.pairs import check_preferences
 from rlmm.config.policy import CheckpointPolicy, NewPolicy, Policy
 from rlmm.config.rewards import Rewards
+from rlmm.config.rounds import with_rounds
 from rlmm.config.sampling import Written
 from rlmm.config.stages import CodecStage, EvalStage, ExportStage, GrpoStage, PolicyStage, SftStage, Stage
 from rlmm.config.tiny import OVERRIDE, tiny_recipe
@@ -206,12 +207,15 @@ def _locate(path: Path) -> Path:
 
 
 def validate_recipe(raw: dict[Any, Any], source: str) -> Recipe:
-    """A Recipe from plain data; every fault is listed with its key path."""
+    """A Recipe from plain data, its rounds written out; every fault is listed with its key path."""
     try:
-        return Recipe.model_validate(raw)
+        stages = raw.get("stages")
+        return Recipe.model_validate(raw | {"stages": with_rounds(stages)} if isinstance(stages, dict) else raw)
     except ValidationError as error:
         lines = [f"  {_place(fault['loc'])}: {_reason(fault)}" for fault in error.errors()]
         raise RecipeError(f"{source} is not a valid recipe:\n" + "\n".join(dict.fromkeys(lines))) from error
+    except ValueError as error:
+        raise RecipeError(f"{source} is not a valid recipe:\n  {error}") from error
 
 
 def recipe_of(run_dir: Path) -> Recipe:

@@ -71,9 +71,17 @@ def _pairs(stage: dict[str, Any]) -> dict[str, Any]:
     told = {"margin": 0.0} | ({} if stage.get("judge") else {"rewards": {"terms": [{"name": "jpeg_size"}]}})
     if stage.get("rollouts"):
         return stage | told
-    count = max(2, 2 * stage.get("pairs_per_prompt", 1))
+    asked = {name: _asked(dict(stage[name])) for name in ("judge", "understanding") if stage.get(name)}
+    # Most of its answers come to no end, and such make no pair.
+    count = max(6 if "understanding" in asked else 2, 2 * stage.get("pairs_per_prompt", 1))
     drawn = {"prompts": 6, "samples_per_prompt": count, "batch_prompts": 3, "engine": {"kind": "torch"}}
-    return stage | drawn | told | {"sampling": _short(dict(stage.get("sampling") or {}))}
+    return stage | drawn | told | asked | {"sampling": _short(dict(stage.get("sampling") or {}))}
+
+
+def _asked(asked: dict[str, Any]) -> dict[str, Any]:
+    # None of its answers is right, and no two are as wrong; the likeliest would be the same about every picture.
+    answer = dict(asked.get("answer") or {}) | {"length_limit": 32, "top_k": 0, "temperature": 1.0}
+    return asked | {"answer": answer, "rewards": {"terms": [{"name": "anls", "options": {"threshold": 1.0}}]}}
 
 
 def _dpo(stage: dict[str, Any]) -> dict[str, Any]:
@@ -89,11 +97,16 @@ def _eval(stage: dict[str, Any]) -> dict[str, Any]:
     return _short(stage) | {"prompts": 4, "skip": 0, "sampling_seeds": 1, "temperatures": [1.0]}
 
 
+def _rounds(stage: dict[str, Any]) -> dict[str, Any]:
+    return stage | {"stages": {name: _stage(dict(one)) for name, one in dict(stage.get("stages") or {}).items()}}
+
+
 STAGES: Mapping[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "codec": _codec,
     "sft": _sft,
     "grpo": _grpo,
     "pairs": _pairs,
     "dpo": _dpo,
+    "rounds": _rounds,
     "eval": _eval,
 }

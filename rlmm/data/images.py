@@ -3,10 +3,12 @@
 import base64
 import binascii
 import io
+import re
 import struct
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +18,8 @@ from rlmm.data.base import UnusableRow
 
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")
 """Formats that are read. Pillow knows others, some of which start programs (EPS) or have no pixels of their own."""
+
+_ADDRESS = re.compile(r"data:(\w+/|[^\s,]*;base64,)|\w+://\S+$")
 
 _DECODING_ERRORS = (
     OSError,
@@ -61,6 +65,16 @@ class ImageReader:
         """Open the image without decoding it. Raises UnusableRow."""
         self._open(value)
 
+    def is_named_by(self, text: str) -> bool:
+        """Whether text stands for an image and not for itself: a data: URI, an address, a name that ends like an image
+        file's, or the path of a file that is there."""
+        if _ADDRESS.match(text) or Path(text).suffix.lower() in _suffixes():
+            return True
+        try:
+            return self.root is not None and (self.root / text).is_file()
+        except (OSError, ValueError):  # too long for a path, or with a null byte in it
+            return False
+
     def _open(self, value: Any) -> Image.Image:
         if isinstance(value, Image.Image):
             return value
@@ -97,6 +111,12 @@ class ImageReader:
         except (OSError, ValueError) as error:  # ValueError: a path with a null byte
             said = error.strerror if isinstance(error, OSError) else str(error)
             raise UnusableRow("missing image", f"{self.root / path}: {said}") from error
+
+
+@cache
+def _suffixes() -> frozenset[str]:
+    """Of the formats that are read, each with its dot."""
+    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS)
 
 
 def _from_data_uri(uri: str) -> io.BytesIO:

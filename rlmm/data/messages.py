@@ -54,6 +54,17 @@ def last_request(messages: Sequence[Any]) -> Turn:
     )
 
 
+def answer_of(messages: Sequence[Any]) -> tuple[str, tuple[Any, ...]]:
+    """Text and images of an answer: one or more turns of the assistant. Raises UnusableRow where another turn is among
+    them, or a message is not {role, content}."""
+    turns = [_message(message) for message in messages]
+    other = next((role for role, _ in turns if role != "assistant"), None)
+    if other is not None:
+        raise UnusableRow("answer with turns that are not the assistant's", f"a turn of role {other!r}")
+    parts = [part for _, parts in turns for part in parts]
+    return _lines(parts), tuple(value for kind, value in parts if kind == "image")
+
+
 def _lines(parts: Sequence[tuple[str, Any]]) -> str:
     texts = [value.strip() for kind, value in parts if kind == "text" and value]
     return "\n".join(text for text in texts if text)

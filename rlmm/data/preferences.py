@@ -11,12 +11,16 @@ from rlmm.config.base import nearest
 from rlmm.config.preference import PreferenceData
 from rlmm.data.base import UnusableRow
 from rlmm.data.images import ImageReader
+from rlmm.data.messages import answer_of
 from rlmm.data.requests import parse_row
 
 IDENTICAL = "chosen and rejected are the same"
 UNASKED = "no pair of answers about a picture"
 NO_MARGIN = "margin that is no finite number"
+UNLIKE = "one side is an image and the other a text"
 SIDES = ("chosen", "rejected")
+SOURCES = ("sources", "images", "image")
+"""Columns of source images that need not be named: that of `rlmm pairs`, and TRL's two."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,10 @@ class RawSide:
     image: Image.Image | None = None
     codes: tuple[int, ...] | None = None
     text: str | None = None
+
+    @property
+    def drawn(self) -> bool:
+        return self.image is not None or self.codes is not None
 
 
 @dataclass(frozen=True)
@@ -37,6 +45,7 @@ class RawPreference:
     desirable: bool | None = None
     sources: tuple[Image.Image, ...] = ()
     codec: str | None = None
+    unread_turns: int = 0
 
 
 def check_columns(columns: Sequence[str], config: PreferenceData, name: str) -> None:
@@ -53,6 +62,21 @@ def check_columns(columns: Sequence[str], config: PreferenceData, name: str) -> 
             raise ValueError(f"{name} has no column {column!r} (data.{setting}).{nearest(column, list(columns))}")
 
 
+def with_sources(config: PreferenceData, columns: Sequence[str], name: str) -> PreferenceData:
+    """The settings with `sources_column` filled in, where a set has one of `SOURCES` and none is named. Raises
+    ValueError where it has several."""
+    answers = (config.chosen_column, config.rejected_column, config.completion_column)
+    found = [column for column in SOURCES if column in columns and column not in answers]
+    if config.sources_column is not None or not found:
+        return config
+    if len(found) > 1:
+        raise ValueError(
+            f"{name} has columns {' and '.join(found)}, and any may hold the images that prompts are about; name the "
+            "right one in data.sources_column"
+        )
+    return config.model_copy(update={"sources_column": found[0]})
+
+
 def parse_preference(raw: Mapping[str, Any], config: PreferenceData, reader: ImageReader) -> RawPreference:
     """A row, its images decoded. Raises UnusableRow."""
     asked = parse_row(raw, config.rows())
@@ -63,13 +87,15 @@ def parse_preference(raw: Mapping[str, Any], config: PreferenceData, reader: Ima
         if not isinstance(label, bool | int) or label not in (0, 1):
             raise UnusableRow("label that is neither true nor false", f"{config.label_column} is {label!r:.60}")
         side = _side(raw, "completion", config.completion_column, reader)
-        return RawPreference(asked.prompt, (side,), bool(label), sources, codec)
+        return RawPreference(asked.prompt, (side,), bool(label), sources, codec, asked.unread_turns)
     _check_margin(raw)
     columns = (config.chosen_column, config.rejected_column)
     sides = tuple(_side(raw, side, column, reader) for side, column in zip(SIDES, columns, strict=True))
+    if len({side.drawn for side in sides}) > 1:
+        raise UnusableRow(UNLIKE)
     if _same(*sides):
         raise UnusableRow(IDENTICAL)
-    return RawPreference(asked.prompt, sides, None, sources, codec)
+    return RawPreference(asked.prompt, sides, None, sources, codec, asked.unread_turns)
 
 
 def parse_asked(raw: Mapping[str, Any], reader: ImageReader) -> RawPreference:
@@ -85,18 +111,33 @@ def parse_asked(raw: Mapping[str, Any], reader: ImageReader) -> RawPreference:
 
 
 def _side(raw: Mapping[str, Any], side: str, column: str, reader: ImageReader) -> RawSide:
-    text, codes, image = raw.get(f"{side}_text"), raw.get(f"{side}_codes"), raw.get(column)
+    text, codes = raw.get(f"{side}_text"), raw.get(f"{side}_codes")
     if codes is not None:
         return RawSide(codes=tuple(codes), text=text)
-    if isinstance(image, list):
-        if len(image) > 1:
-            raise UnusableRow("answer with several images", f"{column} has {len(image)}; an answer is one image")
-        image = image[0] if image else None
-    if image is None and text is not None:
-        return RawSide(text=text)
-    if image is None:
+    said, image = _answer(raw.get(column), column, reader)
+    if said is not None and text is not None:
+        raise UnusableRow("answer with two texts", f"one in {column}, one in {side}_text")
+    text = text if said is None else said
+    if image is None and text is None:
         raise UnusableRow("missing image", f"{column} is null")
-    return RawSide(image=reader.read(image), text=text)
+    return RawSide(None if image is None else reader.read(image), text=text)
+
+
+def _answer(value: Any, column: str, reader: ImageReader) -> tuple[str | None, Any]:
+    """Text and image, still encoded, of a cell: an image, a list with one, a text, or messages of the assistant."""
+    text = None
+    if isinstance(value, list) and value and isinstance(value[0], Mapping) and "role" in value[0]:
+        text, images = answer_of(value)
+        if not text and not images:
+            raise UnusableRow("empty answer", f"{column} says nothing")
+        text, value = text or None, list(images)
+    if isinstance(value, list):
+        if len(value) > 1:
+            raise UnusableRow("answer with several images", f"{column} has {len(value)}; an answer is one image")
+        return text, value[0] if value else None
+    if isinstance(value, str) and not value.strip():
+        raise UnusableRow("empty answer", f"{column} is an empty text")
+    return (value, None) if isinstance(value, str) and not reader.is_named_by(value) else (None, value)
 
 
 def _check_margin(raw: Mapping[str, Any]) -> None:

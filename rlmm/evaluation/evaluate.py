@@ -85,9 +85,10 @@ def run_eval(context: StageContext) -> None:
             if np.isfinite(c.diversity)
         ],
         "best_of": [
-            {"arm": c.arm, "temperature": c.temperature, "curve": [asdict(point) for point in c.curve]}
+            {"arm": c.arm, "of": arm, "n": n, "temperature": c.temperature, "curve": [asdict(p) for p in c.curve]}
+            for arm, n in config.best_of.items()
             for c in cells
-            if c.curve
+            if c.arm == best_of_name(arm, n)
         ],
         "understanding": [row for one in answers for row in one.rows],
         "compute": costs,

@@ -17,6 +17,7 @@ import yaml
 from pydantic import ValidationError
 
 from rlmm.report.records import (
+    BestOf,
     Contrast,
     Curve,
     Diversity,
@@ -141,6 +142,7 @@ def _read_evaluation(path: Path, notes: Notes) -> Evaluation | None:
         contrasts=_records(content, "contrasts", Contrast, path, notes),
         diversity=_records(content, "diversity", Diversity, path, notes),
         understood=_records(content, "understanding", Understood, path, notes),
+        best_of=_records(content, "best_of", BestOf, path, notes),
         compute_notes=tuple(str(line) for line in content.get("compute_notes", [])),
     )
 

@@ -13,6 +13,7 @@ import jinja2
 from markupsafe import Markup
 
 from rlmm.report import comparison, findings, galleries, panels, timing, understanding
+from rlmm.report.best_of import best_of_figures
 from rlmm.report.data import read_run
 from rlmm.report.health import health
 from rlmm.report.images import Picture, picture
@@ -122,6 +123,7 @@ def _content(run: Run) -> dict[str, Any]:
         "evaluation": evaluation,
         "scores": comparison.scores(evaluation, roles, "eval") if evaluation else [],
         "differences": comparison.differences(evaluation.contrasts) if evaluation else [],
+        "best_of": best_of_figures(evaluation, roles, "best-of") if evaluation else [],
         "understood": understanding.understood(evaluated, run.notes),
         "samples": galleries.comparisons(sampled, run.notes) if sampled else {},
         "rl_stages": [_rl_stage(stage, run.notes) for stage in rl],

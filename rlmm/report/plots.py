@@ -1,7 +1,7 @@
 """The plots of the page, each with its legend and alternative text."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,8 +122,10 @@ def interval_plot(
     x_label: str,
     y_label: str,
     size: tuple[float, float] = WIDE,
+    told_as: Callable[[float], str] = "{:g}".format,
 ) -> Plot:
-    """One dot with an interval for each arm and x, joined by a line; arms stand side by side."""
+    """One dot with an interval for each arm and x, joined by a line; arms stand side by side. `told_as`: how an x is
+    written."""
     with matplotlib.rc_context(STYLE):
         figure, axes = new_figure(size)
         ticks = sorted({point.x for points in arms.values() for point in points})
@@ -131,13 +133,13 @@ def interval_plot(
         for slot, points in enumerate(arms.values()):
             shift = gap * 0.06 * (slot - (len(arms) - 1) / 2)
             _draw_points(axes, sorted(points, key=lambda p: p.x), shift, stand_in(slot))
-        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.set_xticks(ticks, [told_as(tick) for tick in ticks])
         axes.set_xlim(ticks[0] - gap / 2, ticks[-1] + gap / 2)
         axes.set_xlabel(x_label, loc="right")
         if size == WIDE:
             axes.set_title(y_label)
         told = "; ".join(
-            f"{arm}: " + ", ".join(f"{p.mean:.2f} at {p.x:g}" for p in points) for arm, points in arms.items()
+            f"{arm}: " + ", ".join(f"{p.mean:.2f} at {told_as(p.x)}" for p in points) for arm, points in arms.items()
         )
         alt = f"{y_label} by {x_label}. {told}."
         legend = tuple((arm, slot % N_COLOURS) for slot, arm in enumerate(arms))

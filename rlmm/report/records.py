@@ -96,6 +96,26 @@ class Diversity(Record):
     value: float
 
 
+class CurvePoint(Record):
+    """The expected best score of `n` samples, with its interval over prompts."""
+
+    n: int
+    mean: float
+    low: float | None = None
+    high: float | None = None
+
+
+class BestOf(Record):
+    """An evaluation arm that is the best of `n` samples of the arm `of` by the trained reward, at one temperature, and
+    what that reward expects of fewer samples."""
+
+    arm: str
+    of: str
+    n: int
+    temperature: float
+    curve: tuple[CurvePoint, ...]
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """The contents of one eval.json."""
@@ -104,6 +124,7 @@ class Evaluation:
     contrasts: tuple[Contrast, ...]
     diversity: tuple[Diversity, ...]
     understood: tuple[Understood, ...] = ()
+    best_of: tuple[BestOf, ...] = ()
     compute_notes: tuple[str, ...] = ()
     """What each arm's training took, and whether it is comparable."""
 

@@ -20,25 +20,59 @@ from rlmm.train.gates import GateError
 from rlmm.train.metrics import Meter
 from rlmm.train.preference_rows import load_items
 from rlmm.train.preferences import PreferenceBatch, sequence_log_probs
+from rlmm.train.processes import gather
 from rlmm.train.results import save_result
 from rlmm.train.running import train
 
 Measure = Callable[[PreferenceSource, int], float]
 
 
-def dpo_step_loss(policy: Policy, config: DpoStage, model: nn.Module, batch: PreferenceBatch, meter: Meter) -> Tensor:
+class BiasGate:
+    """Stops a run in whose step the noise of estimated log-probs may bias the loss by more than `ceiling` nats a
+    preference: in the mean over all of the step's `micro_batches`, of every process."""
+
+    def __init__(self, ceiling: float, micro_batches: int) -> None:
+        self.ceiling, self.micro_batches = ceiling, micro_batches
+        self._seen: list[tuple[float, int]] = []
+
+    def check(self, bound_P: Tensor) -> None:
+        """Takes a micro-batch's bounds. Raises GateError with the step's last one, before any update."""
+        self._seen.append((float(bound_P.sum()), len(bound_P)))
+        if len(self._seen) < self.micro_batches:
+            return
+        every = [one for seen in gather(self._seen) for one in seen]
+        self._seen = []
+        mean = sum(total for total, _ in every) / sum(count for _, count in every)
+        if mean > self.ceiling:
+            raise GateError(
+                f"the noise of the estimated margins may bias the DPO loss by {mean:.3g} a pair (ceiling "
+                f"{self.ceiling:g}); take more noise.draws, a lower beta, or set per_token: true"
+            )
+
+
+def dpo_step_loss(
+    policy: Policy,
+    config: DpoStage,
+    model: nn.Module,
+    batch: PreferenceBatch,
+    meter: Meter,
+    gate: BiasGate | None = None,
+) -> Tensor:
     """This micro-batch's share of the step's loss: of each preference the loss of its kind (`rlmm.objectives.dpo`), and
     `sft_weight` times the negative log-likelihood of what was chosen, a token.
 
     The reference's log-probs are the batch's, or read here without gradient (`Policy.reference`). Of a masked policy
-    all are estimates, and the bound on how much their noise biases the loss is metered.
+    all are estimates, and `gate` looks at how much their noise may bias the loss; it is metered.
 
-    Raises GateError where that bound, as a mean over the preferences, is past `noise.bias_ceiling`.
+    Raises GateError where the gate stops the step.
     """
     reference_Dn = _reference(policy, batch)
     policy_Dn = sequence_log_probs(policy, batch, model)
-    if batch.draws > 1:
-        _check_bias(policy_Dn.detach() - reference_Dn, config, batch, meter)
+    if batch.noise_weight_BT is not None:
+        assert gate is not None, "estimates are always gated"
+        bound_P = _bias_bound(policy_Dn.detach() - reference_Dn, config, batch)
+        meter.add("dpo/bias_bound", float(bound_P.sum()), float(len(bound_P)))
+        gate.check(bound_P)
     policy_D, reference_D = policy_Dn.mean(1), reference_Dn.mean(1)
     found = _loss(config, batch, policy_D, reference_D)
     _meter(found, batch, meter)
@@ -93,20 +127,14 @@ def _meter(found: DPOLoss, batch: PreferenceBatch, meter: Meter) -> None:
                 meter.add(f"{place}/{name}", float(value_P[chosen_P].sum()), float(chosen_P.sum()))
 
 
-def _check_bias(ratio_Dn: Tensor, config: DpoStage, batch: PreferenceBatch, meter: Meter) -> None:
-    """`ratio_Dn`: log-ratios, one a draw; their mean is what the loss is of."""
-    noise = config.noise or PairNoise()
+def _bias_bound(ratio_Dn: Tensor, config: DpoStage, batch: PreferenceBatch) -> Tensor:
+    """The bound of `noise_bias` [P], of a variance that is itself estimated from how the draws of a preference differ.
+    `ratio_Dn`: log-ratios, one a draw; their mean is what the loss is of."""
     ratio_Dn = ratio_Dn.double() / (batch.length_D[:, None] if config.per_token else 1)
     if batch.sides == 2:
         chosen_Pn, rejected_Pn = ratio_Dn.chunk(2)
         ratio_Dn = chosen_Pn - rejected_Pn
-    bound_P = noise_bias(config.loss, config.beta, ratio_Dn.var(1) / batch.draws)
-    meter.add("dpo/bias_bound", float(bound_P.sum()), float(len(bound_P)))
-    if float(bound_P.mean()) > noise.bias_ceiling:
-        raise GateError(
-            f"the noise of the estimated margins may bias the DPO loss by {float(bound_P.mean()):.3g} a pair (ceiling "
-            f"{noise.bias_ceiling:g}); take more noise.draws, a lower beta, or set per_token: true"
-        )
+    return noise_bias(config.loss, config.beta, ratio_Dn.var(1) / batch.draws)
 
 
 def run_dpo(context: StageContext) -> None:
@@ -137,11 +165,12 @@ def run_dpo(context: StageContext) -> None:
         reference_NKs=reference_NKs,
         point=point,
     )
+    gate = None if noise is None else BiasGate(noise.bias_ceiling, source.micro_batches_per_step)
     train(
         context,
         policy.model,
         source,
-        lambda model, batch, meter: dpo_step_loss(policy, config, model, batch, meter),
+        lambda model, batch, meter: dpo_step_loss(policy, config, model, batch, meter, gate),
         meter,
         micro_batch_size=config.micro_batch_size,
         show=("loss", "dpo/correct", "dpo/margin", "learning_rate", "grad_norm"),

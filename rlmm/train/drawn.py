@@ -22,6 +22,9 @@ from rollouts.contract import Layout
 from rollouts.store import read_trajectory
 from rollouts.trajectory import Trajectory
 
+NAMED = 5
+"""Samples, pairs and prompts that are named, of each reason that leaves some out."""
+
 
 @dataclass(frozen=True)
 class Drawn:
@@ -55,14 +58,24 @@ class Paired:
 
 @dataclass
 class Found:
-    """Pairs of all prompts, and what was left out, by reason."""
+    """Pairs of all prompts, and what was left out: how much by reason, and the first of each reason by name."""
 
     pairs: list[Paired] = field(default_factory=list)
     left_out: Counter[str] = field(default_factory=Counter)
+    named: list[str] = field(default_factory=list)
     prompts: int = 0
     samples: int = 0
     without: int = 0
     """Prompts of which no pair came."""
+
+    def leave_out(self, reason: str, group: Sequence[Drawn], which: Sequence[int] = ()) -> None:
+        """Counts samples of a group (two of them: a pair; none: the prompt) and names the first of each reason."""
+        self.left_out[reason] += 1
+        if self.left_out[reason] > NAMED:
+            return
+        ids = " and ".join(group[number].sample_id for number in which)
+        margin = f" ({Paired(*(group[number] for number in which)).margin:.4g})" if len(which) == 2 else ""
+        self.named.append(f"{ids or group[0].group_id}: {reason}{margin}; prompt {group[0].prompt!r:.80}")
 
 
 def read_drawn(path: Path, layout: Layout, penalty: float) -> list[Drawn]:

@@ -113,7 +113,8 @@ def _side(name: str, one: Drawn) -> dict[str, Any]:
 
 
 def write_report(folder: Path, found: Found) -> None:
-    """margins.json: counts, what was left out, and a histogram of the margins; margins.png shows it."""
+    """margins.json: counts, what was left out and the first of it by name, and a histogram of the margins; margins.png
+    shows it."""
     margins = np.array([pair.margin for pair in found.pairs])
     counts, edges = np.histogram(margins, bins=BINS)
     record = {
@@ -122,6 +123,7 @@ def write_report(folder: Path, found: Found) -> None:
         "pairs": len(found.pairs),
         "prompts_without_a_pair": found.without,
         "left_out": dict(found.left_out),
+        "named": found.named,
         "margin": {"mean": float(margins.mean()), "least": float(margins.min()), "most": float(margins.max())},
         "histogram": {"counts": counts.tolist(), "edges": edges.tolist()},
     }

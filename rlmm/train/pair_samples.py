@@ -3,10 +3,9 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from rewards.base import Sample
-from rewards.compose import Scored
+from rewards.compose import CompositeReward, Scored
 from rlmm.codecs import Codec
 from rlmm.config.pairs import Asked, PairsStage
 from rlmm.config.sampling import Sampling
@@ -29,10 +28,14 @@ PICTURES, ANSWERS = "rollouts", "answers"
 """Folders of the two kinds of samples."""
 
 
-class Scorer(Protocol):
-    """What a composite reward does, and a policy that judges itself: scores, unless too many failed."""
+Scorer = Callable[[Engine, Sequence[Sample]], list[Scored]]
+"""What scores samples, unless too many failed. The engine is the one that drew them: a policy that judges itself has it
+answer, too."""
 
-    def checked(self, samples: Sequence[Sample]) -> list[Scored]: ...
+
+def scored_by(composite: CompositeReward) -> Scorer:
+    """By rewards, which need no engine."""
+    return lambda _, samples: composite.checked(samples)
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class OwnJudge:
     asked: Asked
     seed: int
 
-    def checked(self, samples: Sequence[Sample]) -> list[Scored]:
+    def __call__(self, engine: Engine, samples: Sequence[Sample]) -> list[Scored]:
         response = answering(self.policy, self.asked)
         examples = [about(self.asked, Example(one.prompt, one.images[0], row=one.row)) for one in samples]
         seeds = [derive(self.seed, "judge", one.sample_id) for one in samples]
@@ -52,9 +55,7 @@ class OwnJudge:
             phases.request_for(response, self.tokens, example, one.sample_id, [seed])
             for example, one, seed in zip(examples, samples, seeds, strict=True)
         ]
-        engine = build_engine(PairsStage().engine, self.policy, response.law)
         made = phases.generate(engine, response, requests, self.policy.model)
-        engine.close()
         answers = phases.samples_of(made, examples, [], texts_of(self.policy.tokenizer, made))
         return build_composite(self.asked.rewards).checked(answers)
 
@@ -102,7 +103,7 @@ def drawings(
         found[ANSWERS] = Drawing(
             answering(policy, asked),
             lambda place: about(asked, data[rows[place]]),
-            build_composite(asked.rewards),
+            scored_by(build_composite(asked.rewards)),
             folder / ANSWERS,
             context.seed("answers"),
         )
@@ -158,7 +159,7 @@ def _draw_batch(
     with timed("score"):
         images = decode_images(tokens.codec, policy, made)
         samples = phases.samples_of(made, each, images, texts_of(policy.tokenizer, made))
-        columns = phases.scored_columns(number, samples, what.scorer.checked(samples))
+        columns = phases.scored_columns(number, samples, what.scorer(engine, samples))
     columns["source_images"] = [[phases.png_bytes(image) for image in example.sources] for example in each]
     columns |= {name: [seconds] * len(each) for name, seconds in timed.figures().items()}
     write_trajectory(path, made, columns)

@@ -1,6 +1,5 @@
 """Which samples of a prompt make a pair: pure choices over scored samples."""
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,28 +21,36 @@ class Candidate:
     ended: bool = True
 
 
+@dataclass(frozen=True)
+class LeftOut:
+    """Why, and the numbers of the candidates: one sample, the two of a pair, or none where it is the prompt itself."""
+
+    reason: str
+    candidates: tuple[int, ...] = ()
+
+
 def choose_pairs(
     candidates: Sequence[Candidate], *, count: int, margin: float, duplicate_distance: float
-) -> tuple[list[tuple[int, int]], Counter[str]]:
+) -> tuple[list[tuple[int, int]], list[LeftOut]]:
     """At most `count` (chosen, rejected) numbers of a prompt's candidates, no candidate twice: the best against the
     worst, then the second best against the second worst, as long as scores differ by more than `margin`. Of equal
-    scores the earlier candidate counts as the better one. Beside them, what was left out, by reason.
+    scores the earlier candidate counts as the better one. Beside them, what was left out.
 
     Of two candidates that differ in no more than a share `duplicate_distance` of their tokens the later is left out.
     """
-    left_out: Counter[str] = Counter()
+    left_out: list[LeftOut] = []
     kept: list[int] = []
     for number, one in enumerate(candidates):
         if one.score is None:
-            left_out[UNSCORED] += 1
+            left_out.append(LeftOut(UNSCORED, (number,)))
         elif not one.ended:
-            left_out[UNENDED] += 1
+            left_out.append(LeftOut(UNENDED, (number,)))
         elif any(distance(one.tokens, candidates[k].tokens) <= duplicate_distance for k in kept):
-            left_out[DUPLICATE] += 1
+            left_out.append(LeftOut(DUPLICATE, (number,)))
         else:
             kept.append(number)
     if len(kept) < 2:
-        left_out[FEW] += 1
+        left_out.append(LeftOut(FEW))
     ranked = sorted(kept, key=lambda number: (-_score(candidates[number]), number))
     pairs = []
     for place in range(min(count, len(ranked) // 2)):
@@ -51,7 +58,7 @@ def choose_pairs(
         if _score(candidates[best]) - _score(candidates[worst]) > margin:
             pairs.append((best, worst))
         else:
-            left_out[CLOSE] += 1
+            left_out.append(LeftOut(CLOSE, (best, worst)))
     return pairs, left_out
 
 

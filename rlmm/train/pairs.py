@@ -27,7 +27,7 @@ from rlmm.train.context import StageContext, image_tokens, load_split, parent, r
 from rlmm.train.drawn import Drawn, Found, Paired, group_row, picture, read_drawn, with_rows
 from rlmm.train.judges import bind_judges, check_gold
 from rlmm.train.pair_files import write_metrics, write_pairs, write_report
-from rlmm.train.pair_samples import ANSWERS, PICTURES, OwnJudge, Scorer, draw, drawings
+from rlmm.train.pair_samples import ANSWERS, PICTURES, OwnJudge, Scorer, draw, drawings, scored_by
 from rlmm.train.pairing import UNANSWERED, choose_pairs
 from rlmm.train.processes import wait, world
 
@@ -79,7 +79,7 @@ def _scorer(context: StageContext, policy: TransformerPolicy, codec: Codec) -> S
     built = {name: build_composite(rewards) for name, rewards in used.items()}
     bind_judges(context, built)
     if config.judge is None:
-        return built["rewards"]
+        return scored_by(built["rewards"])
     return OwnJudge(policy, image_tokens(context, codec), config.judge, context.seed("judge"))
 
 
@@ -100,8 +100,10 @@ def with_answers(found: Found, answers: Found) -> list[tuple[Paired, Paired | No
         mine = waiting.get(pair.chosen.group_id)
         if mine:
             rows.append((pair, mine.pop(0)))
+        else:
+            found.leave_out(UNANSWERED, (pair.chosen, pair.rejected), (0, 1))
     found.left_out += Counter({f"answers: {reason}": count for reason, count in answers.left_out.items()})
-    found.left_out[UNANSWERED] += len(found.pairs) - len(rows)
+    found.named += [f"answers: {name}" for name in answers.named]
     found.pairs = [pair for pair, _ in rows]
     found.without = found.prompts - len(by_group(found))
     return rows
@@ -132,7 +134,8 @@ def pair_groups(groups: Iterator[list[Drawn]], config: PairsStage) -> Found:
             duplicate_distance=config.duplicate_distance,
         )
         found.pairs += [Paired(group[best], group[worst]) for best, worst in pairs]
-        found.left_out += left_out
+        for one in left_out:
+            found.leave_out(one.reason, group, one.candidates)
         found.prompts += 1
         found.samples += len(group)
         found.without += not pairs

@@ -15,7 +15,15 @@ from rlmm.config.preference import DpoStage, PreferenceData
 from rlmm.config.sampling import Writing
 from rlmm.data.base import UnusableRow
 from rlmm.data.images import ImageReader
-from rlmm.data.preferences import IDENTICAL, RawPreference, RawSide, check_columns, parse_asked, parse_preference
+from rlmm.data.preferences import (
+    IDENTICAL,
+    RawPreference,
+    RawSide,
+    check_columns,
+    parse_asked,
+    parse_preference,
+    with_sources,
+)
 from rlmm.policies.layout_io import Supervised
 from rlmm.policies.responses import stop_tokens, writing_spelling
 from rlmm.policies.spelling import Spelling, UnusablePrompt
@@ -34,6 +42,8 @@ if TYPE_CHECKING:
 
 SHORT = "codes shorter than the grid"
 FOREIGN = "codes of another codec"
+UNWRITTEN = "text for a policy that writes none"
+UNSPELLED = "answer that the tokenizer cannot spell"
 PAIRS_FILE = "pairs.parquet"
 NAMED = 20
 """Bad rows that are named; the first of every reason always is."""
@@ -46,6 +56,8 @@ class Read:
     items: list[Item] = field(default_factory=list)
     excluded: Counter[str] = field(default_factory=Counter)
     named: list[str] = field(default_factory=list)
+    unread_turns: int = 0
+    """Earlier and system turns of conversations, which no prompt has a place for."""
 
     def leave_out(self, row: int, reason: str, why: Exception | str) -> None:
         self.excluded[reason] += 1
@@ -72,13 +84,22 @@ class Speller:
         spelling, text = self.spelling, []
         draws = side.codes is not None or side.image is not None
         if side.text is not None:
-            plain = writing_spelling(spelling, Writing(template="{prompt}"), 0, True)
-            text = [*plain.encode(side.text), stop_tokens(spelling, self.writing)[0]]
+            if not spelling.layout.decides_text or spelling.layout.mask is not None:
+                raise UnusablePrompt(
+                    UNWRITTEN, f"{side.text!r:.60}: this policy (family {spelling.layout.family!r}) draws"
+                )
+            text = [*self._written(side.text), stop_tokens(spelling, self.writing)[0]]
             spelling = writing_spelling(spelling, self.writing, len(text), draws)
         if (fault := spelling.fault(row.prompt, len(row.sources))) is not None:
             raise fault
         sources = [array("i", ids) for ids in spell_sources(self.tokens, spelling.layout, row.sources)]
         return Supervised(spelling.encode(row.prompt), sources=sources, text=text)
+
+    def _written(self, text: str) -> list[int]:
+        try:
+            return writing_spelling(self.spelling, Writing(template="{prompt}"), 0, True).encode(text)
+        except UnusablePrompt as error:
+            raise UnusablePrompt(UNSPELLED, f"{text!r:.60}") from error
 
 
 def load_items(context: StageContext, policy: TransformerPolicy, codec: Codec) -> list[Item]:
@@ -91,11 +112,14 @@ def load_items(context: StageContext, policy: TransformerPolicy, codec: Codec) -
     speller = Speller(image_tokens(context, codec), policy.spelling, config.writing, _asking(context, config))
     found = read_preferences(raw, columns, speller)
     record = {"rows": len(raw), "kept": len(found.items), "excluded": dict(found.excluded), "named": found.named}
+    record |= {"unread_turns": found.unread_turns}
     if world()[0] == 0:
         speller.tokens.save()
         write_json_atomically(context.folder / "preferences.json", record)
     if found.excluded:
         context.say(f"{what}: {len(found.items)} of {len(raw)} rows, excluded {reasons(found.excluded)}")
+    if found.unread_turns:
+        context.say(f"{what}: {found.unread_turns} earlier or system turns are in no prompt")
     _judge(found, len(raw), columns.max_excluded_share, what)
     return apart(found.items) if config.loss == "kto" else found.items
 
@@ -141,6 +165,7 @@ def own_pairs(path: Path) -> "RawRows":
 def read_preferences(raw: "RawRows", config: PreferenceData, speller: Speller) -> Read:
     """Every usable row as an item of its preference, and of that of the answers where they are asked for."""
     check_columns(raw.columns, config, raw.name)
+    config = with_sources(config, raw.columns, raw.name)
     codec, found = speller.tokens.codec, Read()
     codec.eval()
     height, width = codec.image_size
@@ -163,9 +188,12 @@ def _usable(
         try:
             row = parse_preference(raw, config, reader)
             _check_codes(row, speller.tokens.codec, mine)
-            yield number, row, speller.sides(row), _answers(raw, reader, speller)
+            sides, answers = speller.sides(row), _answers(raw, reader, speller)
         except (UnusableRow, UnusablePrompt) as fault:
             found.leave_out(number, fault.reason, fault)
+            continue
+        found.unread_turns += row.unread_turns
+        yield number, row, sides, answers
 
 
 def _answers(raw: Any, reader: ImageReader, speller: Speller) -> list[Preference]:

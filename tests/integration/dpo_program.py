@@ -1,4 +1,4 @@
-"""The tiny recipe of preferences up to its second round, as one process or as one of several: `FOLDER`.
+"""A tiny recipe of preferences up to its last trained stage, as one process or as one of several: `FOLDER RECIPE`.
 
 Stages whose result is there are passed over. Leaves processes.json: how many there were.
 """
@@ -15,16 +15,17 @@ from rlmm.config.recipe import validate_recipe
 from rlmm.train.context import StageContext
 from rlmm.train.launch import processes
 
-RECIPE = Path(__file__).parents[1] / "recipes" / "tiny_dpo.yaml"
-STAGES = ("codec", "sft", "pairs", "dpo", "pairs2", "dpo2", "kto")
+RECIPES = Path(__file__).parents[1] / "recipes"
 KTO = {"kind": "dpo", "pairs": "pairs", "start_from": "sft", "loss": "kto", "steps": 2, "batch_size": 4,
        "micro_batch_size": 1, "learning_rate": 1e-3, "checkpoint_every": 2}  # fmt: skip
 
 
-def main(folder: str) -> None:
-    raw = yaml.safe_load(RECIPE.read_text())
-    stages = raw["stages"] | {"kto": KTO}
-    recipe = validate_recipe(raw | {"run_dir": folder, "stages": {name: stages[name] for name in STAGES}}, "tiny")
+def main(folder: str, name: str) -> None:
+    raw = yaml.safe_load((RECIPES / name).read_text())
+    stages = dict(raw["stages"])
+    stages.setdefault("kto", KTO)
+    trained = {name: stage for name, stage in stages.items() if stage["kind"] not in pipeline.ALONE}
+    recipe = validate_recipe(raw | {"run_dir": folder, "stages": trained}, "tiny")
     run = pipeline.run_folder(recipe)
     with processes(deepspeed=False):
         for name, config in recipe.stages.items():

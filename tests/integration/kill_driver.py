@@ -51,6 +51,14 @@ def dying(original: Callable[..., Any], call: int) -> Callable[..., Any]:
     return wrapped
 
 
+def kill_in_codec() -> None:
+    StageTrainer.compute_loss = dying(StageTrainer.compute_loss, 3)  # of 4, after a checkpoint
+
+
+def kill_in_sft() -> None:
+    StageTrainer.compute_loss = dying(StageTrainer.compute_loss, 4 + 6)  # codec 4, then SFT's third step of 4
+
+
 def kill_in_rollout() -> None:
     for engine in (TorchEngine, MaskedTorchEngine):
         engine.generate = dying(engine.generate, 3)  # the third rollout, after a checkpoint inside the second
@@ -124,6 +132,8 @@ def kill_in_export() -> None:
 
 
 PLACES: dict[str, Callable[[], None]] = {
+    "codec": kill_in_codec,
+    "sft": kill_in_sft,
     "rollout": kill_in_rollout,
     "scoring": kill_in_scoring,
     "update": kill_in_update,
@@ -141,9 +151,11 @@ PLACES: dict[str, Callable[[], None]] = {
 
 
 def digest(folder: Path) -> dict[str, str]:
-    """A digest of every stage's weights, pairs and metrics (timings aside), of the evaluation and the export."""
+    """A digest of every stage's weights, pairs, records and metrics (timings aside), of the evaluation and the
+    export."""
     found: dict[str, str] = {}
     kept = ("stages/*/model/model.safetensors", "stages/*/codec/*.safetensors", "stages/*/pairs.parquet")
+    kept += ("stages/*/margins.json", "stages/*/preferences.json")
     kept += ("merged/model.safetensors", "adapter/adapter_model.safetensors")
     for path in [path for pattern in kept for path in sorted(folder.glob(pattern))]:
         found[str(path.relative_to(folder))] = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -158,6 +170,11 @@ def digest(folder: Path) -> dict[str, str]:
     record.pop("compute_notes")
     found["eval"] = json.dumps(record, sort_keys=True)
     return found
+
+
+def differences(expected: dict[str, str], found: dict[str, str]) -> list[str]:
+    """What only one of the two has, or they have differently."""
+    return sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
 
 
 def main(out: Path, recipe: Path, count: int, places: list[str]) -> None:
@@ -176,7 +193,7 @@ def main(out: Path, recipe: Path, count: int, places: list[str]) -> None:
 
         killed = run_forked(recipe, [f"run_dir={folder}"], log, count=count, prepare=last_dies)[-1]
         resumed = max(map(abs, run_forked(recipe, [f"run_dir={folder}"], log, count=count)))
-        differing = [] if resumed else [k for k, v in digest(folder).items() if expected.get(k) != v]
+        differing = [] if resumed else differences(expected, digest(folder))
         report[place] = {"killed": killed, "resumed": resumed, "differing": differing, "log": log.read_text()[-6000:]}
     print(json.dumps({"files": sorted(expected), "places": report}))
 

@@ -14,7 +14,9 @@ from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = str(ROOT / "tests" / "integration" / "dpo_program.py")
-STAGES = ("04-dpo", "06-dpo2", "07-kto")
+STAGES = {"tiny_dpo.yaml": ("04-dpo", "06-dpo2", "07-kto"), "tiny_masked_dpo.yaml": ("04-dpo", "05-kto")}
+EVERY = [(recipe, stage) for recipe, stages in STAGES.items() for stage in stages]
+Folders = dict[str, tuple[Path, Path]]
 
 
 def run(*command: str) -> None:
@@ -26,29 +28,33 @@ def run(*command: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The run of one process, and that of two which share its codec and SFT policy."""
-    alone, both = tmp_path_factory.mktemp("alone"), tmp_path_factory.mktemp("both")
-    run(PROGRAM, str(alone))
-    for stage in ("01-codec", "02-sft"):
-        shutil.copytree(alone / "stages" / stage, both / "stages" / stage)
-    run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", PROGRAM, str(both))
-    assert [json.loads((folder / "processes.json").read_text()) for folder in (alone, both)] == [1, 2]
-    return alone, both
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    """Of each recipe the run of one process, and that of two which share its codec and SFT policy."""
+    found = {}
+    for recipe in STAGES:
+        alone, both = tmp_path_factory.mktemp("alone"), tmp_path_factory.mktemp("both")
+        run(PROGRAM, str(alone), recipe)
+        for stage in ("01-codec", "02-sft"):
+            shutil.copytree(alone / "stages" / stage, both / "stages" / stage)
+        run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", PROGRAM, str(both), recipe)
+        assert [json.loads((folder / "processes.json").read_text()) for folder in (alone, both)] == [1, 2]
+        found[recipe] = (alone, both)
+    return found
 
 
 @pytest.mark.long
-def test_the_pairs_are_the_same(folders: tuple[Path, Path]) -> None:
-    one, two = (pq.read_table(folder / "stages/03-pairs/pairs.parquet").to_pylist() for folder in folders)
+@pytest.mark.parametrize("recipe", STAGES)
+def test_the_pairs_are_the_same(folders: Folders, recipe: str) -> None:
+    one, two = (pq.read_table(folder / "stages/03-pairs/pairs.parquet").to_pylist() for folder in folders[recipe])
     assert one == two and len(one) == 14
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("stage", STAGES)
-def test_the_steps_are_the_same(folders: tuple[Path, Path], stage: str) -> None:
+@pytest.mark.parametrize(("recipe", "stage"), EVERY)
+def test_the_steps_are_the_same(folders: Folders, recipe: str, stage: str) -> None:
     rows = [
         [json.loads(line) for line in (folder / f"stages/{stage}/metrics.jsonl").read_text().splitlines()]
-        for folder in folders
+        for folder in folders[recipe]
     ]
     assert len(rows[0]) == len(rows[1]) > 1
     for one, two in zip(*rows, strict=True):
@@ -57,10 +63,10 @@ def test_the_steps_are_the_same(folders: tuple[Path, Path], stage: str) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("stage", STAGES)
-def test_the_weights_are_the_same(folders: tuple[Path, Path], stage: str) -> None:
-    one, two = (load_file(folder / f"stages/{stage}/model/model.safetensors") for folder in folders)
-    start = load_file(folders[0] / "stages/02-sft/model/model.safetensors")
+@pytest.mark.parametrize(("recipe", "stage"), EVERY)
+def test_the_weights_are_the_same(folders: Folders, recipe: str, stage: str) -> None:
+    one, two = (load_file(folder / f"stages/{stage}/model/model.safetensors") for folder in folders[recipe])
+    start = load_file(folders[recipe][0] / "stages/02-sft/model/model.safetensors")
     assert max(float((one[name] - start[name]).abs().max()) for name in one) > 1e-5
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=0, atol=2e-6)

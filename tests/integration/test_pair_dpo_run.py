@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from rlmm.config.engines import TorchEngineConfig
 from rlmm.config.recipe import RecipeError, read_recipe
 from rlmm.config.sampling import Writing
 from rlmm.data import build_dataset
@@ -18,8 +19,10 @@ from rlmm.policies.families.loading import load_policy
 from rlmm.policies.layout_io import Supervised, supervised_batch
 from rlmm.policies.responses import stop_tokens, writing_spelling
 from rlmm.train.context import StageContext, image_tokens, run_codec
+from rlmm.train.engines import build_engine
 from rlmm.train.experience import spell_sources
 from rlmm.train.metrics import MetricsFile
+from rlmm.train.pairs import run_pairs
 from tests.integration.conftest import TinyRun
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "tiny_pair_dpo.yaml"
@@ -80,6 +83,21 @@ def test_a_policys_own_answers_are_scores(run: TinyRun) -> None:
     table = pq.read_table(run.folder.stage("self_play") / "rollouts" / "step-000000.parquet")
     assert {"reward/wer", "reward/brevity"} <= set(table.column_names)
     assert "darkness" not in " ".join(table.column_names)
+
+
+def test_the_stages_own_engine_draws_and_answers(run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[Any] = []
+
+    def counted(config: Any, *rest: Any) -> Any:
+        built.append(config)
+        return build_engine(config, *rest)
+
+    monkeypatch.setattr("rlmm.train.pair_samples.build_engine", counted)
+    config = run.recipe.stages["self_play"].model_copy(update={"engine": TorchEngineConfig(max_rows=6)})
+    run_pairs(StageContext(run.recipe, run.folder, "self_play", config, print, tmp_path / "again"))
+    assert built == [TorchEngineConfig(max_rows=6)]
+    again = pq.read_table(tmp_path / "again" / "pairs.parquet").to_pylist()
+    assert [row["chosen_id"] for row in again] == [row["chosen_id"] for row in pairs(run, "self_play")]
 
 
 def test_what_does_not_fit_is_refused() -> None:

@@ -9,13 +9,16 @@ from pathlib import Path
 
 import pytest
 
+from tests.integration.kill_driver import differences
+
 ROOT = Path(__file__).parents[2]
 
 
 PLACES = ["rollout", "scoring", "update", "save", "result", "between"]
 MASKED_PLACES = ["rollout", "update"]
 MASKED_PLACES_OF_TWO = ["rollout", "update of two"]
-DPO_PLACES = ["pairs", "pair files", "reference", "dpo", "evaluation", "export"]
+DPO_PLACES = ["codec", "sft", "pairs", "pair files", "reference", "dpo", "evaluation", "export"]
+MASKED_DPO_PLACES = ["pairs", "dpo"]
 
 
 def killed_runs(out: Path, recipe: str, places: list[str], processes: int = 1) -> dict:
@@ -53,6 +56,15 @@ def dpo_report(tmp_path_factory: pytest.TempPathFactory) -> dict:
     return killed_runs(tmp_path_factory.mktemp("dpo_kills"), "tiny_dpo.yaml", DPO_PLACES)
 
 
+@pytest.fixture(scope="module")
+def masked_dpo_report(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    return killed_runs(tmp_path_factory.mktemp("masked_dpo_kills"), "tiny_masked_dpo.yaml", MASKED_DPO_PLACES)
+
+
+def test_a_file_that_only_one_run_has_is_a_difference() -> None:
+    assert differences({"a": "1", "b": "2", "c": "3"}, {"b": "2", "c": "4", "d": "5"}) == ["a", "c", "d"]
+
+
 def test_the_digest_covers_weights_metrics_and_evaluation(report: dict) -> None:
     names = " ".join(report["files"])
     for part in ("codec.safetensors", "02-sft/model", "03-grpo/model", "03-grpo/metrics.jsonl", "eval"):
@@ -81,7 +93,11 @@ def test_resume_of_a_masked_policy_on_two_processes_is_bit_identical(report_of_t
 def test_resume_of_preferences_is_bit_identical(dpo_report: dict, place: str) -> None:
     names = " ".join(dpo_report["files"])
     for part in (
+        "01-codec/metrics.jsonl",
+        "02-sft/metrics.jsonl",
         "03-pairs/pairs.parquet",
+        "03-pairs/margins.json",
+        "04-dpo/preferences.json",
         "04-dpo/model",
         "05-pairs2/metrics.jsonl",
         "06-dpo2/metrics.jsonl",
@@ -89,6 +105,15 @@ def test_resume_of_preferences_is_bit_identical(dpo_report: dict, place: str) ->
     ):
         assert part in names
     check(dpo_report["places"][place])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("place", MASKED_DPO_PLACES)
+def test_resume_of_preferences_of_a_masked_policy_is_bit_identical(masked_dpo_report: dict, place: str) -> None:
+    names = " ".join(masked_dpo_report["files"])
+    for part in ("03-pairs/pairs.parquet", "04-dpo/metrics.jsonl", "05-kto/model"):
+        assert part in names
+    check(masked_dpo_report["places"][place])
 
 
 def check(found: dict) -> None:

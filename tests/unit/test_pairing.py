@@ -2,7 +2,10 @@
 
 from collections import Counter
 
-from rlmm.train.pairing import CLOSE, DUPLICATE, FEW, UNENDED, UNSCORED, Candidate, choose_pairs, distance
+from rlmm.config.pairs import PairsStage
+from rlmm.train.drawn import NAMED, Drawn
+from rlmm.train.pairing import CLOSE, DUPLICATE, FEW, UNENDED, UNSCORED, Candidate, LeftOut, choose_pairs, distance
+from rlmm.train.pairs import pair_groups
 
 
 def candidates(*scores: float | None) -> list[Candidate]:
@@ -12,7 +15,8 @@ def candidates(*scores: float | None) -> list[Candidate]:
 def choose(
     given: list[Candidate], count: int = 1, margin: float = 0.0, duplicate_distance: float = 0.0
 ) -> tuple[list[tuple[int, int]], Counter[str]]:
-    return choose_pairs(given, count=count, margin=margin, duplicate_distance=duplicate_distance)
+    pairs, left_out = choose_pairs(given, count=count, margin=margin, duplicate_distance=duplicate_distance)
+    return pairs, Counter(one.reason for one in left_out)
 
 
 def test_the_best_stands_against_the_worst_and_no_sample_twice() -> None:
@@ -52,6 +56,41 @@ def test_near_duplicates_are_left_out() -> None:
 def test_texts_that_were_cut_are_left_out() -> None:
     given = [Candidate(0.9, [1], ended=False), Candidate(0.5, [2]), Candidate(0.1, [3])]
     assert choose(given) == ([(1, 2)], {UNENDED: 1})
+
+
+def test_what_is_left_out_says_which() -> None:
+    given = [*candidates(None, 0.5, 0.5), Candidate(0.7, [1] * 4)]
+    _, left_out = choose_pairs(given, count=1, margin=0.0, duplicate_distance=0.0)
+    assert left_out == [LeftOut(UNSCORED, (0,)), LeftOut(DUPLICATE, (3,)), LeftOut(CLOSE, (1, 2))]
+    _, left_out = choose_pairs(candidates(0.5), count=1, margin=0.0, duplicate_distance=0.0)
+    assert left_out == [LeftOut(FEW)]
+
+
+def drawn(group: int, candidates: list[Candidate]) -> list[Drawn]:
+    return [
+        Drawn(
+            f"{group}/{i}",
+            str(group),
+            f"word {group}",
+            image=None,
+            codes=None,
+            text=None,
+            candidate=one,
+            sources=(),
+            weights_version=0,
+            law="",
+            file="",
+        )
+        for i, one in enumerate(candidates)
+    ]
+
+
+def test_the_first_that_are_left_out_are_named_by_sample_and_prompt() -> None:
+    groups = [drawn(group, candidates(None, 0.5, 0.25)) for group in range(NAMED + 2)]
+    found = pair_groups(iter([*groups, drawn(99, candidates(0.5))]), PairsStage(margin=0.25))
+    assert found.left_out == {UNSCORED: NAMED + 2, CLOSE: NAMED + 2, FEW: 1} and found.without == NAMED + 3
+    assert found.named[:2] == [f"0/0: {UNSCORED}; prompt 'word 0'", f"0/1 and 0/2: {CLOSE} (0.25); prompt 'word 0'"]
+    assert found.named[-1] == f"99: {FEW}; prompt 'word 99'" and len(found.named) == 2 * NAMED + 1
 
 
 def test_distance_counts_what_only_the_longer_one_has() -> None:

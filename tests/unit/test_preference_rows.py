@@ -1,6 +1,7 @@
 """Rows of preferences as they are found, and what is wrong with some of them."""
 
 import io
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from rlmm.codecs import codec_hash
+from rlmm.config.policy import NewPolicy
 from rlmm.config.preference import PreferenceData
 from rlmm.config.sampling import Writing
 from rlmm.data.loading import load_raw
-from rlmm.data.preferences import IDENTICAL, NO_MARGIN
-from rlmm.train.preference_rows import FOREIGN, SHORT, Read, Speller, apart, read_preferences
+from rlmm.data.preferences import IDENTICAL, NO_MARGIN, UNLIKE
+from rlmm.policies.families.llama import build
+from rlmm.policies.spelling import Spelling
+from rlmm.train.preference_rows import FOREIGN, SHORT, UNSPELLED, UNWRITTEN, Read, Speller, apart, read_preferences
 from rlmm.train.tokens import ImageTokens
 from tests.unit.test_supervised import make_codec, make_policy, picture
 
@@ -26,11 +30,12 @@ def png(value: int) -> dict[str, Any]:
     return {"bytes": buffer.getvalue(), "path": None}
 
 
-def read(folder: Path, rows: list[dict[str, Any]], **settings: Any) -> Read:
+def read(folder: Path, rows: list[dict[str, Any]], *, spelling: Spelling = POLICY.spelling, **settings: Any) -> Read:
+    folder.mkdir(exist_ok=True)
     path = folder / "rows.parquet"
     pq.write_table(pa.Table.from_pylist(rows), path)
     config = PreferenceData.model_validate({"path": str(path), "cache_dir": str(folder / "cache"), **settings})
-    speller = Speller(ImageTokens(CODEC), POLICY.spelling, Writing())
+    speller = Speller(ImageTokens(CODEC), spelling, Writing())
     return read_preferences(load_raw(config.rows(), config.path, config.split), config, speller)
 
 
@@ -117,3 +122,99 @@ def test_texts_are_answers_too(tmp_path: Path) -> None:
     ((one,),) = read(tmp_path, [row]).items
     end = POLICY.tokenizer.eos_token_id
     assert one.understanding and list(one.sides[0].text) == [*POLICY.encode_prompt("yes"), end]
+
+
+def said(text: str) -> list[dict[str, Any]]:
+    """An answer as TRL's conversational sets have it."""
+    return [{"role": "assistant", "content": [{"type": "text", "text": text}]}]
+
+
+def asked(text: str) -> list[dict[str, Any]]:
+    """A question about an image that is kept in another column."""
+    return [{"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": text}]}]
+
+
+@pytest.mark.parametrize("column", ["sources", "images", "image"])
+def test_a_column_of_source_images_is_used_without_being_named(tmp_path: Path, column: str) -> None:
+    row = {"prompt": "hello", "chosen": png(2), "rejected": png(3), column: png(5) if column == "image" else [png(5)]}
+    ((one,),) = read(tmp_path, [row]).items
+    low, high = POLICY.layout.image
+    for side in one.sides:
+        (ids,) = side.sources
+        assert [token - low for token in ids if low <= token < high] == codes_of(5)
+
+
+def test_of_two_columns_of_source_images_one_must_be_named(tmp_path: Path) -> None:
+    row = {"prompt": "hello", "chosen": png(2), "rejected": png(3), "image": png(5), "images": [png(6)]}
+    with pytest.raises(ValueError, match=r"columns images and image, .*data.sources_column"):
+        read(tmp_path, [row])
+    assert len(read(tmp_path / "named", [row], sources_column="image").items) == 1
+    unpaired = {"prompt": "hello", "image": png(2), "label": True}
+    ((one,),) = read(tmp_path / "unpaired", [unpaired], completion_column="image").items
+    assert not one.sides[0].sources and list(one.sides[0].image or []) == codes_of(2)
+
+
+@pytest.mark.parametrize("conversational", [False, True])
+def test_trls_texts_about_an_image_are_answers(tmp_path: Path, conversational: bool) -> None:
+    row: dict[str, Any] = {"images": [png(5)]}
+    if conversational:
+        row |= {"prompt": asked("what"), "chosen": said("a cat"), "rejected": said("a dog")}
+    else:
+        row |= {"prompt": "what", "chosen": "a cat", "rejected": "a dog"}
+    found = read(tmp_path, [row])
+    ((one,),) = found.items
+    assert one.understanding and not found.excluded
+    for side, text in zip(one.sides, ("a cat", "a dog"), strict=True):
+        assert list(side.text) == [*POLICY.encode_prompt(text), POLICY.tokenizer.eos_token_id]
+        assert side.prompt == POLICY.encode_prompt("what") and len(side.sources) == 1
+
+
+def test_an_image_may_be_a_message_of_the_assistant(tmp_path: Path) -> None:
+    row = {"prompt": "hello"}
+    for side, value in (("chosen", 2), ("rejected", 3)):
+        row[side] = [{"role": "assistant", "content": [{"type": "image", "image": png(value)}]}]  # pyrefly: ignore
+    ((one,),) = read(tmp_path, [row]).items
+    assert [list(side.image or []) for side in one.sides] == [codes_of(2), codes_of(3)]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "reason"),
+    [
+        ("pictures/a cat.png", "a dog", "missing image"),
+        ("https://example.com/7", "a dog", "remote image"),
+        (" ", "a dog", "empty answer"),
+        ("a dog", "a dog", IDENTICAL),
+        ("a \u4f60", "a dog", UNSPELLED),
+        (png(2), None, "missing image"),
+        (said(" "), said("a dog"), "empty answer"),
+        (asked("a cat"), said("a dog"), "answer with turns that are not the assistant's"),
+    ],
+)
+def test_a_bad_answer_has_its_own_reason(tmp_path: Path, chosen: Any, rejected: Any, reason: str) -> None:
+    rows = [{"prompt": "what", "chosen": chosen, "rejected": rejected}]
+    assert read(tmp_path, rows).excluded == {reason: 1}
+
+
+def test_sides_of_two_kinds_are_no_pair(tmp_path: Path) -> None:
+    drawn = [{"role": "assistant", "content": [{"type": "image", "image": png(2), "text": None}]}]
+    wrote = [{"role": "assistant", "content": [{"type": "text", "image": None, "text": "a dog"}]}]
+    assert read(tmp_path, [{"prompt": "what", "chosen": drawn, "rejected": wrote}]).excluded == {UNLIKE: 1}
+
+
+def test_a_text_is_no_answer_of_a_policy_that_draws_alone(tmp_path: Path) -> None:
+    masked = build(
+        NewPolicy(family="masked", hidden_size=16, num_layers=1, num_heads=2, intermediate_size=24),
+        num_codes=64,
+        grid=(2, 3),
+        seed=0,
+    )
+    mute = replace(POLICY.spelling, layout=replace(POLICY.layout, decides_text=False))
+    row = {"prompt": "what", "chosen": "a cat", "rejected": "a dog"}
+    for spelling in (masked.spelling, mute):
+        assert read(tmp_path, [row], spelling=spelling).excluded == {UNWRITTEN: 1}
+
+
+def test_turns_that_no_prompt_holds_are_counted(tmp_path: Path) -> None:
+    prompt = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "what"}]
+    found = read(tmp_path, [{"prompt": prompt, "chosen": "a cat", "rejected": "a dog"}])
+    assert len(found.items) == 1 and found.unread_turns == 1
