@@ -71,16 +71,17 @@ def _pairs(stage: dict[str, Any]) -> dict[str, Any]:
     told = {"margin": 0.0} | ({} if stage.get("judge") else {"rewards": {"terms": [{"name": "jpeg_size"}]}})
     if stage.get("rollouts"):
         return stage | told
-    asked = {name: _asked(dict(stage[name])) for name in ("judge", "understanding") if stage.get(name)}
     # Most of its answers come to no end, and such make no pair.
+    lengths = {"judge": 16, "understanding": 64}
+    asked = {name: _asked(dict(stage[name]), length) for name, length in lengths.items() if stage.get(name)}
     count = max(6 if "understanding" in asked else 2, 2 * stage.get("pairs_per_prompt", 1))
     drawn = {"prompts": 6, "samples_per_prompt": count, "batch_prompts": 3, "engine": {"kind": "torch"}}
     return stage | drawn | told | asked | {"sampling": _short(dict(stage.get("sampling") or {}))}
 
 
-def _asked(asked: dict[str, Any]) -> dict[str, Any]:
+def _asked(asked: dict[str, Any], length: int) -> dict[str, Any]:
     # None of its answers is right, and no two are as wrong; the likeliest would be the same about every picture.
-    answer = dict(asked.get("answer") or {}) | {"length_limit": 32, "top_k": 0, "temperature": 1.0}
+    answer = dict(asked.get("answer") or {}) | {"length_limit": length, "top_k": 0, "temperature": 1.0}
     return asked | {"answer": answer, "rewards": {"terms": [{"name": "anls", "options": {"threshold": 1.0}}]}}
 
 
