@@ -173,7 +173,7 @@ def run_dpo(context: StageContext) -> None:
         lambda model, batch, meter: dpo_step_loss(policy, config, model, batch, meter, gate),
         meter,
         micro_batch_size=config.micro_batch_size,
-        show=("loss", "dpo/correct", "dpo/margin", "learning_rate", "grad_norm"),
+        show=("loss", "dpo/correct", "dpo/margin", "dpo/understanding/correct", "learning_rate", "grad_norm"),
     )
     save_result(context, policy, codec)
 

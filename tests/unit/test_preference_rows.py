@@ -70,6 +70,14 @@ def test_unpaired_rows_have_a_label(tmp_path: Path) -> None:
     assert apart(found.items) == found.items
 
 
+def test_an_unpaired_row_may_be_a_text_or_messages(tmp_path: Path) -> None:
+    for completion in ("a cat", said("a cat")):
+        row = {"prompt": "what", "images": [png(5)], "completion": completion, "label": False}
+        ((one,),) = read(tmp_path, [row], completion_column="completion").items
+        assert list(one.sides[0].text) == [*POLICY.encode_prompt("a cat"), POLICY.tokenizer.eos_token_id]
+        assert one.desirable is False and len(one.sides[0].sources) == 1
+
+
 def test_codes_are_read_in_place_of_images(tmp_path: Path) -> None:
     row = {"prompt": "hello", "chosen": png(2), "rejected": png(3), "chosen_codes": [1] * 6, "rejected_codes": [2] * 6}
     ((one,),) = read(tmp_path, [row]).items
