@@ -86,7 +86,7 @@ class Speller:
         if side.text is not None:
             if not spelling.layout.decides_text or spelling.layout.mask is not None:
                 raise UnusablePrompt(
-                    UNWRITTEN, f"{side.text!r:.60}: this policy (family {spelling.layout.family!r}) draws"
+                    UNWRITTEN, f"{side.text!r:.60}: this policy (family {spelling.layout.family!r}) draws images alone"
                 )
             text = [*self._written(side.text), stop_tokens(spelling, self.writing)[0]]
             spelling = writing_spelling(spelling, self.writing, len(text), draws)
