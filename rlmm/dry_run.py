@@ -129,7 +129,7 @@ def _onto_cpu(model: nn.Module) -> None:
                 if old not in made:
                     new = torch.empty(old.shape, dtype=old.dtype, device="cpu")
                     made[old] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
-                held[name] = made[old]
+                held[name] = made[old]  # pyrefly: ignore[unsupported-operation]
 
 
 def _bytes(tensors: Sequence[Tensor]) -> int:
