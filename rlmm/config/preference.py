@@ -10,7 +10,7 @@ from rlmm.config.optimization import Optimization, divides
 from rlmm.config.policy import Lora
 from rlmm.config.sampling import Writing
 from rlmm.objectives.dpo import Loss
-from rlmm.objectives.legality import LogProbKind
+from rlmm.objectives.legality import IllegalObjective, LogProbKind, check_legal
 from rlmm.objectives.noise import SCHEME_KINDS, Scheme, check_draws
 
 
@@ -28,11 +28,13 @@ class PairNoise(Strict):
 
     @model_validator(mode="after")
     def _estimates_a_likelihood(self) -> "PairNoise":
-        if SCHEME_KINDS[self.scheme] is not LogProbKind.ELBO:
+        try:
+            check_legal("dpo", SCHEME_KINDS[self.scheme])
+        except IllegalObjective as error:
+            sound = [scheme for scheme, kind in SCHEME_KINDS.items() if kind is LogProbKind.ELBO]
             raise ValueError(
-                f"noise scheme {self.scheme!r} estimates a {SCHEME_KINDS[self.scheme].value}, and DPO compares "
-                "likelihoods or their bounds; use count, stratified, complement, quadrature or bernoulli"
-            )
+                f"noise.scheme {self.scheme!r}: {error} Schemes of the last: {', '.join(sound)}"
+            ) from error
         check_draws(self.scheme, self.draws)
         if self.draws < 2:
             raise ValueError(

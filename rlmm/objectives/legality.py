@@ -33,6 +33,8 @@ class IllegalObjective(ValueError):
 
 _HEURISTIC = "it is no likelihood, so the ratio is a heuristic: watch the effective sample size"
 
+_NO_MARGIN = "DPO compares likelihoods or their bounds, and nothing says how far off this is"
+
 # family -> kind -> None where sound, else why not. A heuristic runs with its reason as a warning; others need
 # force.
 LEGALITY: dict[Family, dict[LogProbKind, str | None]] = {
@@ -57,8 +59,8 @@ LEGALITY: dict[Family, dict[LogProbKind, str | None]] = {
         LogProbKind.TRAJECTORY: "the chosen and rejected images of a pair carry no trajectory of this "
         "policy; use an ELBO or an exact likelihood",
         LogProbKind.ELBO: None,
-        LogProbKind.MEAN_FIELD: None,
-        LogProbKind.SURROGATE: None,
+        LogProbKind.MEAN_FIELD: _NO_MARGIN,
+        LogProbKind.SURROGATE: _NO_MARGIN,
     },
     "token_kl": {
         LogProbKind.EXACT: None,
@@ -86,4 +88,6 @@ def check_legal(objective: str, kind: LogProbKind, *, force: bool = False) -> st
     if reason == _HEURISTIC or force:
         return message
     sound = ", ".join(k.value for k, why in rows[objective].items() if why is None)
-    raise IllegalObjective(f"{message}. Sound kinds: {sound}. To run it as a baseline all the same, force it.")
+    raise IllegalObjective(
+        f"{message}. Sound kinds: {sound}. To run it as a baseline all the same, force it, where the stage can."
+    )

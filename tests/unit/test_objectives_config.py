@@ -83,6 +83,8 @@ def test_other_rows_of_the_table() -> None:
     for kind in (LogProbKind.MEAN_FIELD, LogProbKind.SURROGATE):
         assert "heuristic" in (check_legal("token_ratio", kind) or "")
         assert check_legal("ratio_free", kind) is None
+        with pytest.raises(IllegalObjective, match="DPO compares likelihoods or their bounds"):
+            check_legal("dpo", kind)
 
 
 def test_unknown_family_names_the_nearest() -> None:
