@@ -18,14 +18,16 @@ from rlmm.pipeline import run_recipe
 from rlmm.policies.families.loading import layout_of, load_policy
 from rlmm.run_folder import RunFolder
 from rlmm.sampling import draw_samples
-from tests.families.checkpoints import DIFFUSERS, PROMPTS, prompts, tiny
+from tests.families.checkpoints import DIFFUSERS, PROMPTS, SIZES, prompts, tiny
 
 CLASSES = {
     "emu3": "Emu3ForConditionalGeneration",
     "chameleon": "ChameleonForConditionalGeneration",
+    "lumina_mgpt": "ChameleonForConditionalGeneration",
     "janus": "JanusForConditionalGeneration",
     "llamagen": "LlamaGenForImageGeneration",
     "llamagen_text": "LlamaGenForImageGeneration",
+    "glm_image": "GlmImageForConditionalGeneration",
     "glm_image_edit": "GlmImageForConditionalGeneration",
     "simplear": "Qwen2ForCausalLM",
     "blip3o_next": "Qwen3ForCausalLM",
@@ -123,8 +125,9 @@ def test_what_a_run_made_draws(run: tuple[str, RunFolder]) -> None:
     name, folder = run
     source = CheckpointPolicy(path=str(folder.path / "merged"))
     sheet = draw_samples(source, prompts(name)[:1], 2, Sampling(guidance_scale=2.0)).grid()
-    assert sheet.size == (2 * 52 + 4, 52 + 4)
-    assert len({sheet.getpixel((x, y)) for x in range(4, 52) for y in range(4, 52)}) > 20
+    height, width = SIZES[name]
+    assert sheet.size == (2 * (width + 4) + 4, height + 4 + 4)
+    assert len({sheet.getpixel((x, y)) for x in range(4, 4 + width) for y in range(4, 4 + height)}) > 20
 
 
 def test_an_adapter_from_a_folder_brings_it_along_and_frozen_weights_take_half_the_memory(tmp_path: Path) -> None:
