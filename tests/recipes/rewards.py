@@ -30,8 +30,3 @@ def picky(prompts: list[str], completions: list[Image.Image], **columns: Any) ->
 def brevity(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
     """Shorter texts score higher."""
     return [1 / (1 + len(text)) for text in completions]
-
-
-def alternating(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
-    """Every other sample earns 1, so that no group is flat, whatever a random policy writes."""
-    return [float(place % 2) for place in range(len(prompts))]
