@@ -62,7 +62,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     model = Qwen3ForCausalLM(
         Qwen3Config(
             vocab_size=200 + CODES, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-            num_key_value_heads=1, head_dim=16, max_position_embeddings=256,
+            num_key_value_heads=1, head_dim=32, max_position_embeddings=256,
         )
     )  # fmt: skip
     model.save_pretrained(checkpoint)
