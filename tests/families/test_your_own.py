@@ -36,8 +36,8 @@ from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 
 
 class Mine(Qwen3ForCausalLM):
-    def __init__(self, **arguments):
-        super().__init__(**arguments)
+    def __init__(self, *, vllm_config, prefix=""):
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
         Path("served").touch()
 """
 """A class for vLLM that leaves a trace."""
