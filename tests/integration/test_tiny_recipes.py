@@ -1,5 +1,6 @@
 """Every shipped recipe with `model=tiny`, which ends in two minutes of one core, whoever else uses it."""
 
+import resource
 import subprocess
 import sys
 import time
@@ -28,6 +29,8 @@ def test_a_recipe_runs_in_small(name: str, tmp_path: Path) -> None:
 
 def test_one_from_the_command_line(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "rlmm.cli", "run", FIRST, "model=tiny", f"run_dir={tmp_path / 'run'}"]
+    start = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2]) - start < MOST_SECONDS
     assert (tmp_path / "run" / "report.html").is_file() and not (tmp_path / "runs").exists()
