@@ -62,15 +62,20 @@ def run(
 
 @app.command()
 def check(config: Config, overrides: Overrides = None) -> None:
-    """Read and resolve a recipe; print it, its batch equation and a memory plan. Nothing runs."""
+    """Read and resolve a recipe; print it, its batch equation and, if its checkpoint is here, a memory plan."""
     from rlmm.batch import batch_equations
+    from rlmm.config.policy import CheckpointPolicy
     from rlmm.config.recipe import read_recipe
     from rlmm.memory import memory_plans, readable
+    from rlmm.policies.families.loading import not_here
 
     recipe = read_recipe(config, overrides)
     say(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
     for line in batch_equations(recipe):
         say(line)
+    if isinstance(recipe.policy, CheckpointPolicy) and (absent := not_here(recipe.policy)) is not None:
+        say(f"no memory plan: {recipe.policy.path} is not here: {absent}")
+        return
     table = Table(title="Memory plan (estimate)")
     parts = ("weights", "gradients", "optimizer", "reference", "engine", "working", "sampling", "total")
     plans = memory_plans(recipe)

@@ -18,14 +18,16 @@ from rlmm.pipeline import run_recipe
 from rlmm.policies.families.loading import layout_of, load_policy
 from rlmm.run_folder import RunFolder
 from rlmm.sampling import draw_samples
-from tests.families.checkpoints import DIFFUSERS, PROMPTS, prompts, tiny
+from tests.families.checkpoints import DIFFUSERS, PROMPTS, SIZES, prompts, tiny
 
 CLASSES = {
     "emu3": "Emu3ForConditionalGeneration",
     "chameleon": "ChameleonForConditionalGeneration",
+    "lumina_mgpt": "ChameleonForConditionalGeneration",
     "janus": "JanusForConditionalGeneration",
     "llamagen": "LlamaGenForImageGeneration",
     "llamagen_text": "LlamaGenForImageGeneration",
+    "glm_image": "GlmImageForConditionalGeneration",
     "glm_image_edit": "GlmImageForConditionalGeneration",
     "simplear": "Qwen2ForCausalLM",
     "blip3o_next": "Qwen3ForCausalLM",
@@ -45,17 +47,24 @@ def edits(name: str) -> bool:
     return layout_of(tiny(name).path, tiny(name)).takes_sources
 
 
+def takes_scenes(name: str) -> bool:
+    """Some take no text, and Lumina-mGPT's sides are multiples of 32."""
+    return name not in PROMPTS and SIZES[name] == (48, 48)
+
+
 def data(name: str, folder: Path) -> dict[str, Any]:
-    """Scenes, edits of them where a family takes source images; of one that takes no text, rows with its prompts."""
-    if name not in PROMPTS:
+    """Scenes, edits of them where a family takes source images; else rows with its prompts."""
+    if takes_scenes(name):
         variant = "edit" if edits(name) else "text_to_image"
         return {"kind": "scenes", "variant": variant, "train_images": 8, "held_out": 8, "prompts": 8}
     folder.mkdir(parents=True, exist_ok=True)
     rows = [{"prompt": str(number), "image": f"{number}.png"} for number in range(16)]
     for row in rows:
-        Image.effect_noise((48, 48), 60).convert("RGB").save(folder / row["image"])
+        Image.effect_noise(SIZES[name], 60).convert("RGB").save(folder / row["image"])
     (folder / "rows.json").write_text(json.dumps(rows))
-    return {"kind": "rows", "path": str(folder / "rows.json"), "target_column": "image", "held_out_share": 0.4}
+    columns = {"target_column": "image"} | ({"sources_column": "image"} if edits(name) else {})
+    return {"kind": "rows", "path": str(folder / "rows.json"), **columns, "image_size": SIZES[name],
+            "held_out_share": 0.4}  # fmt: skip
 
 
 def law(name: str) -> dict[str, Any]:
@@ -70,14 +79,20 @@ def recipe(name: str, folder: Path, stages: dict[str, Any], **policy: Any) -> Re
             "data": data(name, folder.parent / "rows"),
             "policy": tiny(name).model_dump() | policy,
             "rewards": {"terms": [{"function": "tests/recipes/rewards.py:left_darkness", "label": "dark"}]},
-            "held_out": {"terms": [HELD_OUT[name in PROMPTS]]},
+            "held_out": {"terms": [HELD_OUT[not takes_scenes(name)]]},
             "stages": stages,
         },
         name,
     )  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=CLASSES)
+LONG = ("glm_image",)
+"""An edit of the same class is in the suite."""
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=[pytest.mark.long] * (name in LONG)) for name in CLASSES]
+)
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, RunFolder]:
     if request.param.startswith("glm_image") and not DIFFUSERS:
         pytest.skip("diffusers, which has the decoder, is not installed")
@@ -123,8 +138,9 @@ def test_what_a_run_made_draws(run: tuple[str, RunFolder]) -> None:
     name, folder = run
     source = CheckpointPolicy(path=str(folder.path / "merged"))
     sheet = draw_samples(source, prompts(name)[:1], 2, Sampling(guidance_scale=2.0)).grid()
-    assert sheet.size == (2 * 52 + 4, 52 + 4)
-    assert len({sheet.getpixel((x, y)) for x in range(4, 52) for y in range(4, 52)}) > 20
+    height, width = SIZES[name]
+    assert sheet.size == (2 * (width + 4) + 4, height + 4 + 4)
+    assert len({sheet.getpixel((x, y)) for x in range(4, 4 + width) for y in range(4, 4 + height)}) > 20
 
 
 def test_an_adapter_from_a_folder_brings_it_along_and_frozen_weights_take_half_the_memory(tmp_path: Path) -> None:

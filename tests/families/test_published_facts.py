@@ -7,19 +7,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import (
-    ChameleonConfig,
-    Emu3Config,
-    GlmImageConfig,
-    JanusConfig,
-    LlamaConfig,
-    PretrainedConfig,
-    Qwen2Config,
-)
+from transformers import Emu3Config
 
 from rlmm.config.policy import CheckpointPolicy
 from rlmm.policies.families.base import Checkpoint
 from rlmm.policies.families.chameleon import image_token
+from rlmm.policies.families.janus import ASSISTANT, BEGIN, BOS, END, EOS, PAD, USER
 from rlmm.policies.families.loading import (
     FAMILIES,
     checkpoint_codec,
@@ -29,86 +22,14 @@ from rlmm.policies.families.loading import (
     load_policy,
     load_spelling,
 )
-from rlmm.policies.models.llamagen import LlamaGenConfig
+from rlmm.policies.families.tiny import published_tokenizer
 from tests.families.checkpoints import facts, tiny
-
-PUBLISHED = {
-    "emu3": "emu3", "chameleon": "chameleon", "lumina_mgpt": "lumina_mgpt", "janus": "janus_pro_7b",
-    "llamagen": "llamagen", "llamagen_text": "llamagen", "glm_image": "glm_image", "glm_image_edit": "glm_image",
-    "simplear": "simplear",
-}  # fmt: skip
-BILLIONS = {"emu3": 8.5, "chameleon": 7.0, "lumina_mgpt": 7.0, "janus": 7.4, "llamagen": 0.775 + 0.072}
-BILLIONS |= {"simplear": 1.64, "glm_image": 9 + 1.1, "glm_image_edit": 9 + 1.1, "llamagen_text": 0.775 + 0.072 + 1.22}
-"""With the image tokenizer's (LlamaGen: of XL, and VQ-16; GLM-Image: its vision encoder), and what reads the prompt."""
+from tests.families.published import CASES, published_config
 
 
-FLAN_T5_XL = {
-    "vocab_size": 32128, "d_kv": 64, "d_ff": 5120, "num_layers": 24, "num_heads": 32, "feed_forward_proj": "gated-gelu",
-}  # fmt: skip
-"""google/flan-t5-xl, config.json."""
-
-
-def published_config(name: str) -> PretrainedConfig:
-    """The full configuration, from the published facts."""
-    stated = facts(PUBLISHED[name])["config"]
-    shape = {
-        key: stated[key]
-        for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                    "num_key_value_heads", "rms_norm_eps", "max_position_embeddings")
-        if key in stated
-    }  # fmt: skip
-    if name == "simplear":
-        return Qwen2Config(**shape, tie_word_embeddings=True, architectures=["Qwen2ForCausalLM"])
-    if name.startswith("glm_image"):
-        rope = {"rope_type": "default"} | {
-            key: stated[key] for key in ("rope_theta", "mrope_section", "partial_rotary_factor")
-        }
-        vision = {key.removeprefix("vision_"): value for key, value in stated.items() if key.startswith("vision_")}
-        return GlmImageConfig(
-            text_config=shape | {"rope_parameters": rope, "vision_vocab_size": vision.pop("vocab_size")},
-            vision_config=vision,
-            vq_config={"embed_dim": stated["vq_embed_dim"], "num_embeddings": stated["vq_num_embeddings"],
-                       "latent_channels": stated["vq_latent_channels"]},
-            architectures=["GlmImageForConditionalGeneration"],
-        )  # fmt: skip
-    vq: dict[str, Any] = {"base_channels": stated["vq_base_channels"],
-                          "channel_multiplier": stated["vq_channel_multiplier"],
-                          "num_res_blocks": stated["vq_num_res_blocks"],
-                          "embed_dim": stated["vq_embed_dim"]}  # fmt: skip
-    if name.startswith("llamagen"):
-        largest = stated["gpt_xl"]
-        return LlamaGenConfig(
-            vocab_size=stated["vocab_size"], hidden_size=largest["dim"], intermediate_size=largest["ffn"],
-            num_hidden_layers=largest["n_layer"], num_attention_heads=largest["n_head"],
-            rms_norm_eps=stated["norm_eps"], num_classes=stated["num_classes"], grid_size=24,
-            caption_tokens=stated["cls_token_num_t2i"],
-            caption_config=None if name == "llamagen" else FLAN_T5_XL | {"d_model": stated["caption_dim"]},
-            vq_config=vq | {"num_embeddings": stated["vq_codebook_size"], "latent_channels": stated["vq_z_channels"]},
-            architectures=["LlamaGenForImageGeneration"],
-        )  # fmt: skip
-    if name == "emu3":
-        vq |= {"codebook_size": stated["vq_codebook_size"], "attn_resolutions": stated["vq_attn_resolutions"]}
-        shape["max_position_embeddings"] = stated["gen_max_position_embeddings"]
-        return Emu3Config(
-            text_config=shape, vq_config=vq, vocabulary_map={}, architectures=["Emu3ForConditionalGeneration"]
-        )
-    if name == "janus":
-        text = LlamaConfig(**shape, pad_token_id=facts(PUBLISHED[name])["tokens"]["pad"])
-        vq |= {"num_embeddings": stated["vq_codebook_size"], "projection_dim": stated["hidden_size"],
-               "image_token_embed_dim": stated["hidden_size"], "latent_channels": stated["vq_z_channels"]}  # fmt: skip
-        vision = {"image_size": stated["image_size"], "projection_dim": stated["hidden_size"]}
-        architecture = ["JanusForConditionalGeneration"]
-        return JanusConfig(text_config=text, vq_config=vq, vision_config=vision, architectures=architecture,
-                           tie_word_embeddings=False)  # fmt: skip
-    vq |= {"num_embeddings": stated["vq_num_embeddings"], "latent_channels": stated["vq_latent_channels"]}
-    return ChameleonConfig(
-        **shape, vq_config=vq, vocabulary_map={}, pad_token_id=1, architectures=["ChameleonForConditionalGeneration"]
-    )
-
-
-@pytest.mark.parametrize("name", ["emu3", "chameleon", "lumina_mgpt", "janus"])
-def test_the_tiny_tokenizer_and_the_layout_have_the_published_ids(name: str) -> None:
-    stated = facts(PUBLISHED[name])
+@pytest.mark.parametrize("case", ["emu3", "chameleon", "anole", "lumina_mgpt", "janus_pro_7b"])
+def test_the_tiny_tokenizer_and_the_layout_have_the_published_ids(case: str) -> None:
+    name, stated = CASES[case].family, facts(case)
     checkpoint, layout = Checkpoint(tiny(name).path, tiny(name)), layout_of(tiny(name).path, tiny(name))
     there = {token: number for token, number in stated["tokens"].items() if token in checkpoint.vocabulary}
     assert len(there) >= 3 and all(checkpoint.vocabulary[token] == number for token, number in there.items())
@@ -133,6 +54,7 @@ def test_prompts_are_spelled_as_published() -> None:
     assert emu3.grid.length == 6 * 7 + 2
     assert "".join(text["emu3"][t] for t in emu3.null_prompt) == facts("emu3")["config"]["negative_prompt"]
     assert "<s>" + chameleon.template + "<racm3:break>" == "<s>{prompt}<reserved08706><racm3:break>"
+    assert "<s>" + chameleon.template + "<racm3:break>" == facts("anole")["template"]
     assert chameleon.prefix(chameleon.null([9, 9])) == (0, 8197)
     stated = facts("lumina_mgpt")["template"].format(width=64, height=64, prompt="{prompt}")
     assert "<s>" + lumina.template == stated and lumina.boi == (8197, 8804 + 2, 8804 + 2)
@@ -149,13 +71,33 @@ def test_a_templates_special_tokens_are_obeyed_and_a_prompts_are_spelled_out() -
     assert posing.count(user) == 1 and len(posing) == len(plain) + len("<|User|>")
 
 
-@pytest.mark.parametrize("name", BILLIONS)
-def test_the_full_model_has_its_published_size_and_a_head_for_every_code(name: str) -> None:
-    config = published_config(name)
+def test_the_smaller_janus_has_other_ids_which_are_its_tokenizers(tmp_path: Path) -> None:
+    stated, folder = facts("janus_pro_1b"), tmp_path / "janus"
+    shutil.copytree(tiny("janus").path, folder)
+    special = {BOS: 100000, EOS: 100001, PAD: 100002, BEGIN: 100003, END: 100580, USER: 100588, ASSISTANT: 100589}
+    published_tokenizer(special, {}, bos=BOS, eos=EOS, pad=PAD).save_pretrained(folder)
+    layout, tokens = layout_of(folder, CheckpointPolicy(path=str(folder))), stated["tokens"]
+    assert (layout.bos, layout.pad, layout.null_token) == (tokens["bos"], tokens["pad"], tokens["pad"])
+    assert layout.boi == (tokens["boi"],) and layout.template + BEGIN == stated["template"]
+
+
+def test_what_transformers_converter_leaves_out_of_emu3_is_published_by_default() -> None:
+    """It writes the positions and the vocabulary alone."""
+    stated, text = facts("emu3")["config"], Emu3Config(vocabulary_map={}).get_text_config()
+    for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                "num_key_value_heads", "rms_norm_eps", "tie_word_embeddings"):  # fmt: skip
+        assert getattr(text, key) == stated[key], key
+    assert text.rope_parameters["rope_theta"] == stated["rope_theta"]
+    assert text.bos_token_id == facts("emu3")["tokens"]["bos"] and text.pad_token_id == facts("emu3")["tokens"]["pad"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_full_model_has_its_published_size_and_a_head_for_every_code(case: str) -> None:
+    name, config = CASES[case].family, published_config(case)
     model = empty_model(config)
     assert all(parameter.is_meta for parameter in model.parameters())
     billions = sum(parameter.numel() for parameter in model.parameters()) / 1e9
-    assert billions == pytest.approx(BILLIONS[name], rel=0.05)
+    assert billions == pytest.approx(CASES[case].billions, rel=0.05)
     layout = layout_of(tiny(name).path, tiny(name))
     policy = find_family(name).policy(model, Checkpoint(tiny(name).path, tiny(name)).tokenizer, layout)
     low, high = layout.image

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.families.checkpoints import SIZES
+from tests.families.checkpoints import SIZES, WRITERS
 from tests.integration.vllm_requests import LAWS
 
 pytestmark = [
@@ -39,6 +39,13 @@ def test_each_law_is_the_trainers_and_the_tokens_are_the_torch_engines(found: di
     assert all(law["gap"] < 1e-4 and law["decided"] > 0 for law in laws.values()), laws
     # A draw at whose edge the two engines round apart sends a sample another way; most laws see none.
     assert sorted(law["same"] for law in laws.values())[1] == 1.0, laws
+
+
+@pytest.mark.parametrize("name", [name for name in SERVED if name in WRITERS])
+def test_a_thought_and_its_image_are_the_trainers_and_the_torch_engines(found: dict[str, Any], name: str) -> None:
+    thought = found[name]["thought"]
+    assert thought["gap"] < 1e-4 and thought["text"] > 0 and thought["image"] > 0, thought
+    assert thought["same"] > 0.5, thought  # a draw at whose edge the engines round apart parts a row
 
 
 @pytest.mark.parametrize("name", SERVED)

@@ -6,11 +6,16 @@ from typing import Any
 
 from rlmm.config.engines import VllmEngineConfig
 from rlmm.config.policy import Lora
+from rlmm.config.sampling import Sampling, Written
+from rlmm.policies.responses import response_of
+from rlmm.policies.transformer import TransformerPolicy
 from rlmm.train.engines import build_engine
+from rollouts.contract import Request
+from rollouts.interleaved import generate_spans
 from rollouts.law import Law
 from rollouts.torch_engine.causal import TorchEngine
 from rollouts.trajectory import Span
-from tests.families.checkpoints import PROMPTS, peaked, requests
+from tests.families.checkpoints import PROMPTS, WRITERS, peaked, requests
 from tests.integration.vllm_requests import LAWS, agrees, change, gap
 
 TEXTS = ["a", "two red circles and a very long blue line between them", 'render "HELLO"']
@@ -35,8 +40,26 @@ def family(name: str) -> dict[str, Any]:
         wanted = reference.generate(requests(policy, asked), [span])
         same = (made.ids == wanted.ids).float().mean()
         found["laws"][law] = {"gap": gap(policy, made), "same": float(same), "decided": int(made.target_mask.sum())}
+    if name in WRITERS:
+        found["thought"] = thought(engine, policy)
     engine.close()
     return found
+
+
+def thought(engine: Any, policy: TransformerPolicy) -> dict[str, Any]:
+    """A text and the guided image after it, about a source image."""
+    spans = response_of(policy, Sampling(guidance_scale=2.0, thought=Written(length_limit=6, top_k=30)))
+    source = [*policy.layout.grid.forced().values()]
+    asked = [
+        Request(text, spans.streams(text, [source]), (7, 8, 9), tuple(f"{text}/{i}" for i in range(3)))
+        for text in TEXTS
+    ]
+    made = generate_spans(engine, policy.layout, asked, spans.spans)
+    reference = TorchEngine(policy, num_layers=policy.sizes.num_hidden_layers)
+    wanted = generate_spans(reference, policy.layout, asked, spans.spans)
+    rows = (made.ids == wanted.ids).all(1).float().mean() if made.ids.shape == wanted.ids.shape else 0.0
+    decided = {kind: int((made.target_mask & (made.span == i)).sum()) for i, kind in enumerate(("text", "image"))}
+    return {"gap": gap(policy, made), "same": float(rows), **decided}
 
 
 if __name__ == "__main__":

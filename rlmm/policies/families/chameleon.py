@@ -22,7 +22,8 @@ from rollouts.contract import Grid, Layout
 CODES, FIRST_CODE, VOCABULARY = 8192, 4, 65536
 BEGIN, END, SEPARATOR = "<racm3:break>", "<eoss>", "<reserved08706>"
 SPECIAL = {"<s>": 0, "<pad>": 1, "</s>": 2, END: 8196, BEGIN: 8197, SEPARATOR: 8710, "<reserved08707>": 8711}
-OWN_SIZE = (512, 512)
+LUMINA_SIZE = (768, 768)
+"""Of Lumina-mGPT-7B-768. The others state nothing else but in their names."""
 ROW_END, SIZE_TOKEN, SIZE_STEP = 8803, 8804, 32
 """Lumina-mGPT: a row's end, and the token of zero pixels; a side of n pixels is token SIZE_TOKEN + n / SIZE_STEP."""
 
@@ -36,7 +37,7 @@ class ChameleonPolicy(CausalPolicy):
 def layout(checkpoint: Checkpoint) -> Layout:
     """`<s> prompt <sep> <boi>`, 1024 codes, `<eoi>`; the unconditional stream is `<s> <boi>`."""
     step = _step(checkpoint)
-    height, width = checkpoint.size(OWN_SIZE, step)
+    height, width = checkpoint.size(_own(checkpoint), step)
     first = min(_tokens(checkpoint))
     return Layout(
         vocab_size=checkpoint.config.get_text_config().vocab_size,
@@ -55,7 +56,7 @@ def layout(checkpoint: Checkpoint) -> Layout:
 def lumina_layout(checkpoint: Checkpoint) -> Layout:
     """The same with two size tokens after `<boi>`, height first, and an end after each row."""
     plain = layout(checkpoint)
-    height, width = checkpoint.size((768, 768), SIZE_STEP)
+    height, width = checkpoint.size(LUMINA_SIZE, SIZE_STEP)
     asked = f"Generate an image of {width}x{height} according to the following prompt:\n{{prompt}}{SEPARATOR}"
     step = _step(checkpoint)
     return replace(
@@ -69,7 +70,7 @@ def lumina_layout(checkpoint: Checkpoint) -> Layout:
 
 def codec(checkpoint: Checkpoint) -> NetworkCodec:
     """The tokenizer inside of the checkpoint. Its decoder is in few of them: `policy.decoder` names another file."""
-    size = OWN_SIZE if checkpoint.options.family != LUMINA.name else (768, 768)
+    size = LUMINA_SIZE if checkpoint.options.family == LUMINA.name else _own(checkpoint)
     step, (height, width) = _step(checkpoint), checkpoint.size(size, _step(checkpoint))
     vq = checkpoint.config.vq_config
     settings = PretrainedCodec(
@@ -86,6 +87,10 @@ def codec(checkpoint: Checkpoint) -> NetworkCodec:
     weights["order"] = torch.tensor([tokens[token] for token in sorted(tokens)])
     load_network(made.network, weights, checkpoint.source)
     return made
+
+
+def _own(checkpoint: Checkpoint) -> tuple[int, int]:
+    return (checkpoint.config.vq_config.resolution,) * 2
 
 
 def _step(checkpoint: Checkpoint) -> int:

@@ -1,5 +1,7 @@
 """Emu3 (Wang et al. 2024, arXiv 2409.18869): text and image codes in one vocabulary, the size written as text."""
 
+import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,7 +9,7 @@ import torch
 from transformers import Emu3Config, Emu3ForConditionalGeneration
 
 from rlmm.codecs import NetworkCodec
-from rlmm.codecs.network_files import load_network
+from rlmm.codecs.network_files import load_network, published_file
 from rlmm.config.codec import PretrainedCodec
 from rlmm.policies.causal import CausalPolicy
 from rlmm.policies.families.base import Checkpoint, Family
@@ -20,12 +22,12 @@ SPECIAL = {
     "<|extra_204|>": 151850, "<|image token|>": 151851, "<|image start|>": 151852, "<|image end|>": 151853,
 }  # fmt: skip
 FIRST_CODE = 151854
-OWN_SIZE = (720, 720)
+GEN_AREA, STAGE1_AREA = 720 * 720, 512 * 512
 NEGATIVE = (
     "lowres, bad anatomy, bad hands, text, error, missing fingers, extra digit, fewer digits, cropped, worst quality, "
     "low quality, normal quality, jpeg artifacts, signature, watermark, username, blurry."
 )
-"""The null prompt that Emu3-Gen's authors draw with."""
+"""The null prompt that the authors draw with, from Gen and Stage1 alike."""
 
 
 class Emu3Policy(CausalPolicy):
@@ -38,7 +40,7 @@ def layout(checkpoint: Checkpoint) -> Layout:
     """`<bos> prompt <image start> rows*cols <image token>`, then rows of codes, each with its end, and the image's."""
     token, vq = checkpoint.token, checkpoint.config.vq_config
     step = 2 ** (len(vq.channel_multiplier) - 1)
-    height, width = checkpoint.size(OWN_SIZE, step)
+    height, width = checkpoint.size((own_side(checkpoint, step),) * 2, step)
     rows, cols, first = height // step, width // step, token(visual(0))
     announced = checkpoint.text_ids(f"{rows}*{cols}")
     without_null = Layout(
@@ -54,6 +56,23 @@ def layout(checkpoint: Checkpoint) -> Layout:
     )
     null = NEGATIVE if checkpoint.options.null_prompt is None else checkpoint.options.null_prompt
     return replace(without_null, null_prompt=checkpoint.spelled(without_null, null))
+
+
+def own_side(checkpoint: Checkpoint, step: int) -> int:
+    """Pixels of a side of the square with the area that the checkpoint states, in whole codes. Without one, as in what
+    transformers' script converts: Gen's, or Stage1's where the model's positions are too few for Gen's."""
+    config = checkpoint.config
+    positions = getattr(config, "max_position_embeddings", config.get_text_config().max_position_embeddings)
+    side = round(math.sqrt(GEN_AREA) / step)
+    fitting = GEN_AREA if side * (side + 1) <= positions else STAGE1_AREA
+    return round(math.sqrt(_stated_area(checkpoint) or fitting) / step) * step
+
+
+def _stated_area(checkpoint: Checkpoint) -> int | None:
+    if hasattr(checkpoint.config, "image_area"):
+        return checkpoint.config.image_area
+    file = published_file(checkpoint.source, "preprocessor_config.json")
+    return None if file is None else json.loads(Path(file).read_text()).get("image_area")
 
 
 def codec(checkpoint: Checkpoint) -> NetworkCodec:

@@ -16,6 +16,8 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import CONFIG_NAME
+from transformers.utils.hub import cached_file
 
 from rewards.functions import load_function
 from rlmm.codecs import Codec, load_codec
@@ -172,6 +174,22 @@ def is_masked(options: CheckpointPolicy) -> bool:
     if options.family is not None:
         return find_family(options.family).masked
     return Path(options.path).is_dir() and _by_class(load_config(options.path)).masked
+
+
+def not_here(options: CheckpointPolicy) -> str | None:
+    """Why a recipe's checkpoint is not at hand, and what would bring it; None where it is, readable or not."""
+    path = Path(options.path)
+    if options.tiny or path.exists():
+        return None
+    if "stages" in path.parts:
+        run = Path(*path.parts[: path.parts.index("stages")])
+        return f"there is no such folder; the run in {run} makes it"
+    try:
+        cached_file(options.path, CONFIG_NAME)
+    except OSError as error:
+        reason = str(error).splitlines()[0]
+        return f"there is no such folder, and as a hub id it cannot be read ({reason}); make the folder, or download it"
+    return None
 
 
 def tiny_folder(options: CheckpointPolicy) -> Path:
