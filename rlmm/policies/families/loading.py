@@ -146,9 +146,10 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
 
 
 def outline(options: CheckpointPolicy) -> TransformerPolicy:
-    """The policy of a recipe's checkpoint with none of its weights read: for its shapes, on the meta device.
+    """The policy of a recipe's checkpoint with none of its weights read: for its shapes, on the current device.
     Raises ValueError as `load_policy` does."""
-    checkpoint, layout = _checkpoint(options.path, options), layout_of(options.path, options)
+    with torch.device("cpu"):  # what reading it makes (a tiny instance, a layout) is real whatever the device
+        checkpoint, layout = _checkpoint(options.path, options), layout_of(options.path, options)
     kind = _model_class(find_family(layout.family), checkpoint.config)
     made = kind.from_config(checkpoint.config) if kind is AutoModelForCausalLM else kind(checkpoint.config)
     named = options.dtype or (None if own_folder(options.path) else "float32")
