@@ -50,14 +50,19 @@ def _one_device() -> None:
 
 
 def check_deepspeed(path: Path) -> None:
-    """Raises ValueError where the file is no DeepSpeed configuration or asks for ZeRO-3."""
+    """Raises ValueError where the file is no DeepSpeed configuration, or asks for ZeRO-3 or for no ZeRO at all."""
     try:
         stage = json.loads(path.read_text()).get("zero_optimization", {}).get("stage", 0)
     except (OSError, json.JSONDecodeError, AttributeError) as error:
         raise ValueError(
             f"{path} is not a readable DeepSpeed configuration ({error}); start from configs/deepspeed/zero2.json"
         ) from error
-    if stage not in (0, 1, 2):
+    if not stage:
+        raise ValueError(
+            f"{path} asks for no ZeRO stage, and without one DeepSpeed measures no gradient norm; use stage 1 or 2 "
+            "(configs/deepspeed/zero2.json), or leave `deepspeed` out: torchrun alone shares out a step, too"
+        )
+    if stage not in (1, 2):
         raise ValueError(
             f"{path} asks for ZeRO stage {stage}, which leaves no process with whole weights to sample from; "
             "use stage 1 or 2 (configs/deepspeed/zero2.json)"

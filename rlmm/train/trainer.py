@@ -19,6 +19,7 @@ from rlmm.config.stages import Optimization
 from rlmm.train.agreement import GradientAgreement
 from rlmm.train.checkpoint import latest_checkpoint, step_of, write_manifest
 from rlmm.train.gates import finite
+from rlmm.train.guard import Guard
 from rlmm.train.metrics import Meter, MetricsFile
 
 
@@ -56,25 +57,6 @@ class StepLoader:
                 yield {"batch": batch}
 
 
-class _Guard(TrainerCallback):
-    """Before the optimizer moves: stops on a gradient that is no number, and skips a step in which nothing counts.
-
-    Without gradients AdamW leaves weights and moments as they are; with zeros its momentum would move them.
-    """
-
-    def __init__(self, source: StepSource) -> None:
-        self.source = source
-
-    def on_pre_optimizer_step(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        parameters = [p for p in kwargs["model"].parameters() if p.grad is not None]
-        if self.source.nothing_counts:
-            for parameter in parameters:
-                parameter.grad = None
-            return
-        for parameter in parameters:
-            finite(parameter.grad.sum(), "gradient", state.global_step + 1)
-
-
 class _Seal(TrainerCallback):
     """Writes the manifest once every process has written its part."""
 
@@ -105,7 +87,7 @@ class StageTrainer(Trainer):
         self.step_started = time.perf_counter()
         halves = GradientAgreement(model.parameters(), source.micro_batches_per_step) if gradient_agreement else None
         self.agreement = halves
-        super().__init__(model=model, args=args, callbacks=[*callbacks, _Guard(source), _Seal()])
+        super().__init__(model=model, args=args, callbacks=[*callbacks, Guard(source), _Seal()])
         self.remove_callback(PrinterCallback)
 
     def get_train_dataloader(self) -> Any:

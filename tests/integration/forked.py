@@ -1,9 +1,10 @@
-"""`rlmm run` in forked children of a program that has imported everything once: alone, or as processes of one group."""
+"""Work in forked children of a program that has imported everything once: alone, or as processes of one group."""
 
 import os
 import signal
 import socket
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -20,8 +21,20 @@ def run_forked(
     count: int = 1,
     prepare: Callable[[int], None] | None = None,
 ) -> list[int]:
-    """Each child's exit status (negative: the signal that ended it), after `prepare(rank)` in each. When one fails the
-    others are killed, as torchrun does."""
+    """`rlmm run` of a recipe in each child, after `prepare(rank)`: see `fork_group`."""
+
+    def work(rank: int) -> None:
+        if prepare:
+            prepare(rank)
+        with processes(deepspeed=False):
+            pipeline.run_recipe(read_recipe(recipe, list(overrides)), print)
+
+    return fork_group(work, log, count=count)
+
+
+def fork_group(work: Callable[[int], None], log: Path, *, count: int = 1) -> list[int]:
+    """Each child's exit status (negative: the signal that ended it) after `work(rank)`. When one fails the others are
+    killed, as torchrun does."""
     group = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
     ranks: dict[int, int] = {}
     for rank in range(count):
@@ -32,11 +45,10 @@ def run_forked(
             try:
                 if count > 1:
                     os.environ.update(group | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
-                if prepare:
-                    prepare(rank)
-                with processes(deepspeed=False):
-                    pipeline.run_recipe(read_recipe(recipe, list(overrides)), print)
+                work(rank)
                 code = 0
+            except BaseException:
+                traceback.print_exc()
             finally:
                 sys.stdout.flush()
                 os._exit(code)

@@ -86,7 +86,13 @@ def test_the_shipped_files_are_accepted(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("text", "says"),
-    [('{"zero_optimization": {"stage": 3}}', "ZeRO stage 3"), ("{", "not a readable"), ("[]", "not a")],
+    [
+        ('{"zero_optimization": {"stage": 3}}', "ZeRO stage 3"),
+        ('{"zero_optimization": {"stage": 0}}', "no ZeRO stage"),
+        ("{}", "no ZeRO stage"),
+        ("{", "not a readable"),
+        ("[]", "not a"),
+    ],
 )
 def test_what_cannot_be_trained_with_is_refused(text: str, says: str, tmp_path: Path) -> None:
     path = tmp_path / "deepspeed.json"
