@@ -86,6 +86,11 @@ class Policy(Protocol):
 
     def named_weights(self) -> Iterable[tuple[str, Tensor]]: ...
 
+    def whole(self) -> AbstractContextManager[None]:
+        """Inside, what is read without `model` is there whole, also where training keeps each weight in parts. All
+        processes enter and leave it."""
+        ...
+
     def reference(self) -> AbstractContextManager[None]:
         """Inside, log-probs are those of the reference: the adapter switched off, or a frozen copy in place."""
         ...

@@ -69,7 +69,7 @@ class CausalPolicy(TransformerPolicy):
         logp_BT = hidden_BTH.new_zeros(batch.ids_BT.shape, dtype=torch.promote_types(hidden_BTH.dtype, torch.float32))
         for modality, vocabulary in ((TEXT, self.layout.text), (IMAGE, self.layout.image)):
             where = batch.target_BT & (batch.modality_BT == modality)
-            if where[:, 1:].any():
+            if where[:, 1:].any() or self.in_parts:
                 hidden_1NH = hidden_BTH[where[:, 1:]].unsqueeze(0)
                 tokens_N = batch.ids_BT[where]
                 logp_N, _ = self.decide(Law(vocabulary), hidden_1NH, tokens_N)

@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from rlmm.policies.head_rows import rows_weight
+from rlmm.policies.parts import readable
 from rollouts.law import Law, law_log_probs, mix_streams, unpack_support
 
 LOGIT_BYTES = 64 << 20
@@ -78,9 +79,10 @@ def _factors(head: nn.Module, hidden: Tensor, rows: slice) -> tuple[list[Tensor]
             if name in head.lora_A:
                 low_rank = cast(nn.Linear, head.lora_A[name])
                 given = head.lora_dropout[name](hidden.to(low_rank.weight.dtype))
-                inputs.append((head.scaling[name] * low_rank(given)).to(hidden.dtype))
-                weights.append(cast(nn.Linear, head.lora_B[name]).weight[rows].to(hidden.dtype))
-    return inputs, weights, None if base.bias is None else base.bias[rows]
+                low = F.linear(given, readable(low_rank.weight))
+                inputs.append((head.scaling[name] * low).to(hidden.dtype))
+                weights.append(readable(cast(nn.Linear, head.lora_B[name]).weight)[rows].to(hidden.dtype))
+    return inputs, weights, None if base.bias is None else readable(base.bias)[rows]
 
 
 def _logits(inputs: Sequence[Tensor], weights: Sequence[Tensor], bias_V: Tensor | None) -> Tensor:

@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from rlmm.policies.parts import readable
+
 ROWS = "trained_rows"
 """The parameter's name in the head. It is in no state dict: its values are the matrix's."""
 FIRST = "trained_from_to"
@@ -29,7 +31,7 @@ def rows_weight(head: nn.Linear, rows: slice) -> Tensor:
     """`head.weight[rows]`, through the parameter that is trained where these are its rows.
 
     Raises RuntimeError where parameter and matrix no longer share their storage: the matrix would be stale."""
-    weight_RH = head.weight[rows]
+    weight_RH = readable(head.weight)[rows]
     if getattr(head, FIRST, None) != (rows.start, rows.stop):
         return weight_RH
     trained = head.get_parameter(ROWS)

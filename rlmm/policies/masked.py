@@ -127,7 +127,7 @@ class MaskedPolicy(TransformerPolicy):
         logp_BT = hidden_BTH.new_zeros(batch.ids_BT.shape, dtype=torch.promote_types(hidden_BTH.dtype, torch.float32))
         for modality, vocabulary in ((TEXT, self.layout.text), (IMAGE, self.layout.image)):
             where = batch.target_BT & batch.noised_BT & (batch.modality_BT == modality)
-            if where.any():
+            if where.any() or self.in_parts:
                 hidden_1NH, tokens_N = hidden_BTH[where].unsqueeze(0), batch.ids_BT[where]
                 logp_N, _ = self.decide(Law(vocabulary), hidden_1NH, tokens_N)
                 logp_BT = logp_BT.masked_scatter(where, logp_N)

@@ -7,7 +7,7 @@ import copy
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, cast
@@ -25,6 +25,7 @@ from rlmm.policies.base import LogProbs, SequenceBatch
 from rlmm.policies.head import OutputHead, decision_log_probs, sliced_head
 from rlmm.policies.head_rows import ROWS, train_rows
 from rlmm.policies.layout_io import save_layout
+from rlmm.policies.parts import gathered, in_parts, settle, whole
 from rlmm.policies.spelling import Spelling
 from rollouts.contract import Layout
 from rollouts.law import Law
@@ -69,6 +70,11 @@ class TransformerPolicy(ABC):
     @property
     def spelling(self) -> Spelling:
         return Spelling(self.tokenizer, self.layout, self.sizes.max_position_embeddings)
+
+    @property
+    def in_parts(self) -> bool:
+        """Whether weights are kept in parts: then all processes must use the same heads, with or without a token."""
+        return any(in_parts(parameter) for parameter in self.model.parameters())
 
     def to(self, device: torch.device) -> None:
         """Move the weights, in place."""
@@ -130,6 +136,7 @@ class TransformerPolicy(ABC):
         entropy_gradient: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Log-probs and entropies [N] of chosen tokens: see `head.decision_log_probs`."""
+        settle(self.model)
         head = self.output_head(law.vocabulary)
         return decision_log_probs(head, law, hidden_KNH, tokens_N, support_NC, entropy_gradient=entropy_gradient)
 
@@ -153,6 +160,7 @@ class TransformerPolicy(ABC):
         raise ValueError(f"a {type(self).__name__} reads no image in one pass, so no codec can draw its hidden states")
 
     def head(self, hidden_NH: Tensor, vocabulary: tuple[int, int]) -> Tensor:
+        settle(self.model)
         return sliced_head(self.output_head(vocabulary), hidden_NH, vocabulary)
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
@@ -162,21 +170,25 @@ class TransformerPolicy(ABC):
         for name, parameter in self.base.named_parameters():
             if ".lora_" in name or name.endswith(f".{ROWS}") or name.startswith(self.frozen_parts):
                 continue
-            weight = parameter.detach()
-            if ".base_layer." in name:
-                layer: Any = modules[name.split(".base_layer.", 1)[0]]
-                if name.endswith(".weight"):
-                    for adapter in layer.active_adapters:
-                        weight = weight + layer.get_delta_weight(adapter).detach()
-                name = name.replace(".base_layer.", ".")
-            yield name, weight
+            inner, _, last = name.rpartition(".base_layer.")
+            layer: Any = modules[inner] if inner and last == "weight" else None
+            low_rank = [] if layer is None else [p for n, p in layer.named_parameters() if "lora_" in n]
+            with gathered([parameter, *low_rank]):
+                weight = parameter.detach()
+                for adapter in [] if layer is None else layer.active_adapters:
+                    weight = weight + layer.get_delta_weight(adapter).detach()
+            yield name.replace(".base_layer.", "."), weight
+
+    def whole(self) -> AbstractContextManager[None]:
+        """See `Policy`."""
+        return whole(self.model)
 
     @contextmanager
     def reference(self) -> Iterator[None]:
         """The policy before this stage, or the one it is held against: what `freeze_reference` was given or copied, or
         the adapter switched off."""
         if self._frozen is None and isinstance(self.model, PeftModel):
-            with self.model.disable_adapter():
+            with self.whole(), self.model.disable_adapter():
                 yield
             return
         if self._frozen is None:

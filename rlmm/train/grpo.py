@@ -84,7 +84,7 @@ def _gate(policy: TransformerPolicy, current: LogProbs, config: GrpoStage, batch
     trajectory = batch.trajectory
     if current.kind not in (LogProbKind.EXACT, LogProbKind.TRAJECTORY):
         # An estimate of a likelihood is not what was sampled; the law still must be the sampler's.
-        with torch.no_grad():
+        with torch.no_grad(), policy.whole():
             current = policy.log_probs(trajectory, estimator=ONE_STEP)
     checked_BS = evaluated(current, trajectory.target_mask)
     found = measure_mismatch(current.logp_BS, trajectory.sampler_logp, checked_BS)

@@ -100,7 +100,11 @@ class GrpoSource:
 
     def micro_batches(self, step: int) -> list[GrpoBatch]:
         rollout, update = divmod(step, self.updates)
-        experience = self.make(rollout) if update == 0 else self._resume(rollout)
+        if update == 0:
+            with self.policy.whole():
+                experience = self.make(rollout)
+        else:
+            experience = self._resume(rollout)
         return self._cut(experience, self._rows(experience.trajectory, update), update == 0, self._entropy_bonus())
 
     def _entropy_bonus(self) -> float:

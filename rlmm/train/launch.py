@@ -50,7 +50,7 @@ def _one_device() -> None:
 
 
 def check_deepspeed(path: Path) -> None:
-    """Raises ValueError where the file is no DeepSpeed configuration, or asks for ZeRO-3 or for no ZeRO at all."""
+    """Raises ValueError where the file is no DeepSpeed configuration, or asks for no ZeRO at all."""
     try:
         stage = json.loads(path.read_text()).get("zero_optimization", {}).get("stage", 0)
     except (OSError, json.JSONDecodeError, AttributeError) as error:
@@ -59,14 +59,11 @@ def check_deepspeed(path: Path) -> None:
         ) from error
     if not stage:
         raise ValueError(
-            f"{path} asks for no ZeRO stage, and without one DeepSpeed measures no gradient norm; use stage 1 or 2 "
+            f"{path} asks for no ZeRO stage, and without one DeepSpeed measures no gradient norm; use stage 1, 2 or 3 "
             "(configs/deepspeed/zero2.json), or leave `deepspeed` out: torchrun alone shares out a step, too"
         )
-    if stage not in (1, 2):
-        raise ValueError(
-            f"{path} asks for ZeRO stage {stage}, which leaves no process with whole weights to sample from; "
-            "use stage 1 or 2 (configs/deepspeed/zero2.json)"
-        )
+    if stage not in (1, 2, 3):
+        raise ValueError(f"{path} asks for ZeRO stage {stage}, which there is not; use stage 1, 2 or 3")
 
 
 def _prepare_deepspeed() -> None:

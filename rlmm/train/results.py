@@ -14,10 +14,11 @@ from rlmm.train.processes import world
 def save_result(context: StageContext, policy: TransformerPolicy, codec: Codec) -> None:
     """model/: the full model, tokenizer, layout and codec; adapter/: the adapter alone, where the stage trained one."""
     rank, _ = world()
-    if rank == 0:
-        write_model(policy, codec, context.model_folder)
-        if isinstance(policy.model, PeftModel):
-            policy.save_adapter(context.folder / "adapter", base=published_base(context) or "../base")
+    with policy.whole():
+        if rank == 0:
+            write_model(policy, codec, context.model_folder)
+            if isinstance(policy.model, PeftModel):
+                policy.save_adapter(context.folder / "adapter", base=published_base(context) or "../base")
 
 
 def write_model(policy: TransformerPolicy, codec: Codec, folder: Path) -> None:

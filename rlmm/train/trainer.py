@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations import unset_hf_deepspeed_config
 
 from rlmm.config.stages import Optimization
 from rlmm.train.agreement import GradientAgreement
@@ -89,6 +90,8 @@ class StageTrainer(Trainer):
         self.agreement = halves
         super().__init__(model=model, args=args, callbacks=[*callbacks, Guard(source), _Seal()])
         self.remove_callback(PrinterCallback)
+        # As long as it is set, transformers loads every model (a reward's, the next stage's) in parts of this one's.
+        unset_hf_deepspeed_config()
 
     def get_train_dataloader(self) -> Any:
         return StepLoader(self)

@@ -1,0 +1,134 @@
+"""SFT and GRPO of the tiny recipe, of an adapter and of all weights, as one process and as two under ZeRO, in forked
+processes: `FOLDER KIND...`.
+
+KIND is `plain`, or a file in configs/deepspeed; `KIND+resumed` loses its processes in the middle of every stage and goes
+on. Runs start from one codec and one SFT policy, the plain run's. Beside each run's folder lies KIND.json: what the
+losses went through.
+"""
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+import deepspeed  # noqa: F401  (once for all forks)
+from torch import Tensor, nn
+
+import rlmm.train.grpo as grpo
+from rlmm import pipeline
+from rlmm.config.recipe import Recipe, validate_recipe
+from rlmm.train.context import StageContext
+from rlmm.train.launch import check_deepspeed, processes
+from rlmm.train.trainer import StageTrainer
+from tests.integration.forked import fork_group
+
+ROOT = Path(__file__).parents[2]
+RECIPE = ROOT / "tests" / "recipes" / "tiny.yaml"
+SHARED = ("codec", "sft")
+GRPO = {
+    "kind": "grpo", "start_from": "sft", "steps": 4, "prompts_per_step": 4, "samples_per_prompt": 4,
+    "micro_batch_size": 2, "checkpoint_every": 2, "max_grad_norm": 0.02, "learning_rate": 1e-3,
+    "objective": {"name": "grpo", "updates_per_rollout": 2, "kl": {"kind": "k3", "coefficient": 0.05}},
+    "sampling": {"temperature": 1.0, "guidance_scale": 1.5},
+}  # fmt: skip
+LORA = {"rank": 4, "alpha": 4, "target_modules": ["q_proj", "down_proj", "lm_head"]}
+STAGES: dict[str, dict[str, Any]] = {
+    "more": {
+        "kind": "sft", "start_from": "sft", "steps": 4, "batch_size": 8, "micro_batch_size": 2, "learning_rate": 1e-3,
+        "checkpoint_every": 2, "text_weight": 0.1,
+    },
+    "adapter": GRPO | {"lora": LORA},
+    "whole": GRPO,
+}  # fmt: skip
+DEATHS = {"more": 5, "adapter": 13, "whole": 13}
+"""The micro-batch of a process, of each stage, that a run which is to be resumed dies in."""
+
+
+def recipe_of(folder: Path, kind: str) -> Recipe:
+    raw = yaml.safe_load(RECIPE.read_text())
+    stages = {name: dict(stage) for name, stage in STAGES.items()}
+    if kind != "plain":
+        for stage in stages.values():
+            stage["deepspeed"] = str(configuration(folder, kind))
+    shared = {name: raw["stages"][name] for name in SHARED}
+    return validate_recipe(raw | {"run_dir": str(folder), "stages": shared | stages}, "tiny")
+
+
+def configuration(folder: Path, kind: str) -> Path:
+    """The shipped file, made to keep also tiny weights in parts."""
+    made = json.loads((ROOT / "configs" / "deepspeed" / f"{kind}.json").read_text())
+    made["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    path = folder.parent / f"{kind}.deepspeed.json"
+    path.write_text(json.dumps(made))
+    check_deepspeed(path)
+    return path
+
+
+def watch(path: Path) -> None:
+    """Note what the GRPO loss goes through, and how much of its weights a process holds between its modules."""
+    original = grpo.grpo_loss
+
+    def watched(policy: Any, config: Any, model: nn.Module, *rest: Any) -> Tensor:
+        there = sum(parameter.numel() for parameter in model.parameters())
+        seen = {"kind": type(model).__name__, "processes": int(os.environ.get("WORLD_SIZE", "1")), "there": there}
+        path.write_text(json.dumps(seen))
+        return original(policy, config, model, *rest)
+
+    grpo.grpo_loss = watched  # pyrefly: ignore
+
+
+def dying(at: int) -> None:
+    """Lose this process in its micro-batch number `at`."""
+    original, seen = StageTrainer.compute_loss, [0]
+
+    def counted(self: StageTrainer, *args: Any, **kwargs: Any) -> Tensor:
+        seen[0] += 1
+        if seen[0] == at:
+            os._exit(7)
+        return original(self, *args, **kwargs)
+
+    StageTrainer.compute_loss = counted  # pyrefly: ignore
+
+
+def run(folder: Path, kind: str, death: str | None) -> None:
+    """The stages that are not done yet; `death`: that one is not finished."""
+    recipe = recipe_of(folder, kind)
+    layout = pipeline.run_folder(recipe)
+    watch(folder.with_suffix(".json"))
+    with processes(deepspeed=kind != "plain"):
+        for name, config in recipe.stages.items():
+            if any((layout.stage(name) / made).is_dir() for made in ("model", "codec")):
+                continue
+            if name == death:
+                dying(DEATHS[name])
+            layout.stage(name).mkdir(parents=True, exist_ok=True)
+            pipeline.STAGES[config.kind](StageContext(recipe, layout, name, config, print))
+            pipeline.wait()
+
+
+def main(place: Path, kinds: list[str]) -> None:
+    for name in kinds:
+        kind, _, resumed = name.partition("+")
+        folder = place / name
+        folder.mkdir()
+        if kind != "plain":
+            for stage in ("01-codec", "02-sft"):
+                shutil.copytree(place / "plain" / "stages" / stage, folder / "stages" / stage)
+        for death in [*(STAGES if resumed else ()), None]:
+            log = place / f"{name}.log"
+            statuses = fork_group(
+                lambda rank, folder=folder, kind=kind, death=death: run(folder, kind, death),
+                log,
+                count=1 if kind == "plain" else 2,
+            )
+            if any(statuses) != (death is not None):
+                raise SystemExit(f"{name}, death in {death}: {statuses}\n{log.read_text()[-8000:]}")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])
