@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from transformers.utils import logging as hf_logging
@@ -19,6 +20,7 @@ from rlmm.train.context import StageContext
 from rlmm.train.dpo import run_dpo
 from rlmm.train.gates import ceilings
 from rlmm.train.grpo import run_grpo
+from rlmm.train.launch import deepspeed_digest
 from rlmm.train.pairs import run_pairs
 from rlmm.train.processes import wait, world
 from rlmm.train.sft import run_sft
@@ -70,13 +72,15 @@ def _run_stages(recipe: Recipe, say: Callable[[str], None]) -> RunFolder:
             continue
         say(f"{name} ({stage.kind})")
         gates = ceilings(stage.gates, stage.precision) if isinstance(stage, GrpoStage) else None
+        file = getattr(stage, "deepspeed", None)
+        settings = deepspeed_digest(Path(file)) if file else None
         if first:
-            folder.mark(name, stage.kind, "running", gates, 1 if stage.kind in ALONE else processes)
+            folder.mark(name, stage.kind, "running", gates, 1 if stage.kind in ALONE else processes, settings)
         wait()
         if first or stage.kind not in ALONE:
             STAGES[stage.kind](StageContext(recipe, folder, name, stage, say))
         if first:
-            folder.mark(name, stage.kind, "done", gates, 1 if stage.kind in ALONE else processes)
+            folder.mark(name, stage.kind, "done", gates, 1 if stage.kind in ALONE else processes, settings)
             # Only now: until the stage counts as done, its checkpoints are what it would resume from.
             shutil.rmtree(folder.stage(name) / "checkpoints", ignore_errors=True)
             write_report(folder.path)

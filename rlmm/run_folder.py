@@ -47,10 +47,17 @@ class RunFolder:
         return json.loads(path.read_text()) if path.is_file() else {}
 
     def mark(
-        self, name: str, kind: str, status: str, gates: dict[str, float] | None = None, processes: int = 1
+        self,
+        name: str,
+        kind: str,
+        status: str,
+        gates: dict[str, float] | None = None,
+        processes: int = 1,
+        deepspeed: str | None = None,
     ) -> None:
-        """Record a stage's status, when it was first started and finished, the ceilings of its gates, and how many
-        processes share it. Raises ValueError where it was started with another number of them."""
+        """Record a stage's status, when it was first started and finished, the ceilings of its gates, how many
+        processes share it, and the digest of its DeepSpeed configuration, if any. Raises ValueError where it was
+        started with another number of processes, or with a file that said something else."""
         before, now = self.status(name), datetime.now(UTC).isoformat(timespec="seconds")
         started_with = before.get("processes", processes)
         if started_with != processes:
@@ -59,8 +66,15 @@ class RunFolder:
                 f"checkpoints and rollouts are shared out over {started_with}. Resume with {started_with}, or delete "
                 f"{self.stage(name)} to begin the stage anew"
             )
+        if status == "running" and before.get("deepspeed", deepspeed) != deepspeed:
+            raise ValueError(
+                f"stage {name!r} was started with a DeepSpeed configuration that said something else than it does now, "
+                f"and its checkpoints are kept in that one's parts. Put the file back as it was, or delete "
+                f"{self.stage(name)} to begin the stage anew"
+            )
         times = {"started": before.get("started", now), "finished": now if status == "done" else None}
         record = {"name": name, "kind": kind, "status": status, **times, "gates": gates or {}, "processes": processes}
+        record |= {"deepspeed": deepspeed} if deepspeed else {}
         self.stage(name).mkdir(parents=True, exist_ok=True)
         write_json_atomically(self.stage(name) / "stage.json", record)
 

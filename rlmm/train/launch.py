@@ -1,5 +1,6 @@
 """The process group of a run: there before a stage asks how many processes it has, gone before the process ends."""
 
+import hashlib
 import json
 import os
 import socket
@@ -7,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -50,13 +52,9 @@ def _one_device() -> None:
 
 
 def check_deepspeed(path: Path) -> None:
-    """Raises ValueError where the file is no DeepSpeed configuration, or asks for no ZeRO at all."""
-    try:
-        stage = json.loads(path.read_text()).get("zero_optimization", {}).get("stage", 0)
-    except (OSError, json.JSONDecodeError, AttributeError) as error:
-        raise ValueError(
-            f"{path} is not a readable DeepSpeed configuration ({error}); start from configs/deepspeed/zero2.json"
-        ) from error
+    """Raises ValueError where the file is no DeepSpeed configuration, or one that no stage can train with."""
+    zero = _deepspeed(path).get("zero_optimization", {})
+    stage, moved = zero.get("stage", 0), zero.get("offload_optimizer") or {}
     if not stage:
         raise ValueError(
             f"{path} asks for no ZeRO stage, and without one DeepSpeed measures no gradient norm; use stage 1, 2 or 3 "
@@ -64,6 +62,29 @@ def check_deepspeed(path: Path) -> None:
         )
     if stage not in (1, 2, 3):
         raise ValueError(f"{path} asks for ZeRO stage {stage}, which there is not; use stage 1, 2 or 3")
+    devices = {(zero.get(part) or {}).get("device", "none") for part in ("offload_optimizer", "offload_param")}
+    if not devices <= {"none", "cpu"} or moved.get("ratio", 1) != 1:
+        raise ValueError(
+            f"{path} offloads to {sorted(devices)} with ratio {moved.get('ratio', 1)}, and what is offloaded goes to "
+            "the CPU, whole (a part left behind is moved by a second optimizer, past the gates); see "
+            "configs/deepspeed/zero3_offload.json"
+        )
+
+
+def deepspeed_digest(path: Path) -> str:
+    """What the file says, however it is laid out: a SHA-256."""
+    return hashlib.sha256(json.dumps(_deepspeed(path), sort_keys=True).encode()).hexdigest()
+
+
+def _deepspeed(path: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads(path.read_text())
+        settings.get("zero_optimization", {}).get("stage")
+    except (OSError, json.JSONDecodeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is not a readable DeepSpeed configuration ({error}); start from configs/deepspeed/zero2.json"
+        ) from error
+    return settings
 
 
 def _prepare_deepspeed() -> None:

@@ -79,7 +79,7 @@ def test_every_adapter_tensor_is_the_same(folders: tuple[Path, Path]) -> None:
         torch.testing.assert_close(two[name], one[name], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["zero1", "zero2"])
+@pytest.mark.parametrize("name", ["zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"])
 def test_the_shipped_files_are_accepted(name: str) -> None:
     check_deepspeed(ROOT / "configs" / "deepspeed" / f"{name}.json")
 
@@ -87,7 +87,9 @@ def test_the_shipped_files_are_accepted(name: str) -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ('{"zero_optimization": {"stage": 3}}', "ZeRO stage 3"),
+        ('{"zero_optimization": {"stage": 4}}', "ZeRO stage 4"),
+        ('{"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}', "offloads to .*nvme"),
+        ('{"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}}', "ratio 0.5"),
         ('{"zero_optimization": {"stage": 0}}', "no ZeRO stage"),
         ("{}", "no ZeRO stage"),
         ("{", "not a readable"),

@@ -1,9 +1,9 @@
 """SFT and GRPO of the tiny recipe, of an adapter and of all weights, as one process and as two under ZeRO, in forked
 processes: `FOLDER KIND...`.
 
-KIND is `plain`, or a file in configs/deepspeed; `KIND+resumed` loses its processes in the middle of every stage and goes
-on. Runs start from one codec and one SFT policy, the plain run's. Beside each run's folder lies KIND.json: what the
-losses went through.
+KIND is `plain`, or a file in configs/deepspeed; `KIND+resumed` loses its processes in the middle of every stage and
+goes on. Runs start from one codec and one SFT policy, the plain run's. Beside each run's folder lies KIND.json: what
+the losses went through.
 """
 
 import json
@@ -45,7 +45,7 @@ STAGES: dict[str, dict[str, Any]] = {
     "adapter": GRPO | {"lora": LORA},
     "whole": GRPO,
 }  # fmt: skip
-DEATHS = {"more": 5, "adapter": 13, "whole": 13}
+DEATHS = {"more": 5, "adapter": 7, "whole": 7}
 """The micro-batch of a process, of each stage, that a run which is to be resumed dies in."""
 
 

@@ -11,7 +11,7 @@ from rlmm.config.stages import EvalStage
 from rlmm.evaluation.compute import compute, compute_lines
 from rlmm.run_folder import RunFolder
 from rlmm.train.context import StageContext
-from rlmm.train.launch import processes
+from rlmm.train.launch import deepspeed_digest, processes
 from rlmm.train.metrics import MetricsFile
 from tests.integration.conftest import TINY
 
@@ -54,6 +54,21 @@ def test_a_stage_is_not_resumed_with_another_number_of_processes(tmp_path: Path)
     with pytest.raises(ValueError, match=r"started with 2 process\(es\) and this is a run with 1.*Resume with 2"):
         run.mark("sft", "sft", "running", processes=1)
     assert run.status("sft")["processes"] == 2
+
+
+def test_a_stage_is_not_resumed_with_other_deepspeed_settings(tmp_path: Path) -> None:
+    run, path = RunFolder(tmp_path, ("sft",)), tmp_path / "zero.json"
+    path.write_text('{"zero_optimization": {"stage": 2}}')
+    given = deepspeed_digest(path)
+    run.mark("sft", "sft", "running", deepspeed=given)
+    path.write_text('{"zero_optimization":\n  {"stage": 2}}')
+    run.mark("sft", "sft", "running", deepspeed=deepspeed_digest(path))
+    path.write_text('{"zero_optimization": {"stage": 3}}')
+    with pytest.raises(ValueError, match="said something else"):
+        run.mark("sft", "sft", "running", deepspeed=deepspeed_digest(path))
+    with pytest.raises(ValueError, match="said something else"):
+        run.mark("sft", "sft", "running")
+    assert run.status("sft")["deepspeed"] == given
 
 
 def test_evaluation_samples_from_the_law_its_stage_names() -> None:
