@@ -4,12 +4,14 @@ Both gates hang on the innermost optimizer, because that is where weights and mo
 itself at the end of the last backward, before Trainer calls anyone, and its gradients are not in the parameters.
 """
 
+from functools import partial
 from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainingArguments
 
+from rlmm.policies.parts import in_parts
 from rlmm.train.gates import GateError, finite
 
 
@@ -27,12 +29,18 @@ class Guard(TrainerCallback):
 
     def __init__(self, source: Counting) -> None:
         self.source, self.step = source, 0
+        self.used: UsedAlike | None = None
         self.withheld: list[tuple[Tensor, Tensor]] = []
 
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         optimizer = innermost(kwargs["optimizer"])
         optimizer.register_step_pre_hook(self._before)
         optimizer.register_step_post_hook(self._after)
+
+    def before_forward(self, model: nn.Module) -> None:
+        """To be called before every micro-batch, with the model as it is wrapped."""
+        self.used = self.used or UsedAlike(model)
+        self.used.begin(self.step)
 
     def on_step_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         self.step = state.global_step + 1
@@ -47,6 +55,8 @@ class Guard(TrainerCallback):
             )
 
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if self.used is not None:
+            self.used.check(self.step)
         given = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if not self.source.nothing_counts:
             for parameter in given:
@@ -61,6 +71,39 @@ class Guard(TrainerCallback):
         for parameter, gradient in self.withheld:
             parameter.grad = gradient
         self.withheld = []
+
+
+class UsedAlike:
+    """ZeRO-3 keeps gradients from step to step and replaces those that a micro-batch brings, so a weight that one of
+    them does not use would take part with an old gradient: all must use the same. Nothing else is watched."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.now: set[str] | None = None
+        self.first: set[str] | None = None
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and in_parts(parameter):
+                parameter.register_post_accumulate_grad_hook(partial(self._note, name))
+
+    def begin(self, step: int) -> None:
+        """Of a micro-batch; the one before is over."""
+        self.check(step)
+        self.now = set()
+
+    def check(self, step: int) -> None:
+        """Raises GateError where the present micro-batch used other weights than the first one."""
+        if self.now is None:
+            return
+        if self.first is None:
+            self.first = self.now
+        if other := sorted(self.now ^ self.first):
+            raise GateError(
+                f"at step {step} a micro-batch gave no gradient to a weight that others train ({other[0]}), and ZeRO-3 "
+                "would use an old one; no update was made. Use ZeRO-2 (configs/deepspeed/zero2.json) for such batches"
+            )
+
+    def _note(self, name: str, parameter: Tensor) -> None:
+        assert self.now is not None, "a gradient comes after a forward"
+        self.now.add(name)
 
 
 def innermost(optimizer: Any) -> Optimizer:

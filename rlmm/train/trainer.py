@@ -88,7 +88,8 @@ class StageTrainer(Trainer):
         self.step_started = time.perf_counter()
         halves = GradientAgreement(model.parameters(), source.micro_batches_per_step) if gradient_agreement else None
         self.agreement = halves
-        super().__init__(model=model, args=args, callbacks=[*callbacks, Guard(source), _Seal()])
+        self.guard = Guard(source)
+        super().__init__(model=model, args=args, callbacks=[*callbacks, self.guard, _Seal()])
         self.remove_callback(PrinterCallback)
         # As long as it is set, transformers loads every model (a reward's, the next stage's) in parts of this one's.
         unset_hf_deepspeed_config()
@@ -104,9 +105,10 @@ class StageTrainer(Trainer):
         finite(loss, "loss", self.state.global_step + 1)
         return loss * self.args.world_size
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         """Forward and backward of a micro-batch; gradients are whole, and not yet clipped, after a step's last."""
-        loss = super().training_step(*args, **kwargs)
+        self.guard.before_forward(model)
+        loss = super().training_step(model, *args, **kwargs)
         if self.agreement is not None:
             self.meter.put(self.agreement.after_backward())
         return loss

@@ -1,15 +1,15 @@
-"""SFT and GRPO of the tiny recipe, of an adapter and of all weights, as one process and as two under ZeRO, in forked
-processes: `FOLDER KIND...`.
+"""Policy stages of the tiny recipes, as one process and as two under ZeRO, in forked processes: `FOLDER CASE KIND...`.
 
 KIND is `plain`, or a file in configs/deepspeed; `KIND+resumed` loses its processes in the middle of every stage and
-goes on. Runs start from one codec and one SFT policy, the plain run's. Beside each run's folder lies KIND.json: what
-the losses went through.
+goes on. Runs start from the same stages, the plain run's. Beside each run's folder lies KIND.json: what the loss of the
+last GRPO stage went through.
 """
 
 import json
 import os
 import shutil
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,6 @@ from rlmm.train.trainer import StageTrainer
 from tests.integration.forked import fork_group
 
 ROOT = Path(__file__).parents[2]
-RECIPE = ROOT / "tests" / "recipes" / "tiny.yaml"
-SHARED = ("codec", "sft")
 GRPO = {
     "kind": "grpo", "start_from": "sft", "steps": 4, "prompts_per_step": 4, "samples_per_prompt": 4,
     "micro_batch_size": 2, "checkpoint_every": 2, "max_grad_norm": 0.02, "learning_rate": 1e-3,
@@ -37,26 +35,61 @@ GRPO = {
     "sampling": {"temperature": 1.0, "guidance_scale": 1.5},
 }  # fmt: skip
 LORA = {"rank": 4, "alpha": 4, "target_modules": ["q_proj", "down_proj", "lm_head"]}
-STAGES: dict[str, dict[str, Any]] = {
-    "more": {
-        "kind": "sft", "start_from": "sft", "steps": 4, "batch_size": 8, "micro_batch_size": 2, "learning_rate": 1e-3,
-        "checkpoint_every": 2, "text_weight": 0.1,
-    },
-    "adapter": GRPO | {"lora": LORA},
-    "whole": GRPO,
+SFT = {
+    "kind": "sft", "start_from": "sft", "steps": 4, "batch_size": 8, "micro_batch_size": 2, "learning_rate": 1e-3,
+    "checkpoint_every": 2, "text_weight": 0.1,
 }  # fmt: skip
+DPO = {
+    "kind": "dpo", "pairs": "pairs", "start_from": "sft", "steps": 4, "batch_size": 4, "micro_batch_size": 1,
+    "learning_rate": 1e-3, "checkpoint_every": 2,
+}  # fmt: skip
+THOUGHT = {"thought": {"length_limit": 6, "template": "think: {prompt}", "stop": ["<eos>", "e"]}, "guidance_scale": 1.5}
+STEPS_SEEN = {"sampling": {"guidance_scale": 1.5, "unmasking": {"steps": 3}}}
+NOISE = {"objective": {"name": "gspo", "clip_low": 0.2, "clip_high": 0.2}, "estimator": {"kind": "stratified"}}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A recipe of tests/recipes, its stages that runs share, and those of which each run has its own."""
+
+    recipe: str
+    shared: tuple[str, ...]
+    stages: dict[str, dict[str, Any]]
+    policy: dict[str, Any] = field(default_factory=dict)
+
+
+CASES = {
+    "tiny": Case("tiny", ("codec", "sft"), {"more": SFT, "adapter": GRPO | {"lora": LORA}, "whole": GRPO}),
+    "tied": Case("tiny", ("codec", "sft"), {"more": SFT, "whole": GRPO}, {"tie_embeddings": True}),
+    "thought": Case("tiny_thought", ("codec", "sft"), {"whole": GRPO | {"sampling": THOUGHT}}),
+    "masked": Case(
+        "tiny_masked",
+        ("codec", "sft"),
+        {
+            "more": SFT | {"noise": {"schedule": "cosine"}},
+            "adapter": GRPO | STEPS_SEEN | {"lora": LORA},
+            "noise": GRPO | STEPS_SEEN | NOISE,
+        },
+    ),
+    "dpo": Case(
+        "tiny_dpo",
+        ("codec", "sft", "pairs"),
+        {"adapter": DPO | {"lora": LORA}, "kto": DPO | {"loss": "kto"}, "held": DPO | {"loss": "kto", "lora": LORA}},
+    ),
+}
 DEATHS = {"more": 5, "adapter": 7, "whole": 7}
 """The micro-batch of a process, of each stage, that a run which is to be resumed dies in."""
 
 
-def recipe_of(folder: Path, kind: str) -> Recipe:
-    raw = yaml.safe_load(RECIPE.read_text())
-    stages = {name: dict(stage) for name, stage in STAGES.items()}
+def recipe_of(folder: Path, case: Case, kind: str) -> Recipe:
+    raw = yaml.safe_load((ROOT / "tests" / "recipes" / f"{case.recipe}.yaml").read_text())
+    stages = {name: dict(stage) for name, stage in case.stages.items()}
     if kind != "plain":
         for stage in stages.values():
             stage["deepspeed"] = str(configuration(folder, kind))
-    shared = {name: raw["stages"][name] for name in SHARED}
-    return validate_recipe(raw | {"run_dir": str(folder), "stages": shared | stages}, "tiny")
+    shared = {name: raw["stages"][name] for name in case.shared}
+    own = {"run_dir": str(folder), "stages": shared | stages, "policy": raw["policy"] | case.policy}
+    return validate_recipe(raw | own, case.recipe)
 
 
 def configuration(folder: Path, kind: str) -> Path:
@@ -95,14 +128,14 @@ def dying(at: int) -> None:
     StageTrainer.compute_loss = counted  # pyrefly: ignore
 
 
-def run(folder: Path, kind: str, death: str | None) -> None:
+def run(folder: Path, case: Case, kind: str, death: str | None) -> None:
     """The stages that are not done yet; `death`: that one is not finished."""
-    recipe = recipe_of(folder, kind)
+    recipe = recipe_of(folder, case, kind)
     layout = pipeline.run_folder(recipe)
     watch(folder.with_suffix(".json"))
     with processes(deepspeed=kind != "plain"):
         for name, config in recipe.stages.items():
-            if any((layout.stage(name) / made).is_dir() for made in ("model", "codec")):
+            if any((layout.stage(name) / made).exists() for made in ("model", "codec", "pairs.parquet")):
                 continue
             if name == death:
                 dying(DEATHS[name])
@@ -111,18 +144,19 @@ def run(folder: Path, kind: str, death: str | None) -> None:
             pipeline.wait()
 
 
-def main(place: Path, kinds: list[str]) -> None:
+def main(place: Path, case: Case, kinds: list[str]) -> None:
     for name in kinds:
         kind, _, resumed = name.partition("+")
         folder = place / name
         folder.mkdir()
         if kind != "plain":
-            for stage in ("01-codec", "02-sft"):
-                shutil.copytree(place / "plain" / "stages" / stage, folder / "stages" / stage)
-        for death in [*(STAGES if resumed else ()), None]:
+            for number, stage in enumerate(case.shared, start=1):
+                own = f"stages/{number:02d}-{stage}"
+                shutil.copytree(place / "plain" / own, folder / own)
+        for death in [*(case.stages if resumed else ()), None]:
             log = place / f"{name}.log"
             statuses = fork_group(
-                lambda rank, folder=folder, kind=kind, death=death: run(folder, kind, death),
+                lambda rank, folder=folder, kind=kind, death=death: run(folder, case, kind, death),
                 log,
                 count=1 if kind == "plain" else 2,
             )
@@ -131,4 +165,4 @@ def main(place: Path, kinds: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    main(Path(sys.argv[1]), CASES[sys.argv[2]], sys.argv[3:])

@@ -1,0 +1,121 @@
+"""SFT and GRPO under DeepSpeed's ZeRO on two processes: the steps and the weights of one process alone."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from rlmm.policies.families.loading import load_policy
+from tests.integration.programs import ROOT
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed"),
+]
+FOLDERS = {"more": "03-more", "adapter": "04-adapter", "whole": "05-whole"}
+OTHERS = {
+    "tied": ("03-more", "04-whole"),
+    "thought": ("03-whole",),
+    "masked": ("03-more", "04-adapter", "05-noise"),
+    "dpo": ("04-adapter", "05-kto", "06-held"),
+}
+"""The other cases of the program, and their stages."""
+LONG = ("zero3+resumed", "zero1", "zero2", "zero2_offload", "zero3_offload")
+EXACT = 1e-6
+ROUNDING = {"zero2_offload": 1e-5, "zero3_offload": 1e-5}
+"""Of weights, where DeepSpeed's own Adam for CPUs takes the step."""
+
+
+def start(folder: Path, case: str, *kinds: str) -> Path:
+    command = [sys.executable, "-m", "tests.integration.zero_program", str(folder), case, *kinds]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def some(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the runs `plain` and `zero3`."""
+    return start(tmp_path_factory.mktemp("zero"), "tiny", "plain", "zero3")
+
+
+@pytest.fixture(scope="module")
+def every(some: Path) -> Path:
+    """The same, with the runs LONG."""
+    return start(some, "tiny", *LONG)
+
+
+def rows(folder: Path, kind: str, stage: str) -> list[dict[str, Any]]:
+    path = folder / kind / "stages" / stage / "metrics.jsonl"
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{name: value for name, value in row.items() if not name.startswith("time/")} for row in found]
+
+
+def weights(folder: Path, kind: str, stage: str) -> dict[str, torch.Tensor]:
+    return load_file(folder / kind / "stages" / stage / "model" / "model.safetensors")
+
+
+def assert_equal_to_one_process(folder: Path, kind: str, stage: str) -> None:
+    for one, two in zip(rows(folder, "plain", stage), rows(folder, kind, stage), strict=True):
+        assert {name: two[name] for name in one} == pytest.approx(one, rel=1e-4, abs=EXACT)
+    one, two = weights(folder, "plain", stage), weights(folder, kind, stage)
+    before = load_file(folder / "plain" / "stages" / "02-sft" / "model" / "model.safetensors")
+    assert one.keys() == two.keys()
+    assert max(float((one[name] - before[name]).abs().max()) for name in one) > 1e-3
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=0, atol=ROUNDING.get(kind, EXACT))
+
+
+def test_weights_are_in_parts_between_the_modules_that_use_them(some: Path) -> None:
+    alone, both = (json.loads((some / f"{kind}.json").read_text()) for kind in ("plain", "zero3"))
+    assert both == {"kind": "DeepSpeedEngine", "processes": 2, "there": 0}
+    assert alone["processes"] == 1 and alone["there"] > 10_000
+
+
+@pytest.mark.parametrize("stage", FOLDERS.values())
+def test_zero3_takes_the_steps_of_one_process(stage: str, some: Path) -> None:
+    assert_equal_to_one_process(some, "zero3", stage)
+
+
+def test_an_adapter_trained_in_parts_is_the_exported_model(some: Path) -> None:
+    stages = some / "zero3" / "stages"
+    policy = load_policy(stages / FOLDERS["adapter"] / "model")
+    base = load_policy(stages / "02-sft" / "model")
+    ids = torch.arange(5, 25).unsqueeze(0) % policy.layout.vocab_size
+    with torch.no_grad():
+        alone, merged = base.model(ids).logits, policy.model(ids).logits
+        adapted = PeftModel.from_pretrained(base.model, str(stages / FOLDERS["adapter"] / "adapter"))(ids).logits
+    torch.testing.assert_close(adapted, merged, rtol=0, atol=1e-5)
+    assert float((alone - merged).abs().max()) > 1e-4
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", LONG)
+@pytest.mark.parametrize("stage", FOLDERS.values())
+def test_every_shipped_file_takes_the_steps_of_one_process(stage: str, kind: str, every: Path) -> None:
+    assert_equal_to_one_process(every, kind, stage)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("stage", FOLDERS.values())
+def test_resumed_in_parts_is_bit_identical(stage: str, every: Path) -> None:
+    assert rows(every, "zero3+resumed", stage) == rows(every, "zero3", stage)
+    whole, resumed = weights(every, "zero3", stage), weights(every, "zero3+resumed", stage)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("case", OTHERS)
+def test_other_policies_and_losses_take_the_steps_of_one_process_in_parts(
+    case: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = start(tmp_path_factory.mktemp(case), case, "plain", "zero3")
+    for stage in OTHERS[case]:
+        assert_equal_to_one_process(folder, "zero3", stage)
