@@ -74,8 +74,12 @@ class _Readable(torch.autograd.Function):
 
 def _gather(parameters: Iterable[Tensor]) -> list[Any]:
     """Those that had to be gathered, each once, in one order on all processes."""
-    held: list[Any] = sorted({p for p in parameters if in_parts(p)}, key=lambda parameter: parameter.ds_id)
-    missing = [parameter for parameter in held if parameter.ds_status.name == "NOT_AVAILABLE"]
+    held: set[Any] = {parameter for parameter in parameters if in_parts(parameter)}
+    missing = [
+        parameter
+        for parameter in sorted(held, key=lambda one: one.ds_id)
+        if parameter.ds_status.name == "NOT_AVAILABLE"
+    ]
     if missing:
         missing[0].all_gather(param_list=missing)
     return missing

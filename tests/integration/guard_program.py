@@ -104,7 +104,7 @@ def train(kind: str, folder: Path, steps: int) -> dict[str, Any]:
     try:
         trainer.run(print)
     except GateError as error:
-        kept.look(trainer.model, trainer.optimizer)
+        kept.look(model, trainer.optimizer)
         return {"after": after, "stopped": str(error)}
     return {"after": after, "stopped": None}
 
