@@ -22,6 +22,7 @@ from rlmm.config.policy import Lora
 from rlmm.objectives.estimators import Estimator
 from rlmm.objectives.legality import LogProbKind
 from rlmm.policies.base import LogProbs, SequenceBatch
+from rlmm.policies.casting import cast_inside
 from rlmm.policies.head import OutputHead, decision_log_probs, sliced_head
 from rlmm.policies.head_rows import ROWS, train_rows
 from rlmm.policies.layout_io import save_layout
@@ -101,7 +102,7 @@ class TransformerPolicy(ABC):
             "position_ids": self.positions(ids_BT, mask_BT)[..., held:],
         }
         # The body alone is cast, here, for sampler and trainer alike: head and softmax keep the weights' own.
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+        with cast_inside(self.base.base_model, device.type, self.precision == "bfloat16"):
             if model is None:
                 output = self.base.base_model(**inputs, past_key_values=cache, use_cache=cache is not None)
                 return output.last_hidden_state.to(self.base.dtype)

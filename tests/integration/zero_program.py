@@ -45,6 +45,7 @@ DPO = {
 }  # fmt: skip
 THOUGHT = {"thought": {"length_limit": 6, "template": "think: {prompt}", "stop": ["<eos>", "e"]}, "guidance_scale": 1.5}
 STEPS_SEEN = {"sampling": {"guidance_scale": 1.5, "unmasking": {"steps": 3}}}
+SERVER = {"kind": "vllm_server", "kv_megabytes": 32, "max_rows": 16}
 NOISE = {"objective": {"name": "gspo", "clip_low": 0.2, "clip_high": 0.2}, "estimator": {"kind": "stratified"}}
 
 
@@ -56,12 +57,21 @@ class Case:
     shared: tuple[str, ...]
     stages: dict[str, dict[str, Any]]
     policy: dict[str, Any] = field(default_factory=dict)
+    processes: int = 2
 
 
 CASES = {
     "tiny": Case("tiny", ("codec", "sft"), {"more": SFT, "adapter": GRPO | {"lora": LORA}, "whole": GRPO}),
-    "tied": Case("tiny", ("codec", "sft"), {"more": SFT, "whole": GRPO}, {"tie_embeddings": True}),
+    "tied": Case(
+        "tiny",
+        ("codec", "sft"),
+        {"more": SFT | {"gradient_checkpointing": True}, "whole": GRPO},
+        {"tie_embeddings": True},
+    ),
     "thought": Case("tiny_thought", ("codec", "sft"), {"whole": GRPO | {"sampling": THOUGHT}}),
+    "served": Case(
+        "tiny", ("codec", "sft"), {"adapter": GRPO | {"lora": LORA, "engine": SERVER}}, {"hidden_size": 64}, processes=1
+    ),
     "masked": Case(
         "tiny_masked",
         ("codec", "sft"),
@@ -77,8 +87,8 @@ CASES = {
         {"adapter": DPO | {"lora": LORA}, "kto": DPO | {"loss": "kto"}, "held": DPO | {"loss": "kto", "lora": LORA}},
     ),
 }
-DEATHS = {"more": 5, "adapter": 7, "whole": 7}
-"""The micro-batch of a process, of each stage, that a run which is to be resumed dies in."""
+LAST = 3
+"""The step (0-based) that a run which is to be resumed dies in, with the one before it lost: every second is kept."""
 
 
 def recipe_of(folder: Path, case: Case, kind: str) -> Recipe:
@@ -115,17 +125,16 @@ def watch(path: Path) -> None:
     grpo.grpo_loss = watched  # pyrefly: ignore
 
 
-def dying(at: int) -> None:
-    """Lose this process in its micro-batch number `at`."""
-    original, seen = StageTrainer.compute_loss, [0]
+def dying() -> None:
+    """Lose this process in the step LAST."""
+    original = StageTrainer.compute_loss
 
-    def counted(self: StageTrainer, *args: Any, **kwargs: Any) -> Tensor:
-        seen[0] += 1
-        if seen[0] == at:
+    def mortal(self: StageTrainer, *args: Any, **kwargs: Any) -> Tensor:
+        if self.state.global_step == LAST:
             os._exit(7)
         return original(self, *args, **kwargs)
 
-    StageTrainer.compute_loss = counted  # pyrefly: ignore
+    StageTrainer.compute_loss = mortal  # pyrefly: ignore
 
 
 def run(folder: Path, case: Case, kind: str, death: str | None) -> None:
@@ -138,7 +147,7 @@ def run(folder: Path, case: Case, kind: str, death: str | None) -> None:
             if any((layout.stage(name) / made).exists() for made in ("model", "codec", "pairs.parquet")):
                 continue
             if name == death:
-                dying(DEATHS[name])
+                dying()
             layout.stage(name).mkdir(parents=True, exist_ok=True)
             pipeline.STAGES[config.kind](StageContext(recipe, layout, name, config, print))
             pipeline.wait()
@@ -158,7 +167,7 @@ def main(place: Path, case: Case, kinds: list[str]) -> None:
             statuses = fork_group(
                 lambda rank, folder=folder, kind=kind, death=death: run(folder, case, kind, death),
                 log,
-                count=1 if kind == "plain" else 2,
+                count=1 if kind == "plain" else case.processes,
             )
             if any(statuses) != (death is not None):
                 raise SystemExit(f"{name}, death in {death}: {statuses}\n{log.read_text()[-8000:]}")
