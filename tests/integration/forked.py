@@ -9,7 +9,10 @@ from pathlib import Path
 
 from rlmm import pipeline
 from rlmm.config.recipe import read_recipe
+from rlmm.train.faults import StorageError
 from rlmm.train.launch import processes
+from rlmm.train.processes import Stopped
+from rlmm.train.signals import EXIT_STOPPED, listening
 
 
 def run_forked(
@@ -34,9 +37,15 @@ def run_forked(
                     os.environ.update(group | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
                 if prepare:
                     prepare(rank)
-                with processes(deepspeed=False):
+                with processes(deepspeed=False), listening():
                     pipeline.run_recipe(read_recipe(recipe, list(overrides)), print)
                 code = 0
+            except Stopped as stopped:
+                print(stopped)
+                code = EXIT_STOPPED
+            except StorageError as error:
+                print(f"error: {error}")
+                code = 2
             finally:
                 sys.stdout.flush()
                 os._exit(code)
