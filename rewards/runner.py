@@ -69,7 +69,7 @@ class RewardRunner:
     `deadline_s` (seconds, None for none) bounds all the work on one batch, retries included. A reward that raises is
     called again `retries` times with the batch, then once with each sample (or group) alone, so that one bad sample
     does not cost its neighbours theirs. `cache` is the number of scores kept in memory (0 for none); with a cache,
-    samples that are equal in all but their ids are scored once.
+    samples that are equal in all but their ids are scored once. `after_batch` is called as each batch is done.
     """
 
     def __init__(
@@ -80,6 +80,7 @@ class RewardRunner:
         deadline_s: float | None = None,
         retries: int = 1,
         cache: int = 0,
+        after_batch: Callable[[], None] = lambda: None,
     ) -> None:
         if batch_size < 1 or retries < 0 or cache < 0 or (deadline_s is not None and deadline_s <= 0):
             raise ValueError(
@@ -90,6 +91,7 @@ class RewardRunner:
         self.batch_size = batch_size
         self.deadline_s = deadline_s
         self.retries = retries
+        self.after_batch = after_batch
         self.cache = ScoreCache(cache)
         self.stats = RunnerStats()
 
@@ -111,6 +113,7 @@ class RewardRunner:
         for units in _batches(self._units(wanted), self.batch_size):
             batch = [key for unit in units for key in unit]
             found = self._score_batch([[wanted[key] for key in unit] for unit in units])
+            self.after_batch()
             for key, verdict in zip(batch, found, strict=True):
                 scores[key] = verdict.score
                 if verdict.kind:

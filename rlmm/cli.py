@@ -1,6 +1,8 @@
 """The `rlmm` command: thin, every line of work lies elsewhere."""
 
 import os
+import shlex
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -48,14 +50,18 @@ def run(
         launch(nproc, config, overrides or [])
         return
     from rlmm.config.recipe import read_recipe
+    from rlmm.memory import plan_lines
     from rlmm.pipeline import run_recipe
     from rlmm.train.launch import check_deepspeed, processes
+    from rlmm.train.signals import listening
 
     recipe = read_recipe(config, overrides)
     files = {path for stage in recipe.stages.values() if (path := getattr(stage, "deepspeed", None))}
     for path in files:
         check_deepspeed(Path(path))
-    with processes(deepspeed=bool(files)):
+    for line in plan_lines(recipe) if os.environ.get("RANK", "0") == "0" else []:
+        say(line)
+    with processes(deepspeed=bool(files)), listening():
         folder = run_recipe(recipe, say)
     say(f"report: {folder.path / 'report.html'}")
 
@@ -184,9 +190,11 @@ def evidence(
     """Whether RL helped: tune every arm alike, train every seed, compare on test prompts. Hours; resumes."""
     from rlmm.evidence.plan import EvidencePlan, read_plan
     from rlmm.evidence.run import run_plan
+    from rlmm.train.signals import listening
 
     read = read_plan(plan, EvidencePlan)
-    run_plan(read, runs / read.name, out, say)
+    with listening():
+        run_plan(read, runs / read.name, out, say)
     say(f"wrote {out / read.name}.json, .md and .png")
 
 
@@ -199,9 +207,11 @@ def ablate(
     """What each setting of a GRPO stage does, one changed at a time, one seed. An hour or so; resumes."""
     from rlmm.evidence.ablation import run_ablation
     from rlmm.evidence.plan import AblationPlan, read_plan
+    from rlmm.train.signals import listening
 
     read = read_plan(plan, AblationPlan)
-    run_ablation(read, runs / read.name, out, say)
+    with listening():
+        run_ablation(read, runs / read.name, out, say)
     say(f"wrote {out / read.name}.json, .md and .png")
 
 
@@ -250,14 +260,20 @@ def doctor() -> None:
 def main() -> None:
     """Run the command; an error a person can mend is one message without a traceback."""
     from rlmm.errors import MENDABLE
+    from rlmm.train.processes import Stopped
+    from rlmm.train.signals import EXIT_STOPPED
 
     try:
         app()
     except MENDABLE as error:
         if os.environ.get("RLMM_TRACEBACK"):
             raise
-        Console(stderr=True).print(f"error: {error}", style="bold red", markup=False, highlight=False)
+        told = "\n".join([f"error: {error}", *getattr(error, "__notes__", [])])
+        Console(stderr=True).print(told, style="bold red", markup=False, highlight=False)
         raise SystemExit(2) from error
+    except Stopped as stopped:
+        say(f"{stopped}; what is done is kept. Go on with the same command: {shlex.join(['rlmm', *sys.argv[1:]])}")
+        raise SystemExit(EXIT_STOPPED) from None
 
 
 if __name__ == "__main__":

@@ -11,13 +11,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    UnsupportedFakeTensorException,
+)
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from rlmm.policies.transformer import TransformerPolicy
 from rollouts.law import Law
+
+NO_DRY_RUN = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException)
+"""What a model raises whose forward asks for values."""
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from rewards.failures import RewardFailureError
 from rewards.runner import RewardContractError
 from rlmm.config.recipe import RecipeError
 from rlmm.train.gates import GateError
+from rlmm.train.processes import OtherProcessError
 from rollouts.contract import EngineLost
 
 MENDABLE: tuple[type[Exception], ...] = (
@@ -12,6 +13,7 @@ MENDABLE: tuple[type[Exception], ...] = (
     RewardContractError,
     RewardFailureError,
     EngineLost,
+    OtherProcessError,
     ValueError,
     OSError,
     ImportError,

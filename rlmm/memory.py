@@ -11,13 +11,13 @@ import torch
 
 from rlmm.config.data import Data, RowsData, ScenesData
 from rlmm.config.engines import TorchEngineConfig, VllmServerConfig, VllmSizes
-from rlmm.config.policy import NewPolicy
+from rlmm.config.policy import CheckpointPolicy, NewPolicy
 from rlmm.config.preference import PairNoise
 from rlmm.config.recipe import Recipe
 from rlmm.config.stages import DpoStage, GrpoStage, PolicyStage, SftStage
-from rlmm.dry_run import Update, dry_run
+from rlmm.dry_run import NO_DRY_RUN, Update, dry_run
 from rlmm.policies.families import llama
-from rlmm.policies.families.loading import outline
+from rlmm.policies.families.loading import not_here, outline
 from rlmm.policies.transformer import TransformerPolicy
 from rollouts.contract import Layout
 from rollouts.law import Law
@@ -66,6 +66,20 @@ def memory_plans(recipe: Recipe) -> list[MemoryPlan]:
     sources = _has_sources(recipe.data)
     return [
         _plan(name, stage, make, sources) for name, stage in recipe.stages.items() if isinstance(stage, PolicyStage)
+    ]
+
+
+def plan_lines(recipe: Recipe) -> list[str]:
+    """What a run says of its memory before it begins: a line a policy stage, or why there is no plan."""
+    if isinstance(recipe.policy, CheckpointPolicy) and (absent := not_here(recipe.policy)) is not None:
+        return [f"no memory plan: {recipe.policy.path} is not here: {absent}"]
+    try:
+        plans = memory_plans(recipe)
+    except NO_DRY_RUN as error:
+        return [f"no memory plan: the policy's forward cannot run on tensors without values ({error})"]
+    return [
+        f"{plan.stage}: about {readable(plan.total)} of memory, {readable(plan.weights)} of them the weights"
+        for plan in plans
     ]
 
 

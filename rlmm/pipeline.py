@@ -1,7 +1,7 @@
 """Runs a recipe's stages in order. A second call goes on where the first one stopped."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -15,15 +15,20 @@ from rlmm.export import run_export
 from rlmm.report import write_report
 from rlmm.reward_process import stop_served
 from rlmm.run_folder import RunFolder
+from rlmm.space import space_needed
 from rlmm.train.codec import run_codec_stage
 from rlmm.train.context import StageContext
 from rlmm.train.dpo import run_dpo
+from rlmm.train.faults import check_space, probe, remove_partial, storing
 from rlmm.train.gates import ceilings
 from rlmm.train.grpo import run_grpo
+from rlmm.train.heart import settle
 from rlmm.train.launch import deepspeed_digest
 from rlmm.train.pairs import run_pairs
-from rlmm.train.processes import wait, world
+from rlmm.train.processes import Stopped, everywhere, in_first, world
 from rlmm.train.sft import run_sft
+from rlmm.train.signals import leaving, stop_if_asked
+from rlmm.train.watch import watching
 
 STAGES: dict[str, Callable[[StageContext], None]] = {
     "codec": run_codec_stage,
@@ -44,47 +49,78 @@ def run_folder(recipe: Recipe) -> RunFolder:
 
 
 def run_recipe(recipe: Recipe, say: Callable[[str], None]) -> RunFolder:
-    """Run every stage that is not done; the report is written after each. Rewards' processes end with it."""
-    try:
-        return _run_stages(recipe, say)
-    finally:
-        stop_served()
+    """Run every stage that is not done; the report is written after each. Rewards' processes end with it.
 
-
-def _run_stages(recipe: Recipe, say: Callable[[str], None]) -> RunFolder:
+    Raises Stopped where the run was asked to stop (`rlmm.train.signals`).
+    """
     folder = run_folder(recipe)
-    rank, processes = world()
-    first = rank == 0
+    try:
+        everywhere(lambda: probe(folder.path))
+        done = in_first(lambda: _open(folder, recipe, say))
+        with watching(folder.path, recipe.runtime.hang_seconds), storing("the run", folder.path):
+            _run_stages(folder, recipe, done, say)
+    finally:
+        settle("end", patient=True)
+        stop_served()
+    return folder
+
+
+def _open(folder: RunFolder, recipe: Recipe, say: Callable[[str], None]) -> list[str]:
+    """Make the folder this run's, or find that it is. Returns the stages that are done."""
+    folder.bind_config(recipe.model_dump(mode="json"))
+    if partial := remove_partial(folder.path):
+        say(f"removed {len(partial)} half-written file(s) of a process that was ended")
+    done = [name for name in recipe.stages if folder.done(name)]
+    if len(done) < len(recipe.stages):
+        check_space(folder.path, space_needed(recipe, folder))
+    folder.write_environment()
+    return done
+
+
+def _run_stages(folder: RunFolder, recipe: Recipe, done: Sequence[str], say: Callable[[str], None]) -> None:
     torch.set_num_threads(recipe.runtime.threads)
     hf_logging.disable_progress_bar()
     hf_logging.set_verbosity_error()
-    if first:
-        folder.bind_config(recipe.model_dump(mode="json"))
-        folder.write_environment()
-    # Asked once, before the first process marks anything, so that all of them skip the same stages.
-    done = [name for name in recipe.stages if folder.done(name)]
-    wait()
-    for line in batch_equations(recipe, processes) if len(done) < len(recipe.stages) else []:
+    for line in batch_equations(recipe, world()[1]) if len(done) < len(recipe.stages) else []:
         say(line)
     for name, stage in recipe.stages.items():
         if name in done:
             say(f"{name}: done before")
             continue
+        stop_if_asked()
         say(f"{name} ({stage.kind})")
-        gates = ceilings(stage.gates, stage.precision) if isinstance(stage, GrpoStage) else None
-        file = getattr(stage, "deepspeed", None)
-        settings = deepspeed_digest(Path(file)) if file else None
-        if first:
-            folder.mark(name, stage.kind, "running", gates, 1 if stage.kind in ALONE else processes, settings)
-        wait()
-        if first or stage.kind not in ALONE:
-            STAGES[stage.kind](StageContext(recipe, folder, name, stage, say))
-        if first:
-            folder.mark(name, stage.kind, "done", gates, 1 if stage.kind in ALONE else processes, settings)
-            # Only now: until the stage counts as done, its checkpoints are what it would resume from.
-            shutil.rmtree(folder.stage(name) / "checkpoints", ignore_errors=True)
-            write_report(folder.path)
-        wait()
-    if first and not (folder.path / "report.html").is_file():
+        settle(name, patient=True)
+        _run_stage(StageContext(recipe, folder, name, stage, say))
+    if not (folder.path / "report.html").is_file():
+        in_first(lambda: write_report(folder.path))
+
+
+def _run_stage(context: StageContext) -> None:
+    stage, folder, name = context.config, context.run, context.name
+    gates = ceilings(stage.gates, stage.precision) if isinstance(stage, GrpoStage) else None
+    lone, file = stage.kind in ALONE, getattr(stage, "deepspeed", None)
+    settings = deepspeed_digest(Path(file)) if file else None
+
+    def mark(status: str) -> None:
+        folder.mark(name, stage.kind, status, gates, 1 if lone else world()[1], settings)
+
+    def finish() -> None:
+        mark("done")
+        # Only now: until the stage counts as done, its checkpoints are what it would resume from.
+        shutil.rmtree(folder.stage(name) / "checkpoints", ignore_errors=True)
         write_report(folder.path)
-    return folder
+
+    def work() -> None:
+        # What no other process waits for in a collective can be left wherever it is.
+        with leaving(at_once=lone or world()[1] == 1):
+            STAGES[stage.kind](context)
+
+    in_first(lambda: mark("running"))
+    try:
+        in_first(work) if lone else work()
+    except Stopped:
+        if world()[0] == 0:
+            mark("stopped")
+        raise
+    settle(f"the end of {name}", patient=True)
+    in_first(finish)

@@ -15,6 +15,7 @@ from rewards.runner import RewardRunner
 from rewards.transforms import Affine, GroupTransform, Sigmoid, Transform, identity
 from rlmm.config.recipe import Recipe
 from rlmm.config.rewards import AffineTransform, Rewards, RewardTerm, SigmoidTransform
+from rlmm.train.heart import beat
 
 
 def build_reward(term: RewardTerm) -> Reward:
@@ -39,6 +40,7 @@ def build_composite(config: Rewards) -> CompositeReward:
                 deadline_s=config.deadline_s,
                 retries=config.retries,
                 cache=config.cache,
+                after_batch=beat,
             ),
             term.weight,
             transform_of(term),

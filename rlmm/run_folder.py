@@ -2,6 +2,7 @@
 
 config.yaml  environment.json  report.html  adapter/ base/ merged/
 stages/<nn-name>/{stage.json, metrics.jsonl, rollouts/*.parquet, checkpoints/, model/ or codec/}
+processes/rank-<n>.json: what each process was last at
 """
 
 import json
@@ -23,7 +24,7 @@ PACKAGES = ("rlmm", "torch", "transformers", "peft", "accelerate", "datasets", "
 
 
 MAY_CHANGE = re.compile(
-    r"(stages\.[^.]+\.gates|(rewards|held_out)\.(on_failure|failed_share)|runtime\.(trackers|log_every))(\.|$)"
+    r"(stages\.[^.]+\.gates|(rewards|held_out)\.(on_failure|failed_share)|runtime\.(trackers|log_every|hang_seconds))(\.|$)"
 )
 """Settings that decide when a run stops and who is told, and never what it computes. The number of threads decides the
 order of sums, and so the last bits."""

@@ -1,6 +1,7 @@
 """Trajectories on disk: one parquet row a sample, with whatever columns (images, rewards, advantages) go beside them.
 
-A file is written under a temporary name and renamed in, so a reader never sees half of one.
+A file is written under a temporary name and renamed in, so a reader never sees half of one, and its pages have
+checksums.
 """
 
 import json
@@ -63,7 +64,8 @@ def write_trajectory(path: Path, trajectory: Trajectory, columns: Mapping[str, S
     arrow = pa.table({**table, **{name: list(values) for name, values in columns.items()}})
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    pq.write_table(arrow.replace_schema_metadata({_META: json.dumps(meta).encode()}), partial, compression="zstd")
+    arrow = arrow.replace_schema_metadata({_META: json.dumps(meta).encode()})
+    pq.write_table(arrow, partial, compression="zstd", write_page_checksum=True)
     os.replace(partial, path)
 
 
@@ -74,10 +76,11 @@ def read_trajectory(path: Path) -> tuple[Trajectory, dict[str, list[Any]]]:
         ValueError: the file is no rollout file, is torn, or is of another schema version.
     """
     try:
-        arrow = pq.read_table(path)
+        arrow = pq.read_table(path, page_checksum_verification=True)
     except (pa.ArrowInvalid, OSError) as error:
         raise ValueError(
-            f"{path} is not a readable rollout file ({error}); delete it and run the step again"
+            f"{path} is not a readable rollout file ({error}); delete it and start the run that made it again: it goes "
+            "back to the last checkpoint before it, and makes the file anew"
         ) from error
     meta = json.loads((arrow.schema.metadata or {}).get(_META, b"{}"))
     if meta.get("schema_version") != SCHEMA_VERSION:

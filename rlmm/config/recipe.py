@@ -36,6 +36,9 @@ class Runtime(Strict):
     log_every: int = Field(1, ge=1)
     """A line of the log every n steps of a stage; metrics.jsonl has them all."""
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
+    hang_seconds: float | None = Field(3600.0, gt=0)
+    """A process that stands still for longer ends the run and is named; null: nobody looks. It must be more than the
+    longest rollout, micro-batch, batch of a judge or checkpoint takes."""
 
 
 class Understanding(Strict):

@@ -10,7 +10,8 @@ from rewards.compose import Term
 from rlmm.config.stages import GrpoStage
 from rlmm.train.checkpoint import write_json_atomically
 from rlmm.train.gates import GateError
-from rlmm.train.processes import gather, world
+from rlmm.train.heart import phase
+from rlmm.train.processes import in_first
 
 FILE = "canaries.json"
 
@@ -25,7 +26,8 @@ def canary_figures(
     """
     if not config.canary_every or rollout % config.canary_every:
         return {}
-    figures = gather(_look(folder / FILE, config, terms, samples) if world()[0] == 0 else {})[0]
+    with phase("canaries", patient=True):
+        figures = in_first(lambda: _look(folder / FILE, config, terms, samples))
     _check(figures, config)
     return figures
 

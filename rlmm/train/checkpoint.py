@@ -59,10 +59,18 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix(PREFIX))
 
 
-def latest_checkpoint(folder: Path, say: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint that verifies; each newer one that does not is named through `say`."""
+def checkpoints(folder: Path) -> list[Path]:
+    """The folder's checkpoints, whole or not, the newest first."""
     found = [p for p in folder.glob(f"{PREFIX}*") if p.is_dir() and p.name.removeprefix(PREFIX).isdigit()]
-    for candidate in sorted(found, key=step_of, reverse=True):
+    return sorted(found, key=step_of, reverse=True)
+
+
+def latest_checkpoint(folder: Path, say: Callable[[str], None], before: int | None = None) -> Path | None:
+    """The newest checkpoint that verifies; each newer one that does not is named through `say`. `before`: of those of
+    earlier steps."""
+    for candidate in checkpoints(folder):
+        if before is not None and step_of(candidate) >= before:
+            continue
         problem = fault(candidate)
         if problem is None:
             return candidate

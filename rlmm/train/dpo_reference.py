@@ -24,6 +24,7 @@ from rlmm.train.context import StageContext, own_policy, parent, run_codec
 from rlmm.train.dpo_source import Item
 from rlmm.train.preferences import Preference, preference_batch, sequence_log_probs
 from rlmm.train.processes import device, wait, world
+from rlmm.train.signals import asked, stop_if_asked
 from rollouts.fingerprint import weights_fingerprint
 
 CHUNK: int = 64
@@ -55,7 +56,8 @@ def stored_reference(context: StageContext, policy: TransformerPolicy, items: Se
     """The reference's log-probs [N, K, s] (float64), read once: reference/*.safetensors in the stage's folder, which
     a resumed stage goes on with. Processes read a part each.
 
-    Raises ValueError where the files are of another reference or of other preferences.
+    Raises ValueError where the files are of another reference or of other preferences; Stopped after a file where the
+    run was asked to stop.
     """
     other, size = other_reference(context), context.config.micro_batch_size
     reader = policy if other is None else other
@@ -70,8 +72,9 @@ def stored_reference(context: StageContext, policy: TransformerPolicy, items: Se
     with policy.reference() if other is None and isinstance(policy.model, PeftModel) else nullcontext():
         for number in range(rank, len(chunks), processes):
             path = _path(folder, number)
-            if not path.is_file():
+            if not path.is_file() and not asked():
                 _write(path, _log_probs(reader, chunks[number], size), mark)
+    stop_if_asked()
     wait()
     logp_Fs = torch.cat([_read(_path(folder, number), mark) for number in range(len(chunks))])
     return logp_Fs.unflatten(0, (len(items), -1))

@@ -25,6 +25,8 @@ from rlmm.objectives.advantages import AdvantageResult, group_advantages
 from rlmm.policies.layout_io import spell_image
 from rlmm.policies.responses import Response
 from rlmm.seeds import derive, epoch_indices
+from rlmm.train.faults import storing
+from rlmm.train.heart import phase
 from rlmm.train.processes import gather, share, world
 from rlmm.train.tokens import ImageTokens, image_hash
 from rollouts.contract import Engine, Layout, Request
@@ -206,7 +208,8 @@ def store(
     for name, value in (("old_logp", experience.old_logp_BS), ("reference_logp", experience.reference_logp_BS)):
         if value is not None:
             columns[name] = list(value.double().numpy())
-    write_trajectory(path, experience.trajectory, columns)
+    with storing(f"rollout {rollout}", path):
+        write_trajectory(path, experience.trajectory, columns)
 
 
 def scored_columns(step: int, samples: Sequence[Sample], scored: Sequence[Scored]) -> dict[str, Sequence[Any]]:
@@ -253,23 +256,20 @@ class Timed:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
-        self._name, self._start = "", 0.0
 
-    def __call__(self, name: str) -> "Timed":
-        self._name, self._start = name, time.perf_counter()
-        return self
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *_: object) -> None:
-        self.seconds[self._name] = self.seconds.get(self._name, 0.0) + time.perf_counter() - self._start
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        with phase(name):
+            yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     @contextmanager
     def rest(self, name: str, other: str) -> Iterator[None]:
         """What a phase takes beside the phase `other` within it."""
         start, before = time.perf_counter(), self.seconds.get(other, 0.0)
-        yield
+        with phase(name):
+            yield
         spent = time.perf_counter() - start - (self.seconds.get(other, 0.0) - before)
         self.seconds[name] = self.seconds.get(name, 0.0) + spent
 

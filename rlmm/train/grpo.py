@@ -179,6 +179,7 @@ def run_grpo(context: StageContext) -> None:
         micro_batch_size=config.micro_batch_size,
         show=("reward/mean", "group/flat_share", "entropy", "mismatch/max", "grad_norm"),
         gradient_agreement=config.diagnostics.gradient_agreement,
+        resume_fault=source.resume_fault,
     )
     source.engine.close()
     save_result(context, policy, codec)

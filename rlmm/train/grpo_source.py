@@ -25,6 +25,7 @@ from rlmm.train.gates import check_mismatch, check_shares, measure_mismatch
 from rlmm.train.judges import bind_judges
 from rlmm.train.metrics import Meter, MetricsFile
 from rlmm.train.processes import gather, share
+from rlmm.train.read_back import figures_of_finished, finish, gate_settings, record_path
 from rlmm.train.rounds import Roller, Rollout, replaced_figure
 from rollouts.contract import Engine
 from rollouts.fingerprint import weights_fingerprint
@@ -125,18 +126,34 @@ class GrpoSource:
         return rows
 
     def make(self, rollout: int) -> Experience:
+        """The rollout that these weights draw; where a run that was ended has drawn and finished it, that one is read
+        back. An engine that is not deterministic (vLLM) would draw another."""
+        experience, figures = self._read_back(rollout) or self._roll(rollout)
+        self.meter.put(figures)
+        self._forget(rollout)
+        self._held = (rollout, experience)
+        return experience
+
+    def _read_back(self, rollout: int) -> tuple[Experience, dict[str, float]] | None:
+        path = phases.rollout_path(self.context.folder, rollout)
+        figures = figures_of_finished(path, self._fingerprint, gate_settings(self.context))
+        if not all(gather(figures is not None)):
+            return None
+        self.context.say(f"rollout {rollout} is read back: it was finished, and drawn by these weights")
+        return phases.restore(path), figures or {}
+
+    def _roll(self, rollout: int) -> tuple[Experience, dict[str, float]]:
         """Sample, decode, score, and turn scores into advantages; everything is stored before it is trained on."""
         config, timed = self.config, Timed()
         with timed("rollout"):
-            self._sync(rollout)
+            weights = self._sync(rollout)
         found = self.roller.roll(rollout, timed)
         reward_B, valid_B = phases.totals(found.scored, self.roller.penalty)
         result, advantage_B, kept_B = phases.advantages_of(reward_B, valid_B, found.made.group_id, config)
         with timed("replay"):
             experience = self._with_log_probs(Experience(found.made, advantage_B, kept_B))
-        phases.store(
-            phases.rollout_path(self.context.folder, rollout), rollout, experience, found.samples, found.scored
-        )
+        path = phases.rollout_path(self.context.folder, rollout)
+        phases.store(path, rollout, experience, found.samples, found.scored)
         everyone = [one.total for part in gather(found.scored) for one in part]
         self.roller.reward.failures.check(everyone)
         figures = phases.rollout_figures(found.scored, reward_B, valid_B, result, found.made)
@@ -144,10 +161,12 @@ class GrpoSource:
         judges = [*self.roller.reward.terms, *self.held_out.terms]
         figures |= canary_figures(self.context.folder, config, judges, rollout, found.samples)
         check_shares(self.metrics.read(), figures, config.gates)
-        self.meter.put({**figures, **timed.figures()})
-        self._forget(rollout)
-        self._held = (rollout, experience)
-        return experience
+        figures |= timed.figures()
+        finish(path, weights, gate_settings(self.context), figures)
+        return experience, figures
+
+    def _fingerprint(self) -> str:
+        return weights_fingerprint(self.policy.named_weights(), self.engine.dtype)
 
     def _held_out_figures(self, rollout: int, found: Rollout, timed: Timed) -> dict[str, float]:
         every = self.config.held_out_every
@@ -158,10 +177,10 @@ class GrpoSource:
             self.held_out.failures.check([one.total for one in judged])
         return phases.term_means(judged, "held_out")
 
-    def _sync(self, rollout: int) -> None:
-        """Hand the engine the weights, and believe it only by its fingerprint."""
+    def _sync(self, rollout: int) -> str:
+        """Hand the engine the weights, and believe it only by its fingerprint, which is returned."""
         self.engine.sync(self.policy.named_weights(), rollout)
-        mine = weights_fingerprint(self.policy.named_weights(), self.engine.dtype)
+        mine = self._fingerprint()
         theirs = self.engine.fingerprint()
         if mine != theirs:
             raise RuntimeError(
@@ -169,6 +188,7 @@ class GrpoSource:
                 f"({mine}); its samples would be of another policy. This is a fault of the engine: use engine.kind "
                 "torch, and report it"
             )
+        return mine
 
     def _with_log_probs(self, experience: Experience) -> Experience:
         """Old log-probs where several updates share the rollout, reference ones where a KL term asks for them."""
@@ -193,6 +213,18 @@ class GrpoSource:
         parts = [self.policy.log_probs(trajectory.rows(rows).to(device), estimator=estimator).logp_BS for rows in runs]
         return torch.cat(parts).cpu().float()
 
+    def resume_fault(self, step: int) -> str | None:
+        """Why this process cannot go on after `step` updates: inside a rollout, whose file is needed and cannot be
+        read."""
+        rollout, update = divmod(step, self.updates)
+        if update == 0 or step == self.config.steps:
+            return None
+        try:
+            self._resume(rollout)
+        except (OSError, ValueError) as error:
+            return f"it lies inside rollout {rollout}, and that cannot be read back: {error}"
+        return None
+
     def _resume(self, rollout: int) -> Experience:
         if self._held is None or self._held[0] != rollout:
             self._held = (rollout, phases.restore(phases.rollout_path(self.context.folder, rollout)))
@@ -203,7 +235,9 @@ class GrpoSource:
         kept_steps = self.config.checkpoint_every * (self.config.checkpoints_kept + 1)
         old = rollout - 1 - kept_steps // self.updates
         if old >= 0 and old % self.config.store_every:
-            phases.rollout_path(self.context.folder, old).unlink(missing_ok=True)
+            path = phases.rollout_path(self.context.folder, old)
+            path.unlink(missing_ok=True)
+            record_path(path).unlink(missing_ok=True)
 
     def _cut(self, experience: Experience, rows: list[int], gate: bool, entropy: float) -> list[GrpoBatch]:
         """Rows that count, spread evenly: dropped ones are not worth a forward pass. Where fewer count than there are

@@ -4,6 +4,8 @@ import hashlib
 import json
 import os
 import socket
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -12,6 +14,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from rlmm.train.processes import EXIT_HUNG, Stopped
+
+FORMING_SECONDS = 1800.0
+"""How long a process waits for the others when a run starts."""
 
 
 @contextmanager
@@ -30,15 +37,38 @@ def processes(*, deepspeed: bool) -> Iterator[None]:
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    # A day: the others wait while the first process evaluates.
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(days=1))
+    with _formed_within(FORMING_SECONDS):
+        # A day: the others wait while the first process evaluates; `rlmm.train.watch` finds what hangs.
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(days=1))
     try:
-        yield
+        try:
+            yield
+        except Stopped:  # all processes have stopped together
+            dist.barrier()
+            raise
         # A process that leaves while another still talks to it takes both down.
         dist.barrier()
     finally:
         # Without it DeepSpeed's threads now and then abort a process whose work is done.
         dist.destroy_process_group()
+
+
+@contextmanager
+def _formed_within(seconds: float) -> Iterator[None]:
+    """Ends this process where what is within takes longer: another has not come, and nothing watches yet."""
+
+    def end() -> None:
+        told = f"the process group of {os.environ['WORLD_SIZE']} was not formed within {seconds:g} s"
+        print(f"rlmm: {told}; look whether all processes were started", file=sys.stderr, flush=True)
+        os._exit(EXIT_HUNG)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _one_device() -> None:

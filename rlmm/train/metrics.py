@@ -7,9 +7,9 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from rlmm.objectives.policy_gradient import summarise_policy_metrics
+from rlmm.train.faults import storing
+from rlmm.train.processes import gather, world
 
 
 class Meter:
@@ -44,7 +44,7 @@ class Meter:
     def flush(self) -> dict[str, float]:
         """The step's figures over all processes; starts anew. Every process must call it at the same step."""
         sums, counts, totals = dict(self._sums), dict(self._counts), dict(self._totals)
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        if world()[1] > 1:
             sums, counts, totals = _reduce(sums, counts, totals)
         figures = {name: sums[name] / counts[name] for name in sums if counts[name] > 0}
         if totals:
@@ -57,10 +57,8 @@ class Meter:
 def _reduce(
     sums: dict[str, float], counts: dict[str, float], totals: dict[str, float]
 ) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, (sums, counts, totals))
     meter = Meter()
-    for part_sums, part_counts, part_totals in gathered:
+    for part_sums, part_counts, part_totals in gather((sums, counts, totals)):
         for name, total in part_sums.items():
             meter.add(name, total, part_counts[name])
         for name, total in part_totals.items():
@@ -76,7 +74,7 @@ class MetricsFile:
 
     def append(self, step: int, figures: dict[str, float]) -> None:
         clean = {name: (value if math.isfinite(value) else None) for name, value in figures.items()}
-        with self.path.open("a") as handle:
+        with storing(f"the figures of step {step}", self.path), self.path.open("a") as handle:
             handle.write(json.dumps({"step": step, **clean}) + "\n")
             handle.flush()
 

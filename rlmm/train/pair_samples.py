@@ -19,7 +19,9 @@ from rlmm.train.context import StageContext, image_tokens, load_split
 from rlmm.train.drawing import decode_images
 from rlmm.train.engines import build_engine
 from rlmm.train.experience import Timed
+from rlmm.train.faults import storing
 from rlmm.train.processes import world
+from rlmm.train.signals import asked, leaving, stop_if_asked
 from rlmm.train.tokens import ImageTokens
 from rollouts.contract import Engine
 from rollouts.store import write_trajectory
@@ -112,7 +114,8 @@ def drawings(
 
 def draw(context: StageContext, policy: TransformerPolicy, codec: Codec, what: Drawing) -> list[Path]:
     """Sample and score every place, a file a batch; what is there already is passed over. Processes take turns, and a
-    batch is the same whichever makes it. Returns every batch's file."""
+    batch is the same whichever makes it. Returns every batch's file. Raises Stopped after a batch where the run was
+    asked to stop."""
     config: PairsStage = context.config
     starts = range(0, config.prompts, config.batch_prompts)
     paths = [what.folder / f"step-{number:06d}.parquet" for number in range(len(starts))]
@@ -121,13 +124,17 @@ def draw(context: StageContext, policy: TransformerPolicy, codec: Codec, what: D
     engine = build_engine(config.engine, policy, what.response.law) if missing else None
     tokens = image_tokens(context, codec)
     for number in missing:
+        if asked():
+            break
         assert engine is not None, "there is one where something is missing"
         places = range(starts[number], min(starts[number] + config.batch_prompts, config.prompts))
-        _draw_batch(context, policy, tokens, what, engine, places, number, paths[number])
+        with leaving(at_once=False):
+            _draw_batch(context, policy, tokens, what, engine, places, number, paths[number])
         kind = what.folder.name
         context.say(f"{context.name}: {kind} of {places.stop} of {config.prompts} prompts drawn and scored")
     if engine is not None:
         engine.close()
+    stop_if_asked()
     return paths
 
 
@@ -162,4 +169,5 @@ def _draw_batch(
         columns = phases.scored_columns(number, samples, what.scorer(engine, samples))
     columns["source_images"] = [[phases.png_bytes(image) for image in example.sources] for example in each]
     columns |= {name: [seconds] * len(each) for name, seconds in timed.figures().items()}
-    write_trajectory(path, made, columns)
+    with storing(f"batch {number} of samples", path):
+        write_trajectory(path, made, columns)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from rlmm.policies.transformer import TransformerPolicy
+from rlmm.train.heart import phase
 from rollouts.contract import Engine, EngineLost, Request
 from rollouts.trajectory import Span, Trajectory
 
@@ -61,6 +62,7 @@ class Recovering:
             ) from error
         self._rebuilt_at = self.version
         log.warning("the rollout engine was lost and is started again: %s", error)
-        self.engine.close()
-        self.engine = self.build()
+        with phase("engine is started again", patient=True):
+            self.engine.close()
+            self.engine = self.build()
         self.engine.sync(self.policy.named_weights(), self.version)

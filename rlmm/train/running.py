@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 
 from torch import nn
-from torch.utils.tensorboard import SummaryWriter
-from transformers import TrainerCallback
-from transformers.integrations import TensorBoardCallback
 
+from rlmm.train.checkpoint import step_of
 from rlmm.train.context import StageContext
 from rlmm.train.metrics import Meter, MetricsFile
 from rlmm.train.progress import RichProgress
+from rlmm.train.resume import Fault, no_fault, resume_point
+from rlmm.train.trackers import others, tensorboard
 from rlmm.train.trainer import LossFn, StageTrainer, StepSource, training_arguments
 
 
@@ -23,28 +23,27 @@ def train(
     micro_batch_size: int,
     show: Sequence[str],
     gradient_agreement: bool = False,
+    resume_fault: Fault = no_fault,
 ) -> StageTrainer:
     """Train `model` for the stage's steps, from its newest good checkpoint where there is one.
 
     `show`: the metric names that a step's line prints. `gradient_agreement`: log that of the step's halves.
+    `resume_fault`: why the data that follow a step cannot be had, so that an earlier checkpoint is to be used.
     """
-    trackers = context.recipe.runtime.trackers
+    checkpoint = resume_point(context.folder / "checkpoints", context.say, resume_fault)
     arguments = training_arguments(
         context.config,
         context.folder / "checkpoints",
         micro_batch_size=micro_batch_size,
         accumulation=source.micro_batches_per_step,
-        report_to=[tracker for tracker in trackers if tracker != "tensorboard"],
+        report_to=others(context),
         name=f"{context.recipe.name}-{context.name}",
     )
     metrics = MetricsFile(context.folder / "metrics.jsonl")
     progress = RichProgress(context.name, show, every=context.recipe.runtime.log_every)
-    callbacks: list[TrainerCallback] = [progress]
-    if "tensorboard" in trackers:
-        # Beside the metrics, not inside the checkpoints, which a finished stage drops.
-        callbacks.append(TensorBoardCallback(SummaryWriter(str(context.folder / "tensorboard"))))
+    callbacks = [progress, *tensorboard(context, step_of(checkpoint) if checkpoint else 0)]
     trainer = StageTrainer(
         model, arguments, source, loss_fn, metrics, meter, callbacks, gradient_agreement=gradient_agreement
     )
-    trainer.run(context.say)
+    trainer.run(context.say, checkpoint)
     return trainer

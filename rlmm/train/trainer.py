@@ -18,10 +18,13 @@ from transformers.integrations import unset_hf_deepspeed_config
 
 from rlmm.config.stages import Optimization
 from rlmm.train.agreement import GradientAgreement
-from rlmm.train.checkpoint import latest_checkpoint, step_of, write_manifest
+from rlmm.train.checkpoint import step_of, write_manifest
+from rlmm.train.faults import storing
 from rlmm.train.gates import finite
 from rlmm.train.guard import Guard
+from rlmm.train.heart import beat, settle
 from rlmm.train.metrics import Meter, MetricsFile
+from rlmm.train.signals import StopWhenAsked, leaving, stop_if_asked
 
 
 class StepSource(Protocol):
@@ -49,17 +52,22 @@ class StepLoader:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for step in range(self.trainer.state.global_step, self.trainer.args.max_steps):
+            settle("data", step + 1)
             batches = self.trainer.source.micro_batches(step)
             expected = self.trainer.source.micro_batches_per_step
             if len(batches) != expected:
                 raise RuntimeError(f"step {step} gave {len(batches)} micro-batches where {expected} were planned")
             self.trainer.step_started = time.perf_counter()
+            settle("update", step + 1)
             for batch in batches:
                 yield {"batch": batch}
 
 
 class _Seal(TrainerCallback):
     """Writes the manifest once every process has written its part."""
+
+    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
+        settle("figures and checkpoint", state.global_step)
 
     def on_save(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -86,10 +94,11 @@ class StageTrainer(Trainer):
     ) -> None:
         self.source, self.loss_fn, self.metrics, self.meter = source, loss_fn, metrics, meter
         self.step_started = time.perf_counter()
+        self.stop = StopWhenAsked()
         halves = GradientAgreement(model.parameters(), source.micro_batches_per_step) if gradient_agreement else None
         self.agreement = halves
         self.guard = Guard(source)
-        super().__init__(model=model, args=args, callbacks=[*callbacks, self.guard, _Seal()])
+        super().__init__(model=model, args=args, callbacks=[*callbacks, self.guard, self.stop, _Seal()])
         self.remove_callback(PrinterCallback)
         # As long as it is set, transformers loads every model (a reward's, the next stage's) in parts of this one's.
         unset_hf_deepspeed_config()
@@ -100,6 +109,7 @@ class StageTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
+        beat()
         batch = inputs["batch"].to(self.args.device)
         loss = self.loss_fn(model, batch, self.meter)
         finite(loss, "loss", self.state.global_step + 1)
@@ -127,16 +137,19 @@ class StageTrainer(Trainer):
                 self.metrics.append(self.state.global_step, logs)
         super().log(logs, start_time)
 
-    def run(self, say: Callable[[str], None]) -> None:
-        """Train from the newest checkpoint that verifies, or from the start."""
-        folder = Path(self.args.output_dir or ".")
-        checkpoint = latest_checkpoint(folder, say)
-        step = step_of(checkpoint) if checkpoint else 0
+    def run(self, say: Callable[[str], None], checkpoint: Path | None = None) -> None:
+        """Train from `checkpoint`, or from the start. Raises Stopped, once a checkpoint is sealed, where the run was
+        asked to stop."""
+        folder, step = Path(self.args.output_dir or "."), step_of(checkpoint) if checkpoint else 0
         if self.is_world_process_zero():
             self.metrics.cut(step)
         if checkpoint is not None:
             say(f"resuming from step {step} of {self.args.max_steps}")
-        self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        with leaving(at_once=False), storing("a file of the stage", folder):
+            stop_if_asked()
+            self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            settle("after training", patient=True)
+            self.stop.check()
 
 
 def training_arguments(

@@ -14,6 +14,7 @@ from rlmm import pipeline
 from rlmm.config.recipe import validate_recipe
 from rlmm.train.context import StageContext
 from rlmm.train.launch import processes
+from rlmm.train.processes import wait
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 KTO = {"kind": "dpo", "pairs": "pairs", "start_from": "sft", "loss": "kto", "steps": 2, "batch_size": 4,
@@ -32,7 +33,7 @@ def main(folder: str, name: str) -> None:
             if not (run.stage(name) / "model").is_dir() and not (run.stage(name) / "codec").is_dir():
                 run.stage(name).mkdir(parents=True, exist_ok=True)
                 pipeline.STAGES[config.kind](StageContext(recipe, run, name, config, print))
-                pipeline.wait()
+                wait()
         if os.environ.get("RANK", "0") == "0":
             (Path(folder) / "processes.json").write_text(json.dumps(int(os.environ.get("WORLD_SIZE", "1"))))
 

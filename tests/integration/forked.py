@@ -10,7 +10,10 @@ from pathlib import Path
 
 from rlmm import pipeline
 from rlmm.config.recipe import read_recipe
+from rlmm.train.faults import StorageError
 from rlmm.train.launch import processes
+from rlmm.train.processes import Stopped
+from rlmm.train.signals import EXIT_STOPPED, listening
 
 
 def run_forked(
@@ -26,7 +29,7 @@ def run_forked(
     def work(rank: int) -> None:
         if prepare:
             prepare(rank)
-        with processes(deepspeed=False):
+        with processes(deepspeed=False), listening():
             pipeline.run_recipe(read_recipe(recipe, list(overrides)), print)
 
     return fork_group(work, log, count=count)
@@ -47,6 +50,12 @@ def fork_group(work: Callable[[int], None], log: Path, *, count: int = 1) -> lis
                     os.environ.update(group | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
                 work(rank)
                 code = 0
+            except Stopped as stopped:
+                print(stopped)
+                code = EXIT_STOPPED
+            except StorageError as error:
+                print(f"error: {error}")
+                code = 2
             except BaseException:
                 traceback.print_exc()
             finally:

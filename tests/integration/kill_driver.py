@@ -1,13 +1,14 @@
-"""Runs a tiny recipe whole, and again with a kill at each of some places followed by a resume.
+"""Runs a tiny recipe whole, and again with a kill at each of some places (or another bad event) and then a resume.
 
 A program of its own (`OUT RECIPE PROCESSES PLACE ...`): it imports once and forks a child for every process of a run,
-and the last one of a run that is to die kills itself with SIGKILL at its place. Prints one JSON object: place -> digest
-of weights and metrics.
+and it is the last one of a run that meets the event, e.g. kills itself with SIGKILL at its place. Prints one JSON
+object: place -> statuses of the processes and digest of weights and metrics.
 """
 
 import hashlib
 import json
 import os
+import resource
 import signal
 import sys
 from collections.abc import Callable
@@ -38,6 +39,16 @@ def die() -> None:
 
 def dying(original: Callable[..., Any], call: int) -> Callable[..., Any]:
     """`original` until its call number `call` (from 1), which dies after doing its work."""
+    return after(original, call, die)
+
+
+def asking(original: Callable[..., Any], call: int, number: signal.Signals) -> Callable[..., Any]:
+    """`original`, and after its call number `call` a signal to this process."""
+    return after(original, call, lambda: os.kill(os.getpid(), number))
+
+
+def after(original: Callable[..., Any], call: int, event: Callable[[], None]) -> Callable[..., Any]:
+    """`original`, and after its call number `call` (from 1) an event."""
     calls = 0
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -45,7 +56,7 @@ def dying(original: Callable[..., Any], call: int) -> Callable[..., Any]:
         calls += 1
         result = original(*args, **kwargs)
         if calls == call:
-            die()
+            event()
         return result
 
     return wrapped
@@ -131,9 +142,45 @@ def kill_in_export() -> None:
     export_module._replace = dying(export_module._replace, 2)
 
 
+def stop_in_update() -> None:
+    """Asked after the fifth step has begun: between checkpoints, inside a rollout, of a step with two micro-batches."""
+    StageTrainer.compute_loss = asking(StageTrainer.compute_loss, 4 + 8 + 9, signal.SIGTERM)
+
+
+def stop_in_update_of_two() -> None:
+    StageTrainer.compute_loss = asking(StageTrainer.compute_loss, 4 + 4 + 4, signal.SIGUSR1)
+
+
+def stop_in_pairs() -> None:
+    samples_module._draw_batch = asking(samples_module._draw_batch, 1, signal.SIGTERM)
+
+
+def stop_in_evaluation() -> None:
+    evaluate_module.sample_held_out = asking(evaluate_module.sample_held_out, 2, signal.SIGINT)
+
+
+def hang_in_update_of_two() -> None:
+    StageTrainer.compute_loss = asking(StageTrainer.compute_loss, 4 + 4 + 4, signal.SIGSTOP)
+
+
+def full_disk_in_checkpoint() -> None:
+    """No file of more than 24 kB can be written from GRPO's last step on: the second checkpoint's optimizer."""
+
+    def limited() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (24_000, resource.RLIM_INFINITY))
+
+    StageTrainer.compute_loss = after(StageTrainer.compute_loss, 4 + 8 + 12, limited)
+
+
 PLACES: dict[str, Callable[[], None]] = {
     "codec": kill_in_codec,
     "sft": kill_in_sft,
+    "stop": stop_in_update,
+    "stop of two": stop_in_update_of_two,
+    "stop in pairs": stop_in_pairs,
+    "stop in evaluation": stop_in_evaluation,
+    "hang of two": hang_in_update_of_two,
+    "full": full_disk_in_checkpoint,
     "rollout": kill_in_rollout,
     "scoring": kill_in_scoring,
     "update": kill_in_update,
@@ -191,10 +238,13 @@ def main(out: Path, recipe: Path, count: int, places: list[str]) -> None:
             if rank == count - 1:
                 PLACES[place]()
 
-        killed = run_forked(recipe, [f"run_dir={folder}"], log, count=count, prepare=last_dies)[-1]
+        # Hangs alone are looked for within seconds: a loaded machine takes its time for the rest.
+        settings = [f"run_dir={folder}", *(["runtime.hang_seconds=6"] if place.startswith("hang") else [])]
+        statuses = run_forked(recipe, settings, log, count=count, prepare=last_dies)
         resumed = max(map(abs, run_forked(recipe, [f"run_dir={folder}"], log, count=count)))
         differing = [] if resumed else differences(expected, digest(folder))
-        report[place] = {"killed": killed, "resumed": resumed, "differing": differing, "log": log.read_text()[-6000:]}
+        report[place] = {"killed": statuses[-1], "statuses": statuses, "resumed": resumed, "differing": differing}
+        report[place]["log"] = log.read_text()[-9000:]
     print(json.dumps({"files": sorted(expected), "places": report}))
 
 

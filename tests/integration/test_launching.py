@@ -2,13 +2,17 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from rlmm.launcher import launch
+from rlmm.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "tests" / "recipes" / "tiny.yaml"
@@ -53,6 +57,29 @@ def test_nproc_under_a_launcher_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="WORLD_SIZE is 2.*leave --nproc out"):
         launch(2, RECIPE, [])
+
+
+@pytest.mark.parametrize(
+    ("raised", "status", "code"),
+    [
+        (ChildFailedError("rlmm", {1: ProcessFailure(1, 9, 75, "")}), "running", 75),
+        (ChildFailedError("rlmm", {1: ProcessFailure(1, 9, -9, "")}), "running", 137),
+        (SignalException("told", signal.SIGTERM), "stopped", 75),
+        (SignalException("told", signal.SIGTERM), "running", 143),
+    ],
+)
+def test_nproc_ends_as_its_processes_do(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, raised: Exception, status: str, code: int
+) -> None:
+    def fail(arguments: list[str]) -> None:
+        raise raised
+
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr("torch.distributed.run.main", fail)
+    RunFolder(tmp_path, ("codec", "sft")).mark("codec", "codec", status)
+    with pytest.raises(SystemExit) as ended:
+        launch(2, RECIPE, [f"run_dir={tmp_path}"])
+    assert ended.value.code == code
 
 
 @pytest.mark.long

@@ -1,4 +1,4 @@
-"""A killed run, started again, ends bit-identical to one that was never killed."""
+"""A run that was killed, stopped, frozen or out of disk, started again, ends bit-identical to one left alone."""
 
 import json
 import os
@@ -9,15 +9,20 @@ from pathlib import Path
 
 import pytest
 
+from rlmm.train.processes import EXIT_HUNG
+from rlmm.train.signals import EXIT_STOPPED
 from tests.integration.kill_driver import differences
 
 ROOT = Path(__file__).parents[2]
 
 
 PLACES = ["rollout", "scoring", "update", "save", "result", "between"]
+STOPS = ["stop"]
+SLOW_PLACES = ["stop in evaluation", "full"]
 MASKED_PLACES = ["rollout", "update"]
 MASKED_PLACES_OF_TWO = ["rollout", "update of two"]
-DPO_PLACES = ["codec", "sft", "pairs", "pair files", "reference", "dpo", "evaluation", "export"]
+EVENTS_OF_TWO = ["stop of two", "hang of two"]
+DPO_PLACES = ["codec", "sft", "stop in pairs", "pairs", "pair files", "reference", "dpo", "evaluation", "export"]
 MASKED_DPO_PLACES = ["pairs", "dpo"]
 
 
@@ -37,7 +42,12 @@ def killed_runs(out: Path, recipe: str, places: list[str], processes: int = 1) -
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> dict:
-    return killed_runs(tmp_path_factory.mktemp("kills"), "tiny.yaml", PLACES)
+    return killed_runs(tmp_path_factory.mktemp("kills"), "tiny.yaml", [*PLACES, *STOPS])
+
+
+@pytest.fixture(scope="module")
+def slow_report(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    return killed_runs(tmp_path_factory.mktemp("slow"), "tiny.yaml", SLOW_PLACES)
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +57,9 @@ def masked_report(tmp_path_factory: pytest.TempPathFactory) -> dict:
 
 @pytest.fixture(scope="module")
 def report_of_two(tmp_path_factory: pytest.TempPathFactory) -> dict:
-    """Of two processes, the second of which is killed."""
-    return killed_runs(tmp_path_factory.mktemp("two_killed"), "tiny_masked.yaml", MASKED_PLACES_OF_TWO, 2)
+    """Of two processes, to the second of which it happens."""
+    places = MASKED_PLACES_OF_TWO + EVENTS_OF_TWO
+    return killed_runs(tmp_path_factory.mktemp("two_killed"), "tiny_masked.yaml", places, 2)
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +115,7 @@ def test_resume_of_preferences_is_bit_identical(dpo_report: dict, place: str) ->
         "merged",
     ):
         assert part in names
-    check(dpo_report["places"][place])
+    check(dpo_report["places"][place], EXIT_STOPPED if place == "stop in pairs" else -signal.SIGKILL)
 
 
 @pytest.mark.long
@@ -116,8 +127,48 @@ def test_resume_of_preferences_of_a_masked_policy_is_bit_identical(masked_dpo_re
     check(masked_dpo_report["places"][place])
 
 
-def check(found: dict) -> None:
-    assert found["killed"] == -signal.SIGKILL, found["log"]
+def test_a_run_that_is_asked_to_stop_keeps_its_step_and_resumes_bit_identical(report: dict) -> None:
+    check(report["places"]["stop"], EXIT_STOPPED)
+    log = report["places"]["stop"]["log"]
+    # The step in which it was asked is the last one made, and checkpoints are of every third.
+    assert "stopped by SIGTERM" in log and "resuming from step 5 of 6" in log
+
+
+@pytest.mark.long
+def test_an_evaluation_is_left_at_once_and_begun_again(slow_report: dict) -> None:
+    found = slow_report["places"]["stop in evaluation"]
+    check(found, EXIT_STOPPED)
+    assert found["log"].count("evaluating sft at temperature 1 ") == 2
+    assert found["log"].count("evaluating grpo at temperature 1 ") == 1
+
+
+@pytest.mark.long
+def test_a_full_disk_is_named_and_nothing_is_lost(slow_report: dict) -> None:
+    found = slow_report["places"]["full"]
+    check(found, 2)
+    assert "error: a file of the stage: " in found["log"] and "mend the disk" in found["log"]
+    assert "resuming from step 3 of 6" in found["log"]
+
+
+@pytest.mark.long
+def test_processes_stop_together_where_one_is_asked(report_of_two: dict) -> None:
+    found = report_of_two["places"]["stop of two"]
+    check(found, EXIT_STOPPED)
+    assert found["statuses"] == [EXIT_STOPPED] * 2 and "resuming from step 4 of 6" in found["log"]
+
+
+@pytest.mark.long
+def test_a_process_that_stands_still_is_named_and_ends_the_run(report_of_two: dict) -> None:
+    found = report_of_two["places"]["hang of two"]
+    check(found, -signal.SIGKILL)  # what is stopped does not end by itself: launchers kill it when the other has gone
+    assert found["statuses"][0] == EXIT_HUNG
+    (line,) = [line for line in found["log"].splitlines() if line.startswith("rlmm: ")]
+    assert line.startswith("rlmm: process 1 ") and "of step 4" in line and "has been silent" in line
+    assert "process 0" not in line
+
+
+def check(found: dict, code: int = -signal.SIGKILL) -> None:
+    assert found["killed"] == code, found["log"]
     assert found["resumed"] == 0, found["log"]
     assert found["differing"] == [], found["log"]
 

@@ -24,6 +24,7 @@ from rlmm import pipeline
 from rlmm.config.recipe import Recipe, validate_recipe
 from rlmm.train.context import StageContext
 from rlmm.train.launch import check_deepspeed, processes
+from rlmm.train.processes import wait
 from rlmm.train.trainer import StageTrainer
 from tests.integration.forked import fork_group
 
@@ -150,7 +151,7 @@ def run(folder: Path, case: Case, kind: str, death: str | None) -> None:
                 dying()
             layout.stage(name).mkdir(parents=True, exist_ok=True)
             pipeline.STAGES[config.kind](StageContext(recipe, layout, name, config, print))
-            pipeline.wait()
+            wait()
 
 
 def main(place: Path, case: Case, kinds: list[str]) -> None:
