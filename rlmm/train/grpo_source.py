@@ -113,7 +113,7 @@ class GrpoSource:
         settings = self.config.objective.entropy
         if not settings.coefficient or settings.floor is None:
             return settings.coefficient
-        seen = [row["entropy"] for row in self.metrics.read() if row.get("entropy") is not None]
+        seen = [row["entropy"] for row in self.metrics.last(100) if row.get("entropy") is not None]
         last = gather(seen[-1] if seen else None)[0]  # the first process's: it alone writes the file
         return 0.0 if last is not None and last > settings.floor else settings.coefficient
 
@@ -160,7 +160,7 @@ class GrpoSource:
         figures |= replaced_figure(found, config) | self._held_out_figures(rollout, found, timed)
         judges = [*self.roller.reward.terms, *self.held_out.terms]
         figures |= canary_figures(self.context.folder, config, judges, rollout, found.samples)
-        check_shares(self.metrics.read(), figures, config.gates)
+        check_shares(self.metrics.last(config.gates.patience * self.updates), figures, config.gates)
         figures |= timed.figures()
         finish(path, weights, gate_settings(self.context), figures)
         return experience, figures

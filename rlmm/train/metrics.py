@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections import defaultdict
+from collections import defaultdict, deque
 from pathlib import Path
 from typing import Any
 
@@ -80,15 +80,21 @@ class MetricsFile:
 
     def read(self) -> list[dict[str, Any]]:
         """All whole lines; a torn last line (a kill while writing) is dropped."""
+        return self.last(None)
+
+    def last(self, count: int | None) -> list[dict[str, Any]]:
+        """The last `count` of them. A long stage asks at every step, so that the others are not parsed."""
         if not self.path.is_file():
             return []
+        with self.path.open() as handle:
+            lines = deque(handle, None if count is None else count + 1)
         rows = []
-        for line in self.path.read_text().splitlines():
+        for line in lines:
             try:
                 rows.append(json.loads(line))
             except json.JSONDecodeError:
                 break
-        return rows
+        return rows if count is None else rows[-count:]
 
     def cut(self, step: int) -> None:
         """Forget every line after `step`, so that a resumed run writes them once."""

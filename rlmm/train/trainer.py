@@ -136,6 +136,8 @@ class StageTrainer(Trainer):
             if self.is_world_process_zero():
                 self.metrics.append(self.state.global_step, logs)
         super().log(logs, start_time)
+        # Trainer keeps every figure of every step, and writes them into each checkpoint: metrics.jsonl has them.
+        del self.state.log_history[:-1]
 
     def run(self, say: Callable[[str], None], checkpoint: Path | None = None) -> None:
         """Train from `checkpoint`, or from the start. Raises Stopped, once a checkpoint is sealed, where the run was
