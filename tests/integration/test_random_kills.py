@@ -1,8 +1,9 @@
-"""Twenty kills at arbitrary moments: the same command, run until it ends, leaves the same bits as a run left alone.
+"""Forty kills at arbitrary moments: the same command, run until it ends, leaves the same bits as a run left alone.
 
-Five runs of four kills. The moments are spread evenly over the lines that the command says (one a step, a temperature,
-a stage), and are any time until the next line, drawn from a fixed seed. Where in the code that is is the machine's
-affair, a half-written file included; `test_resume` kills at places of interest.
+Two runs of four kills of each case: GRPO, preferences and a masked policy alone, GRPO and preferences on two processes,
+which die together, as a machine does. The moments are spread evenly over the lines that the command says (one a step, a
+temperature, a stage), and are any time until the next line, drawn from a fixed seed. Where in the code that is is the
+machine's affair, a half-written file included; `test_resume` kills at places of interest.
 """
 
 import hashlib
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +24,22 @@ import pytest
 from tests.integration.kill_driver import RECIPE, digest
 
 ROOT = Path(__file__).parents[2]
-RUNS, KILLS, ATTEMPTS = 5, 4, 6
+RUNS, KILLS, ATTEMPTS = 2, 4, 4
+
+
+@dataclass(frozen=True)
+class Case:
+    recipe: Path
+    processes: int
+
+
+CASES = {
+    "grpo": Case(RECIPE, 1),
+    "preferences": Case(RECIPE.with_name("tiny_dpo.yaml"), 1),
+    "masked": Case(RECIPE.with_name("tiny_masked.yaml"), 1),
+    "grpo of two": Case(RECIPE, 2),
+    "preferences of two": Case(RECIPE.with_name("tiny_dpo.yaml"), 2),
+}
 
 
 @dataclass(frozen=True)
@@ -32,6 +49,7 @@ class Whole:
     Seconds since its first word: imports, which touch nothing, are behind it then.
     """
 
+    case: Case
     files: dict[str, str]
     said: list[tuple[str, float]]
     seconds: float
@@ -46,19 +64,28 @@ class Moment:
 
 
 class Command:
-    """`rlmm run` of the tiny recipe as a process of its own, and the lines it says."""
+    """`rlmm run` of a tiny recipe as a process of its own, and the lines it says."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, case: Case) -> None:
         self.folder, self.log = folder, folder.with_suffix(".log")
         self.log.touch()
         self.read, self.rest = self.log.stat().st_size, ""
         with self.log.open("ab") as handle:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "rlmm.cli", "run", str(RECIPE), f"run_dir={folder}"],
+                [
+                    sys.executable,
+                    "-m",
+                    "rlmm.cli",
+                    "run",
+                    str(case.recipe),
+                    f"run_dir={folder}",
+                    "runtime.trackers=[]",
+                    *(["--nproc", str(case.processes)] if case.processes > 1 else []),
+                ],
                 cwd=ROOT,
                 stdout=handle,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, "PYTHONUNBUFFERED": "1"},
+                env={**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"},
                 start_new_session=True,
             )
 
@@ -88,10 +115,19 @@ class Command:
             time.sleep(moment.delay)
         ended = self.process.poll()
         if ended is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
+            kill_all(self.process.pid)
         code = self.process.wait()
         assert code in (0, -signal.SIGKILL), self.log.read_text()[-6000:]
         return f"{moment.delay:.2f} s after {moment.line!r}: {progress(self.folder)}" if ended is None else None
+
+
+def kill_all(process: int) -> None:
+    """A process and all that it started, the launcher first, so that it starts or ends no other."""
+    children = [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+    os.kill(process, signal.SIGKILL)
+    for child in children:
+        with suppress(FileNotFoundError, ProcessLookupError):
+            kill_all(child)
 
 
 def progress(folder: Path) -> str:
@@ -116,7 +152,7 @@ def left(folder: Path) -> dict[str, str]:
 
 
 def moments(run: int, whole: Whole) -> list[Moment]:
-    """Four moments of a run: each somewhere between two lines of its own twentieth of what the command says."""
+    """Four moments of a run: each somewhere between two lines of its own eighth of what the command says."""
     chance, found = random.Random(f"kills of run {run}"), []
     times = [said for _, said in whole.said] + [whole.seconds]
     # A resumed run would not say the same seconds again.
@@ -127,14 +163,15 @@ def moments(run: int, whole: Whole) -> list[Moment]:
     return found
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    said, seconds = Command(folder).finish()
-    return Whole(left(folder), said, seconds)
+@pytest.fixture(scope="module", params=CASES)
+def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    case, folder = CASES[request.param], tmp_path_factory.mktemp("whole") / "run"
+    said, seconds = Command(folder, case).finish()
+    return Whole(case, left(folder), said, seconds)
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("whole", ["grpo"], indirect=True)
 def test_the_comparison_covers_what_a_run_leaves(whole: Whole) -> None:
     names = " ".join(whole.files)
     for part in ("codec.safetensors", "sft/model", "grpo/model", "metrics", "eval", "adapter", "merged", "parquet"):
@@ -148,11 +185,11 @@ def test_four_kills_leave_no_trace(whole: Whole, run: int, tmp_path: Path) -> No
     for attempt in range(ATTEMPTS):
         folder = tmp_path / f"run{attempt}"
         for moment in moments(run, whole)[len(kills) :]:
-            found = Command(folder).kill_at(moment)
+            found = Command(folder, whole.case).kill_at(moment)
             if found is None:  # the kill before came later than meant: what is left of them goes to another run
                 break
             kills.append(found)
-        Command(folder).finish()
+        Command(folder, whole.case).finish()
         files = left(folder)
         differing = [name for name in {**files, **whole.files} if files.get(name) != whole.files.get(name)]
         assert not differing, kills
