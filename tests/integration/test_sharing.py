@@ -1,4 +1,4 @@
-"""A masked policy's GRPO on several processes: the plans, the samples and the steps of one process alone."""
+"""GRPO on several processes: the samples, the plans and the steps of one process alone."""
 
 import json
 import os
@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from rollouts.store import read_trajectory
-from tests.integration.masked_program import PROCESSES
+from tests.integration.sharing_program import PROCESSES, STARTS
 
 ROOT = Path(__file__).parents[2]
 SEVERAL = [(case, count) for case, counts in PROCESSES.items() for count in counts[1:]]
@@ -23,7 +23,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of all runs, `CASE-PROCESSES` each."""
     folder = tmp_path_factory.mktemp("processes")
     answer = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "integration" / "masked_program.py"), str(folder)],
+        [sys.executable, str(ROOT / "tests" / "integration" / "sharing_program.py"), str(folder)],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -52,6 +52,15 @@ def samples(folder: Path) -> dict[str, tuple[list[int], list[int]]]:
     return found
 
 
+def advantages(folder: Path) -> dict[str, float]:
+    """sample of the first rollout -> its advantage, over all processes."""
+    found = {}
+    for path in (folder / "stages" / "03-grpo" / "rollouts").glob("step-000000*.parquet"):
+        made, columns = read_trajectory(path)
+        found |= dict(zip(made.sample_id, columns["advantage"], strict=True))
+    return found
+
+
 def rows(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "stages/03-grpo/metrics.jsonl").read_text().splitlines()]
 
@@ -77,6 +86,13 @@ def test_samples_and_their_orders_are_the_same(runs: Path, case: str, count: int
 
 
 @pytest.mark.parametrize(("case", "count"), SEVERAL)
+def test_advantages_are_the_same_to_the_bit(runs: Path, case: str, count: int) -> None:
+    """Of the first rollout, which is drawn and scored by the same weights whatever the number of processes."""
+    alone = advantages(runs / f"{case}-1")
+    assert len(alone) == 4 * 4 and any(alone.values()) and advantages(runs / f"{case}-{count}") == alone
+
+
+@pytest.mark.parametrize(("case", "count"), SEVERAL)
 def test_the_steps_are_the_same(runs: Path, case: str, count: int) -> None:
     alone, together = rows(runs / f"{case}-1"), rows(runs / f"{case}-{count}")
     assert len(alone) == len(together) == 4
@@ -89,7 +105,7 @@ def test_the_steps_are_the_same(runs: Path, case: str, count: int) -> None:
 @pytest.mark.parametrize(("case", "count"), SEVERAL)
 def test_the_weights_are_the_same(runs: Path, case: str, count: int) -> None:
     one, other = (load_file(runs / f"{case}-{n}" / "stages/03-grpo/model/model.safetensors") for n in (1, count))
-    start = load_file(runs / "trajectory-1" / "stages/02-sft/model/model.safetensors")
+    start = load_file(runs / STARTS[case] / "stages/02-sft/model/model.safetensors")
     assert max(float((one[name] - start[name]).abs().max()) for name in one) > 1e-4
     for name in one:
         torch.testing.assert_close(other[name], one[name], rtol=0, atol=1e-6)

@@ -1,7 +1,8 @@
-"""GRPO of the tiny masked recipe on one, two and four processes, from one SFT policy: `FOLDER`.
+"""GRPO of tiny recipes on one, two and four processes, each from one SFT policy: `FOLDER`.
 
-Two recipes: a trajectory's log-probs with all that is logged of a step, and a noise plan's. Beside each run's folder
-lies what its processes planned, RUN-plans-RANK.jsonl: the digest of every plan, by sample.
+A next-token policy's, a masked one's by its trajectory's log-probs with all that is logged of a step, and by a noise
+plan's. Beside each run's folder lies what its processes planned, RUN-plans-RANK.jsonl: the digest of every plan, by
+sample.
 """
 
 import hashlib
@@ -19,9 +20,10 @@ from rlmm.objectives.noise import NoisePlan
 from rollouts.trajectory import Trajectory
 from tests.integration.forked import run_forked
 
-RECIPE = Path(__file__).parents[1] / "recipes" / "tiny_masked.yaml"
+RECIPES = Path(__file__).parents[1] / "recipes"
 SHAPE = {"steps": 4, "prompts_per_step": 4, "micro_batch_size": 2, "checkpoint_every": 4}
 CASES: dict[str, dict[str, Any]] = {
+    "next-token": SHAPE | {"lora": None},
     "trajectory": SHAPE | {"diagnostics": {"gradient_agreement": True}},
     "noise": SHAPE
     | {
@@ -29,7 +31,9 @@ CASES: dict[str, dict[str, Any]] = {
         "objective": {"name": "gspo", "clip_low": 0.2, "clip_high": 0.2, "updates_per_rollout": 2},
     },
 }
-PROCESSES = {"trajectory": (1, 2), "noise": (1, 2, 4)}
+PROCESSES = {"next-token": (1, 2, 4), "trajectory": (1, 2), "noise": (1, 2, 4)}
+STARTS = {"next-token": "next-token-1", "trajectory": "trajectory-1", "noise": "trajectory-1"}
+"""The run whose first stages each case goes on from."""
 
 
 def noting(folder: Path) -> Callable[[int], None]:
@@ -58,15 +62,16 @@ def run(recipe: Path, folder: Path, count: int) -> None:
 
 
 def main(out: Path) -> None:
-    raw = yaml.safe_load(RECIPE.read_text())
     for case, changes in CASES.items():
+        name = "tiny.yaml" if case == "next-token" else "tiny_masked.yaml"
+        raw = yaml.safe_load((RECIPES / name).read_text())
         stages = {name: raw["stages"][name] for name in ("codec", "sft", "grpo")}
         recipe = out / f"{case}.yaml"
         recipe.write_text(
             yaml.safe_dump(raw | {"stages": stages | {"grpo": stages["grpo"] | changes}}, sort_keys=False)
         )
         for count in PROCESSES[case]:
-            folder, start = out / f"{case}-{count}", out / "trajectory-1" / "stages"
+            folder, start = out / f"{case}-{count}", out / STARTS[case] / "stages"
             for stage in ("01-codec", "02-sft") if start.is_dir() else ():
                 shutil.copytree(start / stage, folder / "stages" / stage)
             run(recipe, folder, count)
