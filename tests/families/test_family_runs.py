@@ -86,7 +86,7 @@ def recipe(name: str, folder: Path, stages: dict[str, Any], **policy: Any) -> Re
     )  # fmt: skip
 
 
-LONG = ("glm_image",)
+LONG = ("glm_image", "lumina_mgpt", "chameleon")
 """An edit of the same class is in the suite."""
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from rlmm.config.optimization import Optimization
+from rlmm.train.checkpoint import latest_checkpoint
 from rlmm.train.gates import GateError
 from rlmm.train.guard import innermost
 from rlmm.train.launch import processes
@@ -102,7 +103,7 @@ def train(kind: str, folder: Path, steps: int) -> dict[str, Any]:
         model, arguments, Steps(), loss, MetricsFile(folder / "metrics.jsonl"), Meter(), callbacks=[kept]
     )
     try:
-        trainer.run(print)
+        trainer.run(print, latest_checkpoint(folder / "checkpoints", print))
     except GateError as error:
         kept.look(model, trainer.optimizer)
         return {"after": after, "stopped": str(error)}

@@ -40,7 +40,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @needs_deepspeed
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_really_ran_under_zero(folders: tuple[Path, Path]) -> None:
     alone, both = (json.loads((folder / "wrapped.json").read_text()) for folder in folders)
     assert both == {"kind": "DeepSpeedEngine", "zero": 2, "processes": 2}
@@ -48,7 +48,7 @@ def test_two_processes_really_ran_under_zero(folders: tuple[Path, Path]) -> None
 
 
 @needs_deepspeed
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_steps_are_the_same(folders: tuple[Path, Path]) -> None:
     rows = [
         [json.loads(line) for line in (folder / "stages/03-grpo/metrics.jsonl").read_text().splitlines()]
@@ -61,7 +61,7 @@ def test_the_steps_are_the_same(folders: tuple[Path, Path]) -> None:
 
 
 @needs_deepspeed
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_weights_are_the_same(folders: tuple[Path, Path]) -> None:
     one, two = (load_file(folder / "stages/03-grpo/model/model.safetensors") for folder in folders)
     start = load_file(folders[0] / "stages/02-sft/model/model.safetensors")
@@ -71,7 +71,7 @@ def test_the_weights_are_the_same(folders: tuple[Path, Path]) -> None:
 
 
 @needs_deepspeed
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_adapter_tensor_is_the_same(folders: tuple[Path, Path]) -> None:
     one, two = (load_file(folder / "stages/03-grpo/adapter/adapter_model.safetensors") for folder in folders)
     assert one.keys() == two.keys() and len(one) > 0

@@ -57,6 +57,7 @@ def test_a_plan_runs_whole_and_only_once(tmp_path: Path) -> None:
     assert not [line for line in said if line.endswith(("(codec)", "(sft)", "(grpo)", "(eval)"))]
 
 
+@pytest.mark.long
 def test_a_plan_may_have_arms_of_several_stages_and_the_best_of_n(tmp_path: Path) -> None:
     whole = read_plan(TINY, EvidencePlan).model_dump(mode="json")
     pairs = {"kind": "pairs", "prompts": 4, "samples_per_prompt": 4}

@@ -48,7 +48,7 @@ def script(folder: Path, name: str, text: str) -> None:
     (folder / name).chmod(0o755)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_nproc_starts_processes_of_this_machine(tmp_path: Path) -> None:
     assert processes_of(ran([sys.executable, "-m", "rlmm.cli", "run", "--nproc", "2"], tmp_path)) == 2
 

@@ -119,19 +119,19 @@ def weights(folder: RunFolder) -> dict[str, torch.Tensor]:
 SANDWICH = "{kind: stratified, draws: 2, upper: {share: 0.5}}"
 
 
-@pytest.mark.parametrize(
-    "settings",
+PLAIN, *OTHERS = [
+    [],
+    [f"stages.grpo.estimator={SANDWICH}", "stages.grpo.objective={name: reinforce, updates_per_rollout: 2}"],
+    ["stages.grpo.estimator={kind: trajectory, steps: 2}"],
+    ["stages.grpo.sampling.unmasking={steps: 3, order: confidence}"],
     [
-        [],
-        [f"stages.grpo.estimator={SANDWICH}", "stages.grpo.objective={name: reinforce, updates_per_rollout: 2}"],
-        ["stages.grpo.estimator={kind: trajectory, steps: 2}"],
-        ["stages.grpo.sampling.unmasking={steps: 3, order: confidence}"],
-        [
-            "stages.grpo.estimator={kind: stratified, draws: 3}",
-            "stages.grpo.objective={name: gspo, clip_low: 0.2, clip_high: 0.2, updates_per_rollout: 2}",
-        ],
+        "stages.grpo.estimator={kind: stratified, draws: 3}",
+        "stages.grpo.objective={name: gspo, clip_low: 0.2, clip_high: 0.2, updates_per_rollout: 2}",
     ],
-)
+]
+
+
+@pytest.mark.parametrize("settings", [PLAIN, *(pytest.param(one, marks=pytest.mark.long) for one in OTHERS)])
 def test_the_micro_batch_size_does_not_change_the_update(variant: Callable[..., Recipe], settings: list[str]) -> None:
     made = [
         run_recipe(variant(*settings, f"stages.grpo.micro_batch_size={size}", name=str(size)), lambda _: None)

@@ -16,9 +16,10 @@ from tests.integration.kill_driver import differences
 ROOT = Path(__file__).parents[2]
 
 
-PLACES = ["rollout", "scoring", "update", "save", "result", "between"]
+PLACES = ["rollout", "scoring", "update", "save"]
 STOPS = ["stop"]
-SLOW_PLACES = ["stop in evaluation", "full"]
+SLOW_PLACES = ["result", "between"]
+SLOW_STOPS = ["stop in evaluation", "full"]
 MASKED_PLACES = ["rollout", "update"]
 MASKED_PLACES_OF_TWO = ["rollout", "update of two"]
 EVENTS_OF_TWO = ["stop of two", "hang of two"]
@@ -47,7 +48,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict:
 
 @pytest.fixture(scope="module")
 def slow_report(tmp_path_factory: pytest.TempPathFactory) -> dict:
-    return killed_runs(tmp_path_factory.mktemp("slow"), "tiny.yaml", SLOW_PLACES)
+    return killed_runs(tmp_path_factory.mktemp("slow"), "tiny.yaml", [*SLOW_PLACES, *SLOW_STOPS])
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +88,13 @@ def test_resume_is_bit_identical(report: dict, place: str) -> None:
     check(report["places"][place])
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("place", SLOW_PLACES)
+def test_so_it_is_where_little_is_left_to_do(slow_report: dict, place: str) -> None:
+    check(slow_report["places"][place])
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("place", MASKED_PLACES)
 def test_resume_of_a_masked_policy_is_bit_identical(masked_report: dict, place: str) -> None:
     check(masked_report["places"][place])

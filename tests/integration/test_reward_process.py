@@ -81,6 +81,7 @@ def test_a_term_is_served_once_for_all_who_build_it_and_ends_when_told(tmp_path:
     assert gone(int(second))
 
 
+@pytest.mark.long
 def test_it_runs_in_the_environment_that_the_term_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     venv.create(tmp_path / "env", with_pip=False)
     inside = Path(sysconfig.get_path("purelib", vars={"base": str(tmp_path / "env")}))

@@ -17,7 +17,11 @@ MOST_SECONDS = 120
 FIRST, *REST = sorted(path.stem for path in recipes_dir().glob("*.yaml"))
 
 
-@pytest.mark.parametrize("name", REST)
+KINDS = {"quickstart", "quickstart_masked", "scenes_edit", "dpo_words", "earl_emu3_grpo", "t2i_r1", "blip3o_next_ocr"}
+"""One of each kind of recipe; the others are long tests."""
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.long] * (n not in KINDS)) for n in REST])
 def test_a_recipe_runs_in_small(name: str, tmp_path: Path) -> None:
     recipe = read_recipe(Path(name), ["model=tiny", f"run_dir={tmp_path / 'run'}"])
     assert memory_plans(recipe)  # what `rlmm check` prints

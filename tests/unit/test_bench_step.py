@@ -81,7 +81,7 @@ def test_the_peak_is_what_was_held_and_let_go() -> None:
     assert reset_peak() - before < 120 << 20
 
 
-@pytest.mark.slow
+@pytest.mark.long  # the README's own is in the suite
 def test_a_smoke_sized_bench_measures_both_sides(tmp_path: Path) -> None:
     plan = StepPlan((TINY,), (RLMM, TRL), repeats=1, steps=2)
     bench_step(plan, tmp_path / "figures" / "step.json")
