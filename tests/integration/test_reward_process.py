@@ -53,7 +53,8 @@ def term(tmp_path: Path, function: str, **more: Any) -> RewardTerm:
 
 def alive(pid: int) -> bool:
     state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout.strip()
-    return bool(state) and not state.startswith("Z")
+    # A killed process whose other threads (l) are still on their way out has not ended for who waits for it.
+    return bool(state) and (not state.startswith("Z") or "l" in state)
 
 
 def gone(pid: int) -> bool:
