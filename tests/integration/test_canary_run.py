@@ -40,16 +40,15 @@ def drifting(variant: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest
 def test_a_drift_is_logged_reported_and_stops_the_run(drifting: Callable[..., Recipe], tmp_path: Path) -> None:
     recipe = drifting("stages.grpo.steps=7", "stages.grpo.gates.canary_drift=0.5")
     stage = run_folder(recipe).stage("grpo")
-    real = MetricsFile.read
+    real = MetricsFile.append
 
-    def watched(self: MetricsFile) -> list[dict[str, float]]:
-        rows = real(self)
-        if self.path.parent == stage and len(rows) == 3:  # at the end of rollout 3; the next look is in rollout 4
+    def watched(self: MetricsFile, step: int, figures: dict[str, float]) -> None:
+        real(self, step, figures)
+        if self.path.parent == stage and step == 4:  # the judge is looked at in rollouts 0, 2, 4
             (tmp_path / "moved").write_text("0.25")
-        return rows
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MetricsFile, "read", watched)
+        patch.setattr(MetricsFile, "append", watched)
         with pytest.raises(GateError, match=r"have moved by .* of their spread \(limit 0.5\): drifting by up to 0.25"):
             run_recipe(recipe, lambda line: None)
     rows = MetricsFile(stage / "metrics.jsonl").read()
