@@ -18,7 +18,7 @@ from rlmm.train.gates import check_mismatch, measure_mismatch
 from rlmm.train.grpo_source import GrpoBatch, GrpoSource, corrected, estimator_of
 from rlmm.train.judges import check_gold
 from rlmm.train.metrics import Meter
-from rlmm.train.processes import device
+from rlmm.train.processes import device, world
 from rlmm.train.results import save_result
 from rlmm.train.running import train
 
@@ -161,7 +161,8 @@ def run_grpo(context: StageContext) -> None:
     policy = starting_policy(context, codec)
     if config.objective.kl.coefficient > 0:
         policy.freeze_reference()
-    if config.trains_image_rows:
+    # Plain data parallelism does not leave the rows in the head's own storage; the weights are the same without it.
+    if config.trains_image_rows and (world()[1] == 1 or config.deepspeed is not None):
         policy.to(device())
         policy.train_image_rows()
     _warn(context, policy)
