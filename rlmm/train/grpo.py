@@ -161,8 +161,10 @@ def run_grpo(context: StageContext) -> None:
     policy = starting_policy(context, codec)
     if config.objective.kl.coefficient > 0:
         policy.freeze_reference()
-    # Plain data parallelism does not leave the rows in the head's own storage; the weights are the same without it.
-    if config.trains_image_rows and (world()[1] == 1 or config.deepspeed is not None):
+    # Plain processes on CPUs: accelerate moves the model to "cpu:0", which copies every tensor, and rows and head would
+    # part. Training the whole head comes to the same weights.
+    parts = world()[1] > 1 and config.deepspeed is None and device().type == "cpu"
+    if config.trains_image_rows and not parts:
         policy.to(device())
         policy.train_image_rows()
     _warn(context, policy)
