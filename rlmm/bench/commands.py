@@ -64,7 +64,7 @@ def estimators(
 def unmasking(
     json_file: JsonFile = None,
     size: Annotated[str, typer.Option(help="Model, of tiny, quickstart, 5m and 50m")] = "5m",
-    samples: Annotated[int, typer.Option(min=1)] = 32,
+    samples: Annotated[int, typer.Option(min=1)] = 8,
     tokens: Annotated[int, typer.Option(min=1, help="Image tokens a sample")] = 256,
     steps: Annotated[int, typer.Option(min=1, help="Steps that reveal an image")] = 12,
     repeats: Annotated[int, typer.Option(min=1, help="Interleaved repeats, of which medians are shown")] = 3,

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
@@ -94,9 +95,8 @@ def measure(plan: UnmaskingPlan) -> tuple[list[Row], dict[str, Any]]:
         )
     ]
     times = {name: Timing() for name, _, _ in ways}
-    for _ in range(plan.repeats):
-        for name, scale, work in ways:
-            times[name] = times[name].also(timed(partial(work, scale)))
+    for name, scale, work in track(ways * plan.repeats, "sampling"):
+        times[name] = times[name].also(timed(partial(work, scale)))
     rows = []
     for name, scale, _ in ways:
         base = times["published, guided" if scale != 1 else "published"].wall
@@ -154,7 +154,7 @@ class Problem:
         part = made.rows(list(range(max(1, len(made) // self.plan.steps))))
         ways = {"trajectory": self._stage(part), "plain": self._plain(part)}
         times = {name: Timing() for name in ways}
-        for _ in range(repeats + 1):
+        for _ in track(range(repeats + 1), "updating"):
             for name, work in ways.items():
                 times[name] = times[name].also(timed(work))
                 self.policy.model.zero_grad()

@@ -110,28 +110,32 @@ class TorchEngine:
         draws after its stop token means nothing; drawing ends when every row has one."""
         layout, law, forced = self.decoder.layout, span.law, span_forced(self.decoder.layout, span)
         rows, length, names = len(seeds), span_length(layout, span), list(prefixes)
-        uniforms_BS = row_uniforms(seeds, length)
-        ids_BS = torch.full((rows, length), layout.pad, dtype=torch.long)
-        logp_BS = torch.zeros(rows, length, dtype=torch.float64)
-        support = _room(rows, length, law) if law.truncated else None
-        stop, going_B = torch.tensor(span.stop, dtype=torch.long), torch.ones(rows, dtype=torch.bool)
         stepper = self._stepper(prefixes, owner_B, length)
+        hidden_NH = stepper.hidden(torch.empty(rows, 0, dtype=torch.long))
+        device = hidden_NH.device  # nothing leaves it until the last token: a copy a step would wait for every kernel
+        uniforms_BS = row_uniforms(seeds, length).to(device)
+        ids_BS = torch.full((rows, length), layout.pad, dtype=torch.long, device=device)
+        logp_BS = torch.zeros(rows, length, dtype=torch.float64, device=device)
+        support = _room(rows, length, law) if law.truncated else None
+        stop = torch.tensor(span.stop, dtype=torch.long, device=device)
+        going_B = torch.ones(rows, dtype=torch.bool, device=device)
         for position in range(length):
-            if not going_B.any():
+            if span.stop and not going_B.any():
                 break
-            hidden_NH = stepper.hidden(ids_BS[:, :position])
+            if position:
+                hidden_NH = stepper.hidden(ids_BS[:, :position])
             if position in forced:
                 ids_BS[:, position] = forced[position]
                 continue
             logits = stepper.head(hidden_NH, law.vocabulary).unflatten(0, (len(names), rows))
             logp_BV, support_BV = law_log_probs(law, dict(zip(names, logits, strict=True)))
-            code_B = draw(logp_BV, uniforms_BS[:, position].to(logp_BV.device))
-            ids_BS[:, position] = code_B.cpu() + law.vocabulary[0]
-            logp_BS[:, position] = logp_BV.gather(-1, code_B.unsqueeze(-1)).squeeze(-1).cpu()
+            code_B = draw(logp_BV, uniforms_BS[:, position])
+            ids_BS[:, position] = code_B + law.vocabulary[0]
+            logp_BS[:, position] = logp_BV.gather(-1, code_B.unsqueeze(-1)).squeeze(-1)
             going_B &= ~torch.isin(ids_BS[:, position], stop)
             if support is not None and support_BV is not None:
                 support[:, position] = pack_support(support_BV)
-        return ids_BS, logp_BS, support
+        return ids_BS.cpu(), logp_BS.cpu(), support
 
     def _stepper(self, prefixes: dict[str, Stream], owner_B: Tensor, length: int) -> ModelStepper | PackedStepper:
         joined = join_prefixes(list(prefixes.values()), owner_B, self.decoder.layout.pad)

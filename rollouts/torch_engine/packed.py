@@ -1,18 +1,20 @@
 """A Llama's forward for sampling: fused products, a static cache, one new position a row and step.
 
 The same function as `LlamaForCausalLM` (rounding apart), prefill with left padding included. On a CPU the parts between
-the products run in `kernels.cpp`; elsewhere, and for prefill, on torch operations.
+the products run in `kernels.cpp`; elsewhere, and for prefill, on torch operations, on a GPU recorded as a CUDA graph.
 
 Shapes: Q prompts, P prefix positions, N decode rows, H hidden size, D head size, S cache positions, B = S / 16 blocks.
 """
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from rollouts.torch_engine.graphs import Graphs
 from rollouts.torch_engine.llama import LlamaShape
 from rollouts.torch_engine.native import HEAD_SIZES, LANES, Kernels, NoKernels, load_kernels
 from rollouts.torch_engine.weights import Layer, LlamaWeights, take_weights
@@ -31,13 +33,14 @@ class Prefix:
 class Rows:
     """The decode rows' cache: keys [N, heads, B, D, 16] (kernels) or [N, heads, S, D], values [N, heads, S, D] a layer.
 
-    `start_N` is each row's first real position; `filled` positions hold something.
+    `start_N` is each row's first real position; `filled` positions hold something. On a GPU `graphs` makes the steps.
     """
 
     keys: list[Tensor]
     values: list[Tensor]
     start_N: Tensor
     filled: int
+    graphs: Graphs | None = None
 
 
 class PackedLlama:
@@ -45,12 +48,16 @@ class PackedLlama:
 
     Args:
         dtype: of the products and the cache: float32, or bfloat16 for a policy under bfloat16 autocast.
-        kernels: None looks for them and falls back on torch operations; `without` says why they are not used.
+        use_kernels: look for the compiled kernels, else use torch operations; `without` says why they are not used.
+        use_graphs: record a step as a CUDA graph, where the model is on a GPU.
     """
 
-    def __init__(self, shape: LlamaShape, dtype: torch.dtype, *, use_kernels: bool = True) -> None:
+    def __init__(
+        self, shape: LlamaShape, dtype: torch.dtype, *, use_kernels: bool = True, use_graphs: bool = True
+    ) -> None:
         self.shape, self.dtype = shape, dtype
         self.device = shape.cos_PD.device
+        self.graphs = use_graphs and self.device.type == "cuda"
         self.kernels: Kernels | None = None
         self.without = "" if use_kernels else "they are switched off"
         self._weights: LlamaWeights | None = None
@@ -129,20 +136,28 @@ class PackedLlama:
                 blocks = F.pad(key, (0, 0, 0, -filled % LANES)).unflatten(2, (-1, LANES)).transpose(3, 4)
                 keys[index] = keys[index].view(*shape[:2], -1, shape[3], LANES)
                 keys[index][:, :, : blocks.shape[2]] = blocks[rows_N]
-        return Rows(keys, values, start_N, filled)
+        rows = Rows(keys, values, start_N, filled)
+        if self.graphs:
+            rows.graphs = Graphs(partial(self._step_torch, rows), capacity)
+        return rows
 
     def _room(self, shape: tuple[int, int, int, int]) -> list[Tensor]:
-        """A layer's cache each, in one piece of memory. What is not yet filled is unwritten, and never read."""
+        """A layer's cache each, in one piece of memory. What is not yet filled is never read by the kernels; a step on
+        torch operations may read it at weight 0, so there it must be a number."""
         sizes = (self.shape.layers, *shape)
         if self.kernels is not None:
             return list(self.kernels.empty(*sizes, dtype=self.dtype).unbind())
-        return list(torch.empty(sizes, dtype=self.dtype, device=self.device).unbind())
+        return list(torch.zeros(sizes, dtype=self.dtype, device=self.device).unbind())
 
     def step(self, ids_N: Tensor, rows: Rows) -> Tensor:
         """Feed one token a row; the final hidden state [N, H] of each, in float32."""
-        ids_N = ids_N.to(self.device)
-        x_NH = F.embedding(ids_N, self.weights.embedding_VH)
-        hidden_NH = self._step_torch(x_NH, rows) if self.kernels is None else self._step_kernels(x_NH, rows)
+        ids_N, at = ids_N.to(self.device), rows.filled
+        if self.kernels is not None:
+            hidden_NH = self._step_kernels(F.embedding(ids_N, self.weights.embedding_VH), rows)
+        elif rows.graphs is not None:
+            hidden_NH = rows.graphs(ids_N, at)
+        else:
+            hidden_NH = self._step_torch(rows, ids_N, torch.tensor(at, device=self.device), at + 1)
         rows.filled += 1
         return hidden_NH
 
@@ -165,17 +180,22 @@ class PackedLlama:
         kernels.add_norm(x_NH, delta, self.weights.norm_H, hidden_NH, shape.eps)
         return hidden_NH
 
-    def _step_torch(self, x_NH: Tensor, rows: Rows) -> Tensor:
-        at, end = rows.filled, rows.filled + 1
+    def _step_torch(self, rows: Rows, ids_N: Tensor, at: Tensor, extent: int) -> Tensor:
+        """Feed tokens at position `at` [], a number on the device, of a cache of which `extent` positions are read."""
+        x_NH = F.embedding(ids_N, self.weights.embedding_VH)
         position_N1 = (at - rows.start_N).unsqueeze(1)
-        mask_N11S = (torch.arange(end, device=self.device) >= rows.start_N[:, None])[:, None, None]
+        place_S = torch.arange(extent, device=self.device)
+        seen_NS = (place_S >= rows.start_N[:, None]) & (place_S <= at)
+        bias_NS = torch.zeros(seen_NS.shape, dtype=self.dtype, device=self.device).masked_fill(~seen_NS, -torch.inf)
         for index, layer in enumerate(self.weights.layers):
             q, k, v = self._turned(self._normed(x_NH, layer.norm_in), layer, position_N1)
             keys, values = rows.keys[index], rows.values[index]
-            keys[:, :, at:end] = k
-            values[:, :, at:end] = v
-            attended = _attention(q, keys[:, :, :end], values[:, :, :end], mask_N11S)
-            x_NH = self._after_attention(x_NH, attended, layer)
+            keys.index_copy_(2, at.view(1), k)
+            values.index_copy_(2, at.view(1), v)
+            # Queries of one key head are so many queries of one sequence: nothing is repeated for them.
+            grouped = q.unflatten(1, (self.shape.kv_heads, -1)).squeeze(3)
+            attended = _attention(grouped, keys[:, :, :extent], values[:, :, :extent], bias_NS[:, None, None])
+            x_NH = self._after_attention(x_NH, attended.flatten(1, 2).unsqueeze(2), layer)
         return self._norm(x_NH, self.weights.norm_H)
 
     def _turned(self, normed_NH: Tensor, layer: Layer, position_QT: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -42,7 +42,7 @@ class ModelStepper:
 
     def __init__(self, decoder: CausalDecoder, prefixes: Prefixes, length: int, layers: int | None) -> None:
         self.decoder, self.prefixes = decoder, prefixes
-        self.mask_NP = prefixes.mask_QP[prefixes.rows_N]
+        self.ids_NP, self.mask_NP = prefixes.ids_QP[prefixes.rows_N], prefixes.mask_QP[prefixes.rows_N]
         self.cache = None if layers is None else preallocated_cache(layers, prefixes.ids_QP.shape[1] + length)
 
     def hidden(self, ids_BT: Tensor) -> Tensor:
@@ -52,7 +52,8 @@ class ModelStepper:
             last_NH = decoder.hidden(given.ids_QP, given.mask_QP, cache=self.cache)[:, -1][given.rows_N]
             self.cache = widen(self.cache, given.rows_N.to(last_NH.device))
             return last_NH
-        whole_NT = torch.cat([given.ids_QP[given.rows_N], ids_BT.repeat(given.streams, 1)], 1)
+        self.ids_NP, self.mask_NP = self.ids_NP.to(ids_BT.device), self.mask_NP.to(ids_BT.device)
+        whole_NT = torch.cat([self.ids_NP, ids_BT.repeat(given.streams, 1)], 1)
         return decoder.hidden(whole_NT, F.pad(self.mask_NP, (0, position), value=True), cache=self.cache)[:, -1]
 
     def head(self, hidden_NH: Tensor, vocabulary: tuple[int, int]) -> Tensor:

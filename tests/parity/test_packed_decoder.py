@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
 
 from rlmm.config.engines import TorchEngineConfig
@@ -18,10 +19,12 @@ from rlmm.train.engines import build_engine
 from rlmm.train.gates import check_mismatch, measure_mismatch
 from rollouts.fingerprint import weights_fingerprint
 from rollouts.law import Law
+from rollouts.torch_engine import graphs
 from rollouts.torch_engine.causal import TorchEngine
+from rollouts.torch_engine.graphs import Graphs, extent_of
 from rollouts.torch_engine.llama import Unsupported, llama_shape
 from rollouts.torch_engine.native import NoKernels, load_kernels
-from rollouts.torch_engine.packed import PackedLlama
+from rollouts.torch_engine.packed import PackedLlama, Rows
 from rollouts.trajectory import Span, Trajectory
 from tests.parity.test_sampler_trainer import PROMPTS, requests
 
@@ -212,3 +215,28 @@ def test_other_models_are_named_and_sampled_through_their_own_forward(caplog: py
         policy.model.double()
         assert cast(TorchEngine, build_engine(TorchEngineConfig(), policy)).packed is None
     assert "not float32" in caplog.text
+
+
+@pytest.mark.parametrize("model", ["plain", "one key head"])
+def test_a_step_that_reads_more_of_the_cache_than_is_filled_is_the_same(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a CUDA graph does: whole buckets, what is not yet filled masked."""
+    policy, widen, extents = make_policy(model), PackedLlama.widen, []
+
+    def widened(packed: PackedLlama, *given: Any) -> Rows:
+        rows = widen(packed, *given)
+        capacity = rows.values[0].shape[2]
+
+        def step(ids_N: Tensor, position: int) -> Tensor:
+            extents.append((extent_of(position, capacity), position))
+            return packed._step_torch(rows, ids_N, torch.tensor(position), extents[-1][0])
+
+        rows.graphs = cast(Graphs, step)
+        return rows
+
+    monkeypatch.setattr(graphs, "BUCKET", 16)
+    monkeypatch.setattr(PackedLlama, "widen", widened)
+    made = sample(engine_of(policy, "torch"), Law(policy.layout.image, guidance_scale=2.0))
+    assert {extent for extent, _ in extents} == {32, 48} and all(extent > position for extent, position in extents)
+    assert gap(policy, made) < 3e-5
