@@ -74,3 +74,33 @@ def unmasking(
     from rlmm.bench.unmasking import UnmaskingPlan, bench_unmasking
 
     bench_unmasking(UnmaskingPlan(size, samples, tokens, steps, repeats, threads), json_file)
+
+
+@bench_app.command("scale")
+def scale(
+    json_file: JsonFile = None,
+    plot: Annotated[Path | None, typer.Option(help="A picture of how cost grows")] = None,
+    models: Annotated[
+        str, typer.Option(help="Of tiny, quickstart, 5m and 50m, or checkpoints, of which the configuration is read")
+    ] = "5m,quickstart,50m",
+    rows: Annotated[str, typer.Option(help="Rows an update; of each list the first is the base")] = "8,2,32",
+    tokens: Annotated[str, typer.Option(help="Image tokens a row")] = "256,1024,4096",
+    processes: Annotated[str, typer.Option(help="That share an update's rows")] = "1,2",
+    lora: Annotated[bool, typer.Option(help="Train an adapter")] = False,
+    precision: Annotated[str, typer.Option(help="Of the body's products: float32 or bfloat16")] = "float32",
+    weights: Annotated[str, typer.Option(help="What a checkpoint's weights are held in")] = "float32",
+    guidance_scale: float = 1.0,
+    checkpointing: Annotated[bool, typer.Option(help="Gradient checkpointing")] = False,
+    micro: Annotated[int, typer.Option(min=0, help="Rows a micro-batch; 0: all")] = 0,
+    drawn: Annotated[int, typer.Option(min=0, help="Image tokens a row that a rollout draws at most; 0: all")] = 0,
+    steps: Annotated[int, typer.Option(min=2, help="Updates a point, the first of which is not counted")] = 3,
+    repeats: Annotated[int, typer.Option(min=1, help="Of each point, of which medians are shown")] = 1,
+    threads: Threads = 1,
+) -> None:
+    """How seconds and memory of a rollout and an update grow with rows, image tokens, the model and processes."""
+    from rlmm.bench.scale import bench_scale, scale_plan
+
+    lists = {"model": models, "rows": rows, "tokens": tokens, "processes": processes}
+    fixed = {"precision": precision, "weights": weights, "guidance_scale": guidance_scale, "lora": lora}
+    fixed |= {"checkpointing": checkpointing, "micro": micro, "drawn": drawn}
+    bench_scale(scale_plan(lists, fixed, steps=steps, repeats=repeats, threads=threads), json_file, plot)

@@ -114,6 +114,17 @@ class _Plain:
         return F.linear(x, self.weight)
 
 
+def copied_bytes_a_second(size: int | None = None) -> float:
+    """How many bytes a second this machine reads and writes (both counted) in a copy of `size` bytes, far more than its
+    caches hold: the best of five."""
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda" if on_gpu else "cpu")
+    count = (size or (4 << 30 if on_gpu else 512 << 20)) // 2
+    source, target = (torch.ones(count, dtype=torch.uint8, device=device) for _ in range(2))
+    target.copy_(source)
+    return 2 * count / min(timed(lambda: target.copy_(source)).wall for _ in range(5))
+
+
 @contextmanager
 def torch_threads(threads: int) -> Iterator[None]:
     """Torch with that many threads inside."""

@@ -154,6 +154,13 @@ def _warn(context: StageContext, policy: TransformerPolicy) -> None:
             context.say(f"warning: {warning}")
 
 
+def rows_alone(config: GrpoStage) -> bool:
+    """Whether of the head only the rows of image codes are trained. Not on plain processes of CPUs: accelerate moves
+    the model to "cpu:0", which copies every tensor, and rows and head would part; the whole head comes to the same."""
+    parts = world()[1] > 1 and config.deepspeed is None and device().type == "cpu"
+    return config.trains_image_rows and not parts
+
+
 def run_grpo(context: StageContext) -> None:
     """Train from the starting policy on the recipe's prompts; leaves model/ (and adapter/) in the stage's folder."""
     config: GrpoStage = context.config
@@ -161,10 +168,7 @@ def run_grpo(context: StageContext) -> None:
     policy = starting_policy(context, codec)
     if config.objective.kl.coefficient > 0:
         policy.freeze_reference()
-    # Plain processes on CPUs: accelerate moves the model to "cpu:0", which copies every tensor, and rows and head would
-    # part. Training the whole head comes to the same weights.
-    parts = world()[1] > 1 and config.deepspeed is None and device().type == "cpu"
-    if config.trains_image_rows and not parts:
+    if rows_alone(config):
         policy.to(device())
         policy.train_image_rows()
     _warn(context, policy)

@@ -1,0 +1,121 @@
+"""One point of `rlmm bench scale`, in processes of its own: `python -m rlmm.bench.scale_child ORDER RESULT`."""
+
+import json
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlmm.bench.machine import timed
+from rlmm.bench.scale_problem import (
+    Point,
+    bytes_a_step,
+    law,
+    make_policy,
+    micro_batches,
+    planned,
+    requests,
+    stage,
+)
+from rlmm.bench.step_child import Measure
+from rlmm.config.engines import TorchEngineConfig
+from rlmm.policies.transformer import TransformerPolicy
+from rlmm.train.engines import build_engine
+from rlmm.train.grpo import grpo_loss, rows_alone
+from rlmm.train.grpo_source import GrpoBatch
+from rlmm.train.launch import processes
+from rlmm.train.metrics import Meter, MetricsFile
+from rlmm.train.processes import device, world
+from rlmm.train.trainer import StageTrainer, training_arguments
+from rollouts.contract import Grid
+from rollouts.trajectory import Span
+
+WARM_UP = 4
+"""Image tokens drawn before the rollout that is timed."""
+
+
+class FixedSource:
+    """The same micro-batches every step."""
+
+    nothing_counts = False
+
+    def __init__(self, batches: list[GrpoBatch]) -> None:
+        self.batches, self.micro_batches_per_step = batches, len(batches)
+
+    def micro_batches(self, step: int) -> list[GrpoBatch]:
+        return self.batches
+
+
+def roll_out(point: Point, policy: TransformerPolicy) -> dict[str, float]:
+    """Seconds of a rollout by the torch engine, and the bytes that one of its steps must read."""
+    whole, asked, chosen = policy.layout, requests(point, policy), law(point, policy)
+    engine = build_engine(TorchEngineConfig(max_rows=len(asked) * len(chosen.streams())), policy, chosen)
+
+    def draw(tokens: int) -> None:
+        policy.layout = replace(whole, grid=Grid(1, tokens))
+        engine.generate(asked, [Span("image", chosen, tokens)])
+
+    draw(min(WARM_UP, point.sampled))
+    seconds = timed(lambda: draw(point.sampled)).wall
+    policy.layout = whole
+    engine.close()
+    return {"rollout_s": seconds, "bytes_a_step": bytes_a_step(point, policy)}
+
+
+def update(point: Point, policy: TransformerPolicy, steps: int) -> dict[str, Any]:
+    """Seconds of each update, and bytes of its peak above the loaded trainer."""
+    config, measure = stage(point, steps), Measure()
+    if rows_alone(config):
+        policy.train_image_rows()
+    batches = micro_batches(point, policy, config)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = training_arguments(
+            config,
+            Path(folder),
+            micro_batch_size=point.micro_rows,
+            accumulation=len(batches),
+            report_to=[],
+            name="bench",
+        )
+        arguments.set_save("no")
+        trainer = StageTrainer(
+            policy.model,
+            arguments,
+            FixedSource(batches),
+            lambda model, batch, meter: grpo_loss(policy, config, model, batch, meter),
+            MetricsFile(Path(folder) / "metrics.jsonl"),
+            Meter(),
+            [measure],
+        )
+        trainer.train()
+    return {"update_s": measure.seconds, "peak": measure.peak, "baseline": measure.baseline}
+
+
+def measured(point: Point, steps: int) -> dict[str, Any]:
+    """All figures of a point, of this process."""
+    # Before anything is loaded: a dry run holds no memory, and what is loaded would be counted twice.
+    held = planned(point) if world()[0] == 0 else None
+    with device():
+        policy = make_policy(point)
+    policy.model.eval()
+    parameters = sum(one.numel() for one in policy.base.parameters())
+    figures = {"parameters": parameters, "planned": None if held is None else held.peak}
+    with torch.no_grad():
+        figures |= roll_out(point, policy)
+    return figures | update(point, policy, steps)
+
+
+def main(order: Path, result: Path) -> None:
+    given = json.loads(order.read_text())
+    torch.set_num_threads(given["threads"])
+    with processes(deepspeed=False):
+        figures = measured(Point(**given["point"]), given["steps"])
+        if world()[0] == 0:
+            result.write_text(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,204 @@
+"""What `rlmm bench scale` measures at a point: a random policy, its rollout, and a GRPO update on made-up samples.
+
+Shapes: B rows, P prompt positions, S image positions.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from rlmm.bench.rollout_problem import PROMPT, SIZES
+from rlmm.config.policy import CheckpointPolicy, Lora
+from rlmm.config.stages import GrpoStage
+from rlmm.dry_run import Held, Update, dry_run
+from rlmm.objectives.weights import count_totals, token_weights
+from rlmm.policies.families.llama import build
+from rlmm.policies.families.loading import outline
+from rlmm.policies.transformer import TransformerPolicy
+from rlmm.train.grpo import rows_alone
+from rlmm.train.grpo_source import GrpoBatch
+from rlmm.train.processes import world
+from rollouts.contract import Grid, Request
+from rollouts.law import COND, UNCOND, Law
+from rollouts.trajectory import IMAGE, Span, Stream, Trajectory
+
+Precision = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One measurement. `model`: a name of `SIZES`, or the folder or hub id of a checkpoint, of which the configuration
+    alone is read and the weights are random. `rows` of `tokens` image tokens are updated from in micro-batches of
+    `micro` rows a process (0: all at once); of them `drawn` tokens are sampled in the rollout (0: all)."""
+
+    model: str = "5m"
+    rows: int = 8
+    tokens: int = 256
+    processes: int = 1
+    lora: bool = False
+    precision: Precision = "float32"
+    weights: Precision = "float32"
+    guidance_scale: float = 1.0
+    checkpointing: bool = False
+    micro: int = 0
+    drawn: int = 0
+
+    def __post_init__(self) -> None:
+        if min(self.rows, self.tokens, self.processes) < 1:
+            raise ValueError(f"rows, tokens and processes must be at least 1, and the point is {self}")
+        if self.rows % self.processes or (self.rows // self.processes) % (self.micro or 1):
+            raise ValueError(
+                f"{self.rows} rows over {self.processes} process(es) in micro-batches of {self.micro or 'all'} do not "
+                "come out even; change one of them"
+            )
+
+    @property
+    def rows_each(self) -> int:
+        """Rows of a process."""
+        return self.rows // self.processes
+
+    @property
+    def micro_rows(self) -> int:
+        return self.micro or self.rows_each
+
+    @property
+    def sampled(self) -> int:
+        """Image tokens a row that the rollout draws."""
+        return min(self.tokens, self.drawn or self.tokens)
+
+
+def make_policy(point: Point) -> TransformerPolicy:
+    """The policy on the current device, over a grid of one row of `tokens` codes."""
+    if point.model in SIZES:
+        size = SIZES[point.model]
+        shape = size.model.model_copy(update={"max_positions": 2 * PROMPT + point.tokens, "null": "token"})
+        policy = build(shape, num_codes=size.codes, grid=(1, point.tokens), seed=0)
+    else:
+        policy = outline(CheckpointPolicy(path=point.model, dtype=point.weights))
+        policy.layout = replace(policy.layout, grid=Grid(1, point.tokens))
+    policy.precision = point.precision
+    if point.lora:
+        policy.add_lora(Lora(), seed=0)
+    return policy
+
+
+def law(point: Point, policy: TransformerPolicy) -> Law:
+    return Law(policy.layout.image, guidance_scale=point.guidance_scale)
+
+
+def prefixes(policy: TransformerPolicy) -> dict[str, tuple[int, ...]]:
+    """A prompt of about `PROMPT` tokens, and the one without it."""
+    words = policy.encode_prompt("a red square left of a blue circle")[:PROMPT]
+    return {COND: policy.layout.prefix(words), UNCOND: policy.layout.prefix(policy.layout.null(words))}
+
+
+def requests(point: Point, policy: TransformerPolicy) -> list[Request]:
+    """A prompt a row, as the widest batch has them; of this process alone."""
+    rows = range(point.rows_each)
+    return [Request(str(row), prefixes(policy), (row,), (str(row),)) for row in rows]
+
+
+def update_of(point: Point, length: int, streams: int) -> Update:
+    """What the dry run makes of the point, sequences of `length` positions."""
+    return Update(
+        rows=point.micro_rows * streams,
+        streams=streams,
+        length=length,
+        decided=point.tokens,
+        again=point.rows_each > point.micro_rows,
+        precision=point.precision,
+        checkpointing=point.checkpointing,
+        image_rows=rows_alone(stage(point, 1)),
+    )
+
+
+def planned(point: Point) -> Held:
+    """Bytes that an update of one process is predicted to hold."""
+    with torch.device("meta"):
+        outlined = make_policy(point)
+    streams = len(law(point, outlined).streams())
+    length = max(map(len, prefixes(outlined).values())) + point.tokens
+    return dry_run(lambda: make_policy(point), law(point, outlined), update_of(point, length, streams))
+
+
+def stage(point: Point, steps: int) -> GrpoStage:
+    return GrpoStage.model_validate(
+        {
+            "steps": steps,
+            "learning_rate": 1e-6,
+            "micro_batch_size": point.micro_rows,
+            "prompts_per_step": 1,
+            "samples_per_prompt": max(2, point.rows),  # a stage wants a group; what is updated from is the point's
+            "precision": point.precision,
+            "gradient_checkpointing": point.checkpointing,
+            "lora": {} if point.lora else None,
+        }
+    )
+
+
+def micro_batches(point: Point, policy: TransformerPolicy, config: GrpoStage) -> list[GrpoBatch]:
+    """This process's share of a step: random images whose advantages are half 1, half -1, or 1 for a single row."""
+    rank, _ = world()
+    whole = made_up(point, policy)
+    advantage_B = torch.ones(point.rows)
+    advantage_B[1::2] = -1
+    kept_B = torch.ones(point.rows, dtype=torch.bool)
+    totals = count_totals(whole.target_mask, kept_B)
+    weight_BS = token_weights(
+        config.objective.objective().weights, whole.target_mask, kept_B, totals=totals, max_length=point.tokens
+    )
+    first = rank * point.rows_each
+    starts = range(first, first + point.rows_each, point.micro_rows)
+    parts = [list(range(at, at + point.micro_rows)) for at in starts]
+    return [GrpoBatch(whole.rows(part), advantage_B[part], kept_B[part], weight_BS[part], gate=False) for part in parts]
+
+
+def made_up(point: Point, policy: TransformerPolicy) -> Trajectory:
+    """Random images of `tokens` codes under the point's law, as if they had been sampled."""
+    shape, rows = (point.rows, point.tokens), point.rows
+    whole_BS = torch.ones(shape, dtype=torch.bool)
+    ids_BS = torch.randint(*policy.layout.image, shape, generator=torch.Generator().manual_seed(0))
+    found: Law = law(point, policy)
+    given = prefixes(policy)
+    return Trajectory(
+        ids=ids_BS,
+        attention_mask=whole_BS,
+        target_mask=whole_BS,
+        modality=torch.full(shape, IMAGE, dtype=torch.int8),
+        step=torch.arange(point.tokens, dtype=torch.int32).expand(shape),
+        span=torch.zeros(shape, dtype=torch.int8),
+        spans=(Span("image", found, point.tokens),),
+        streams={name: _stream(given[name], rows) for name in found.streams()},
+        sampler_logp=torch.zeros(shape, dtype=torch.float64),
+        seed=tuple(range(rows)),
+        group_id=tuple(map(str, range(rows))),
+        sample_id=tuple(map(str, range(rows))),
+        weights_version=0,
+    )
+
+
+def _stream(ids: tuple[int, ...], rows: int) -> Stream:
+    ids_BP = torch.tensor(ids).expand(rows, -1)
+    return Stream(ids_BP, torch.ones_like(ids_BP, dtype=torch.bool))
+
+
+def bytes_a_step(point: Point, policy: TransformerPolicy) -> float:
+    """Bytes that a decode step of one process reads at the least: each weight that decides once (the head's rows of
+    image codes alone, no embedding), and the keys and values of every row at half of the drawn length."""
+    model: Any = policy.base
+    each = 2 if "bfloat16" in (point.precision, point.weights) else 4
+    left_out = (*policy.frozen_parts, *policy.untrained_parts)
+    matrices: dict[int, Tensor] = {id(p): p for n, p in model.named_parameters() if not n.startswith(left_out)}
+    matrices.pop(id(model.get_input_embeddings().weight), None)
+    head = policy.output_head(policy.layout.image).linear.get_parameter("weight")
+    matrices.pop(id(head), None)
+    weights = sum(one.numel() for one in matrices.values()) * each
+    low, high = policy.layout.image
+    weights += (high - low) * head.shape[1] * (2 if point.weights == "bfloat16" else 4)
+    sizes = policy.sizes
+    size = getattr(sizes, "head_dim", None) or sizes.hidden_size // sizes.num_attention_heads
+    position = sizes.num_hidden_layers * 2 * sizes.num_key_value_heads * size * each
+    rows = point.rows_each * len(law(point, policy).streams())
+    return weights + rows * position * (len(prefixes(policy)[COND]) + point.sampled / 2)
