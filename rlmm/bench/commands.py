@@ -14,7 +14,7 @@ Threads = Annotated[int, typer.Option(min=1, help="Torch threads; OMP_NUM_THREAD
 @bench_app.command("rollout")
 def rollout(
     json_file: JsonFile = None,
-    sizes: Annotated[str, typer.Option(help="Models, of tiny, quickstart, 5m and 50m")] = "5m,50m",
+    sizes: Annotated[str, typer.Option(help="Models, of tiny, quickstart, 5m, 50m, 1b and 7b")] = "5m,50m",
     samples: Annotated[int, typer.Option(min=1)] = 64,
     tokens: Annotated[int, typer.Option(min=1, help="Image tokens a sample")] = 256,
     repeats: Annotated[int, typer.Option(min=1, help="Interleaved repeats, of which medians are shown")] = 3,
@@ -63,7 +63,7 @@ def estimators(
 @bench_app.command("unmasking")
 def unmasking(
     json_file: JsonFile = None,
-    size: Annotated[str, typer.Option(help="Model, of tiny, quickstart, 5m and 50m")] = "5m",
+    size: Annotated[str, typer.Option(help="Model, of tiny, quickstart, 5m, 50m, 1b and 7b")] = "5m",
     samples: Annotated[int, typer.Option(min=1)] = 8,
     tokens: Annotated[int, typer.Option(min=1, help="Image tokens a sample")] = 256,
     steps: Annotated[int, typer.Option(min=1, help="Steps that reveal an image")] = 12,
@@ -81,7 +81,10 @@ def scale(
     json_file: JsonFile = None,
     plot: Annotated[Path | None, typer.Option(help="A picture of how cost grows")] = None,
     models: Annotated[
-        str, typer.Option(help="Of tiny, quickstart, 5m and 50m, or checkpoints, of which the configuration is read")
+        str,
+        typer.Option(
+            help="Of tiny, quickstart, 5m, 50m, 1b and 7b, or checkpoints, of which the configuration is read"
+        ),
     ] = "5m,quickstart,50m",
     rows: Annotated[str, typer.Option(help="Rows an update; of each list the first is the base")] = "8,2,32",
     tokens: Annotated[str, typer.Option(help="Image tokens a row")] = "256,1024,4096",

@@ -39,6 +39,9 @@ SIZES = {
     "quickstart": Size(NewPolicy(hidden_size=128, num_layers=4, num_heads=4, intermediate_size=384), 240, group=8),
     "5m": Size(NewPolicy(hidden_size=256, num_layers=6, num_heads=8, intermediate_size=688), 1024),
     "50m": Size(NewPolicy(hidden_size=640, num_layers=10, num_heads=10, intermediate_size=1728), 1024),
+    # The language models of Janus-Pro 1B and 7B.
+    "1b": Size(NewPolicy(hidden_size=2048, num_layers=24, num_heads=16, intermediate_size=5632), 16384),
+    "7b": Size(NewPolicy(hidden_size=4096, num_layers=30, num_heads=32, intermediate_size=11008), 16384),
 }
 
 

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from rlmm.bench.machine import copied_bytes_a_second, setting, torch_threads, write_json
+from rlmm.bench.machine import setting, write_json
 from rlmm.bench.rollout_problem import SIZES, known_sizes
 from rlmm.bench.scale_plot import NAMES, write_plot
 from rlmm.bench.scale_problem import Point, Precision
@@ -54,8 +54,9 @@ class ScalePlan:
 
 @dataclass(frozen=True)
 class ScaleRow:
-    """Medians over repeats and counted updates. Bytes of one process: `peak` above the loaded trainer, and `planned`
-    by the dry run; `share`: of the time of a decode step, what reading its weights and cache once would take."""
+    """Medians over repeats and counted updates. Bytes of one process: `peak` above the loaded trainer, what the dry run
+    `planned` for it, and the model's `weights`. `share`: of a decode step's time, what reading its weights and cache
+    once would take at the speed of a copy."""
 
     point: Point
     parameters: int
@@ -66,6 +67,8 @@ class ScaleRow:
     trained_tokens_a_second: float
     peak: float
     planned: float
+    weights: float
+    copied_bytes_a_second: float
 
 
 def scale_plan(lists: Mapping[str, str], fixed: Mapping[str, Any], **settings: int) -> ScalePlan:
@@ -92,8 +95,7 @@ def scale_plan(lists: Mapping[str, str], fixed: Mapping[str, Any], **settings: i
 def bench_scale(plan: ScalePlan, json_file: Path | None, plot_file: Path | None) -> list[ScaleRow]:
     """Measure, show, and write what is asked for, after every point, so that a kill loses one."""
     console, rows, points = Console(), [], plan.points()
-    with torch_threads(plan.threads):
-        around = setting(plan.threads) | {"copied_bytes_a_second": copied_bytes_a_second()}
+    around = setting(plan.threads)
     bar = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*bar, TimeRemainingColumn(), console=console) as progress:
         task = progress.add_task("scale", total=len(points) * plan.repeats)
@@ -103,7 +105,7 @@ def bench_scale(plan: ScalePlan, json_file: Path | None, plot_file: Path | None)
             for _ in range(plan.repeats):
                 made.append(run_point(point, plan))
                 progress.advance(task)
-            rows.append(row_of(point, made, around["copied_bytes_a_second"]))
+            rows.append(row_of(point, made))
             if json_file is not None:
                 figures = {"rows": [asdict(row) for row in rows], "growth": growth(rows, plan)}
                 write_json(json_file, {"setting": around, "plan": asdict(plan), **figures})
@@ -143,8 +145,9 @@ def described(point: Point) -> str:
     return f"{name}, {point.rows} x {point.tokens}, {point.processes} process{'es' * (point.processes > 1)}"
 
 
-def row_of(point: Point, made: Sequence[dict[str, Any]], copied: float) -> ScaleRow:
-    """The medians of a point's repeats. `copied`: bytes a second that the machine reads and writes in a copy."""
+def row_of(point: Point, made: Sequence[dict[str, Any]]) -> ScaleRow:
+    """The medians of a point's repeats."""
+    copied = median(one["copied_bytes_a_second"] for one in made)
     rollout_s = median(one["rollout_s"] for one in made)
     update_s = median(value for one in made for value in one["update_s"][1:])
     return ScaleRow(
@@ -157,6 +160,8 @@ def row_of(point: Point, made: Sequence[dict[str, Any]], copied: float) -> Scale
         trained_tokens_a_second=point.rows * point.tokens / update_s,
         peak=median(one["peak"] for one in made),
         planned=made[0]["planned"],
+        weights=made[0]["weights"],
+        copied_bytes_a_second=copied,
     )
 
 

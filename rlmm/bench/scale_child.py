@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from rlmm.bench.machine import timed
+from rlmm.bench.machine import copied_bytes_a_second, timed
 from rlmm.bench.scale_problem import (
     Point,
     bytes_a_step,
@@ -96,15 +96,16 @@ def update(point: Point, policy: TransformerPolicy, steps: int) -> dict[str, Any
 
 def measured(point: Point, steps: int) -> dict[str, Any]:
     """All figures of a point, of this process."""
+    copied = copied_bytes_a_second()
     # Before anything is loaded: a dry run holds no memory, and what is loaded would be counted twice.
     held = planned(point) if world()[0] == 0 else None
     with device():
         policy = make_policy(point)
     policy.model.eval()
     parameters = sum(one.numel() for one in policy.base.parameters())
-    figures = {"parameters": parameters, "planned": None if held is None else held.peak}
+    figures = {"parameters": parameters, "planned": held and held.peak, "weights": held and held.weights}
     with torch.no_grad():
-        figures |= roll_out(point, policy)
+        figures |= roll_out(point, policy) | {"copied_bytes_a_second": copied}
     return figures | update(point, policy, steps)
 
 
