@@ -1,0 +1,38 @@
+"""DeepSpeed on a GPU, over NCCL: a run of its own process, its first update that of a run without it."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rlmm.train.metrics import MetricsFile
+from tests.integration.conftest import TINY
+from tests.integration.programs import ROOT
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+    pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed"),
+]
+
+
+def grpo_rows(folder: Path, *overrides: str) -> list[dict[str, Any]]:
+    launched = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1", "-m", "rlmm.cli", "run"]
+    command = [sys.executable, *launched, str(TINY), f"run_dir={folder}", *overrides]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    (stage,) = (folder / "stages").glob("*-grpo")
+    return MetricsFile(stage / "metrics.jsonl").read()
+
+
+@pytest.mark.parametrize("zero", ["zero2", "zero3"])
+def test_a_run_under_deepspeed_begins_as_one_without(zero: str, tmp_path: Path) -> None:
+    plain = grpo_rows(tmp_path / "plain")
+    parts = grpo_rows(tmp_path / zero, f"stages.grpo.deepspeed={ROOT / 'configs' / 'deepspeed' / f'{zero}.json'}")
+    assert len(parts) == len(plain) > 1
+    assert all(row["mismatch/mean"] < 1e-5 for row in [*plain, *parts] if "mismatch/mean" in row)
+    assert parts[0]["grad_norm"] == pytest.approx(plain[0]["grad_norm"], rel=1e-2)
