@@ -30,34 +30,35 @@ class Recorded:
 
 @dataclass
 class Graphs:
-    """The graphs of one batch: they hold its cache's addresses."""
+    """The graphs of one batch: they hold its cache's addresses. The step is handed over at each call, so that the cache
+    that owns them is in no cycle: one that is collected during a later recording spoils that."""
 
-    step: Step
     capacity: int
     recorded: dict[int, Recorded] = field(default_factory=dict)
 
-    def __call__(self, ids_N: Tensor, position: int) -> Tensor:
+    def __call__(self, step: Step, ids_N: Tensor, position: int) -> Tensor:
         """Hidden states [N, H] after the tokens `ids_N` at `position`, which the cache then holds."""
         extent = extent_of(position, self.capacity)
         if extent not in self.recorded:
-            self.recorded[extent] = self._record(ids_N, position, extent)
+            self.recorded[extent] = self._record(step, ids_N, position, extent)
         found = self.recorded[extent]
         found.ids_N.copy_(ids_N)
         found.at.fill_(position)
         found.graph.replay()
         return found.hidden_NH.clone()
 
-    def _record(self, ids_N: Tensor, position: int, extent: int) -> Recorded:
+    def _record(self, step: Step, ids_N: Tensor, position: int, extent: int) -> Recorded:
         given_N, at = ids_N.clone(), torch.full((), position, dtype=torch.long, device=ids_N.device)
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):  # what libraries allocate at first use must not be recorded
-            self.step(given_N, at, extent)
+            step(given_N, at, extent)
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
         pool = next((one.graph.pool() for one in self.recorded.values()), None)
-        with torch.cuda.graph(graph, pool=pool):
-            hidden_NH = self.step(given_N, at, extent)
+        # This thread's calls alone are watched: another may be scoring on the same GPU.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            hidden_NH = step(given_N, at, extent)
         return Recorded(graph, given_N, at, hidden_NH)
 
 

@@ -136,10 +136,7 @@ class PackedLlama:
                 blocks = F.pad(key, (0, 0, 0, -filled % LANES)).unflatten(2, (-1, LANES)).transpose(3, 4)
                 keys[index] = keys[index].view(*shape[:2], -1, shape[3], LANES)
                 keys[index][:, :, : blocks.shape[2]] = blocks[rows_N]
-        rows = Rows(keys, values, start_N, filled)
-        if self.graphs:
-            rows.graphs = Graphs(partial(self._step_torch, rows), capacity)
-        return rows
+        return Rows(keys, values, start_N, filled, Graphs(capacity) if self.graphs else None)
 
     def _room(self, shape: tuple[int, int, int, int]) -> list[Tensor]:
         """A layer's cache each, in one piece of memory. What is not yet filled is never read by the kernels; a step on
@@ -155,7 +152,7 @@ class PackedLlama:
         if self.kernels is not None:
             hidden_NH = self._step_kernels(F.embedding(ids_N, self.weights.embedding_VH), rows)
         elif rows.graphs is not None:
-            hidden_NH = rows.graphs(ids_N, at)
+            hidden_NH = rows.graphs(partial(self._step_torch, rows), ids_N, at)
         else:
             hidden_NH = self._step_torch(rows, ids_N, torch.tensor(at, device=self.device), at + 1)
         rows.filled += 1

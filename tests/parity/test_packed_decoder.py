@@ -1,7 +1,9 @@
 """The packed decoder samples from the trainer's law, whatever the Llama, by compiled kernels and torch operations."""
 
 import dataclasses
+import gc
 import logging
+import weakref
 from itertools import product
 from typing import Any, cast
 
@@ -21,7 +23,7 @@ from rollouts.fingerprint import weights_fingerprint
 from rollouts.law import Law
 from rollouts.torch_engine import graphs
 from rollouts.torch_engine.causal import TorchEngine
-from rollouts.torch_engine.graphs import Graphs, extent_of
+from rollouts.torch_engine.graphs import Graphs, Step, extent_of
 from rollouts.torch_engine.llama import Unsupported, llama_shape
 from rollouts.torch_engine.native import NoKernels, load_kernels
 from rollouts.torch_engine.packed import PackedLlama, Rows
@@ -222,21 +224,28 @@ def test_a_step_that_reads_more_of_the_cache_than_is_filled_is_the_same(
     model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a CUDA graph does: whole buckets, what is not yet filled masked."""
-    policy, widen, extents = make_policy(model), PackedLlama.widen, []
+    policy, widen, extents, made_rows = make_policy(model), PackedLlama.widen, [], []
 
     def widened(packed: PackedLlama, *given: Any) -> Rows:
         rows = widen(packed, *given)
-        capacity = rows.values[0].shape[2]
-
-        def step(ids_N: Tensor, position: int) -> Tensor:
-            extents.append((extent_of(position, capacity), position))
-            return packed._step_torch(rows, ids_N, torch.tensor(position), extents[-1][0])
-
-        rows.graphs = cast(Graphs, step)
+        made_rows.append(weakref.ref(rows))
         return rows
+
+    def unrecorded(graphs: Graphs, step: Step, ids_N: Tensor, position: int) -> Tensor:
+        extents.append((extent_of(position, graphs.capacity), position))
+        return step(ids_N, torch.tensor(position), extents[-1][0])
 
     monkeypatch.setattr(graphs, "BUCKET", 16)
     monkeypatch.setattr(PackedLlama, "widen", widened)
-    made = sample(engine_of(policy, "torch"), Law(policy.layout.image, guidance_scale=2.0))
+    monkeypatch.setattr(Graphs, "__call__", unrecorded)
+    engine = engine_of(policy, "torch")
+    assert engine.packed is not None
+    engine.packed.graphs = True
+    gc.disable()
+    try:
+        made = sample(engine, Law(policy.layout.image, guidance_scale=2.0))
+        assert [rows() for rows in made_rows] == [None], "a cache outlives its rollout until the next collection"
+    finally:
+        gc.enable()
     assert {extent for extent, _ in extents} == {32, 48} and all(extent > position for extent, position in extents)
     assert gap(policy, made) < 3e-5
