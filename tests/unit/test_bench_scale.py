@@ -1,0 +1,94 @@
+"""`rlmm bench scale`: its plan, what a point is made of, the powers it finds, and one point measured."""
+
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlmm.bench import scale_problem
+from rlmm.bench.scale import ScalePlan, ScaleRow, along, growth, scale_plan, table
+from rlmm.bench.scale_child import measured
+from rlmm.bench.scale_plot import write_plot
+from rlmm.bench.scale_problem import Point, bytes_a_step, make_policy, micro_batches, stage
+
+LISTS = {"model": "tiny,quickstart", "rows": "8,2,32", "tokens": "16", "processes": "1,2"}
+FIXED = {"precision": "float32", "weights": "float32"}
+BASE = Point("tiny", rows=8, tokens=16)
+
+
+def row(point: Point, parameters: int = 100) -> ScaleRow:
+    """Costs by powers: the update with rows to 1.5 and parameters to 0.5, its memory with tokens squared."""
+    update_s = point.rows**1.5 * parameters**0.5
+    return ScaleRow(point, parameters, point.tokens * 1.0, 1.0, 0.5, update_s, 1.0, point.tokens**2.0, 1.0, 1.0, 1.0)
+
+
+def test_one_axis_is_changed_at_a_time_from_the_first_of_each_list() -> None:
+    plan = scale_plan(LISTS, FIXED, steps=2)
+    assert plan.base == BASE
+    others = [{"model": "quickstart"}, {"rows": 2}, {"rows": 32}, {"processes": 2}]
+    assert plan.points() == [BASE, *(replace(BASE, **one) for one in others)]
+
+
+@pytest.mark.parametrize(
+    ("lists", "fixed", "said"),
+    [
+        ({"model": "tinny"}, {}, "Nearest: tiny"),
+        ({"rows": "8,x"}, {}, "--rows '8,x' must be whole numbers"),
+        ({}, {"precision": "float16"}, "one of float32, bfloat16"),
+        ({"processes": "3"}, {}, "do not come out even"),
+        ({}, {"micro": 3}, "do not come out even"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(lists: dict[str, str], fixed: dict[str, object], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        scale_plan(LISTS | lists, FIXED | fixed)
+
+
+def test_powers_are_those_of_the_costs() -> None:
+    plan = ScalePlan(BASE, {"rows": (2, 32), "tokens": (64,), "model": ("quickstart",), "processes": ()})
+    rows = [row(point, 900 if point.model == "quickstart" else 100) for point in plan.points()]
+    assert [one.point.rows for one in along(rows, plan, "rows")] == [2, 8, 32]
+    found = growth(rows, plan)
+    assert found["rows"] == pytest.approx({"rollout": 0, "update": 1.5, "update's memory": 0}, abs=1e-9)
+    assert found["tokens"] == pytest.approx({"rollout": 1, "update": 0, "update's memory": 2}, abs=1e-9)
+    assert found["model"]["update"] == pytest.approx(0.5)
+    assert "processes" not in found
+    assert table(rows, 1).row_count == len(rows)
+
+
+def test_the_plot_is_a_picture(tmp_path: Path) -> None:
+    plan = ScalePlan(BASE, {"rows": (2, 32), "processes": ()})
+    rows = [asdict(row(point)) for point in plan.points()]
+    write_plot(rows, plan.axes, asdict(plan.base), tmp_path / "plots" / "scale.png")
+    assert (tmp_path / "plots" / "scale.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_decode_step_reads_the_body_the_heads_image_rows_and_the_cache() -> None:
+    point = replace(BASE, rows=4, guidance_scale=2.0)
+    policy = make_policy(point)
+    layer = 4 * 32 * 32 + 3 * 32 * 48 + 2 * 32  # attention, gated MLP, norms
+    cache = 2 * 4 * (2 * 2 * 32) * (len(scale_problem.prefixes(policy)["cond"]) + 16 / 2)
+    assert bytes_a_step(point, policy) == 4 * (2 * layer + 32 + 64 * 32 + cache)
+
+
+def test_processes_share_out_the_rows_of_one_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    def parts(point: Point, rank: int) -> list[tuple[str, ...]]:
+        monkeypatch.setattr(scale_problem, "world", lambda: (rank, point.processes))
+        found = micro_batches(point, make_policy(point), stage(point, 1))
+        weights.append(float(sum(one.weight_BS.sum() for one in found)))
+        return [one.trajectory.sample_id for one in found]
+
+    weights: list[float] = []
+    whole = parts(BASE, 0)
+    shared = replace(BASE, processes=2, micro=2)
+    both = [*parts(shared, 0), *parts(shared, 1)]
+    assert [len(part) for part in both] == [2, 2, 2, 2] and sum(both, ()) == whole[0]
+    assert weights[1] + weights[2] == pytest.approx(weights[0])
+
+
+def test_a_point_is_measured() -> None:
+    found = measured(replace(BASE, rows=2, lora=True, guidance_scale=2.0, drawn=8), steps=2)
+    assert len(found["update_s"]) == 2 and min(found["update_s"]) > 0
+    assert found["rollout_s"] > 0 and found["planned"] > 0 and found["weights"] == 4 * found["parameters"]
+    assert not torch.is_autocast_enabled("cpu")
