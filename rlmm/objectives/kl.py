@@ -70,3 +70,22 @@ def kl_loss(
     if target_mask_BS is not None:
         log_ratio_BS = torch.where(target_mask_BS, log_ratio_BS, 0.0)
     return log_ratio_BS.exp() * estimate_BS
+
+
+def bound_kl(draws_Bn: Tensor, reference_draws_Bn: Tensor, length_B: Tensor) -> Tensor:
+    """k2 a row [B] of bounds that are known by draws: half the squared log-ratio a token, without bias.
+
+    With D_n = (a draw's estimate of the policy's ELBO less one of the reference's at the same mask) / L of independent
+    draws, the square of their mean is too large by its variance, so the mean of D_n D_m over n != m is taken: its
+    expectation is the square of the expected difference, and its gradient's is that one's. Where a bound is tight, this
+    is k2 of the sequence, on a scale that does not grow with its length L.
+
+    draws_Bn: with gradient; reference_draws_Bn: of the same masks. Raises ValueError for fewer than two draws.
+    """
+    count = draws_Bn.shape[1]
+    if count < 2:
+        raise ValueError(f"{count} draw(s) a row: a square without bias is of two draws that are independent, or more")
+    length_B1 = length_B.clamp(min=1).unsqueeze(1)
+    ratio_Bn = (draws_Bn - reference_draws_Bn.detach().to(draws_Bn.dtype)) / length_B1
+    pairs_B = ratio_Bn.sum(1) ** 2 - (ratio_Bn**2).sum(1)
+    return pairs_B / (2 * count * (count - 1))

@@ -66,10 +66,13 @@ LEGALITY: dict[Family, dict[LogProbKind, str | None]] = {
         LogProbKind.EXACT: None,
         LogProbKind.TRAJECTORY: None,
         LogProbKind.ELBO: "noise in the difference of two bounds biases k2 by half its variance and k3 by "
-        "its exponential; set kl.coefficient to 0",
+        "its exponential; use kl.kind k2 and an estimator with draws that are independent (count or bernoulli, two or "
+        "more), which takes the bias out, or set kl.coefficient to 0",
         LogProbKind.MEAN_FIELD: _HEURISTIC,
         LogProbKind.SURROGATE: _HEURISTIC,
     },
+    "bound_kl": dict.fromkeys(LogProbKind, "this KL is of bounds known by independent draws; use the token's own")
+    | {LogProbKind.ELBO: None},
 }
 
 

@@ -167,6 +167,9 @@ SCHEME_KINDS: dict[Scheme, LogProbKind] = {
     "mean_field": LogProbKind.MEAN_FIELD,
 }
 
+INDEPENDENT: tuple[Scheme, ...] = ("count", "bernoulli")
+"""Schemes whose draws know nothing of each other."""
+
 Weighting = Literal["elbo", "mean"]
 
 

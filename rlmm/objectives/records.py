@@ -11,7 +11,7 @@ Level = Literal["token", "sequence"]
 Surrogate = Literal["clipped", "cispo", "reinforce"]
 KLKind = Literal["k1", "k2", "k3"]
 Correction = Literal["truncate", "mask", "reject"]
-Family = Literal["token_ratio", "sequence_ratio", "ratio_free", "dpo", "token_kl"]
+Family = Literal["token_ratio", "sequence_ratio", "ratio_free", "dpo", "token_kl", "bound_kl"]
 
 DPO_FAMILY: Family = "dpo"
 

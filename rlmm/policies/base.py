@@ -21,8 +21,9 @@ class LogProbs:
 
     `entropy_BS` is the entropy of each decision's law, in nats, without gradient unless that was asked for. `scale_BS`:
     where only some decisions were evaluated, what each counts for in a sum over its row, 0 for the others. `upper_BS`:
-    an upper estimate beside a lower one, where asked for. `figures`: sums over rows that say how good the estimate is,
-    by the name they are logged under, each with what to divide it by.
+    an upper estimate beside a lower one, where asked for. `draws_Bn`: where noise is drawn, what each draw alone makes
+    of a row's log-prob; their mean is the row's sum. `figures`: sums over rows that say how good the estimate is, by
+    the name they are logged under, each with what to divide it by.
     """
 
     kind: LogProbKind
@@ -30,6 +31,7 @@ class LogProbs:
     entropy_BS: Tensor
     scale_BS: Tensor | None = None
     upper_BS: Tensor | None = None
+    draws_Bn: Tensor | None = None
     figures: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
 

@@ -97,7 +97,8 @@ class MaskedPolicy(TransformerPolicy):
         if estimator.upper is not None:
             upper_BS = upper_log_probs(logp_BnS, weight_BnS, estimator.upper.beta)
         figures = plan_figures(plan, trajectory.target_mask, logp_BnS.detach())
-        return LogProbs(estimator.kind, logp_BS, entropy_BS, scale_BS, upper_BS, figures)
+        draws_Bn = (weight_BnS * logp_BnS).sum(-1) * estimator.draws
+        return LogProbs(estimator.kind, logp_BS, entropy_BS, scale_BS, upper_BS, draws_Bn, figures)
 
     def read(
         self,

@@ -19,6 +19,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from tests.integration.kill_driver import RECIPE, digest
@@ -138,7 +140,7 @@ def progress(folder: Path) -> str:
     stage = stages[-1].parent
     metrics = stage / "metrics.jsonl"
     lines = len(metrics.read_text().splitlines()) if metrics.is_file() else 0
-    newest = max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_mtime_ns)
+    newest = max((path for path in folder.rglob("*")), key=lambda path: path.stat().st_mtime_ns)
     status = json.loads(stages[-1].read_text())["status"]
     return f"{stage.name} {status}, {lines} steps, last file {newest.relative_to(folder)}"
 
@@ -147,8 +149,18 @@ def left(folder: Path) -> dict[str, str]:
     """Digests of weights, metrics, evaluation, stored rollouts and exported weights."""
     exported = [folder / "adapter" / "adapter_model.safetensors", folder / "merged" / "model.safetensors"]
     rollouts = sorted(folder.glob("stages/*/rollouts/*.parquet"))
-    more = {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in [*exported, *rollouts]}
-    return digest(folder) | more
+    more = {path: path.read_bytes() for path in exported} | {path: stored(path) for path in rollouts}
+    return digest(folder) | {str(path.relative_to(folder)): hashlib.sha256(b).hexdigest() for path, b in more.items()}
+
+
+def stored(path: Path) -> bytes:
+    """What a rollout file holds, but for the seconds that it took."""
+    table = pq.read_table(path)
+    kept = table.drop_columns([name for name in table.column_names if name.startswith("time/")])
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, kept.schema) as writer:
+        writer.write_table(kept.combine_chunks())
+    return sink.getvalue().to_pybytes()
 
 
 def moments(run: int, whole: Whole) -> list[Moment]:
