@@ -11,6 +11,7 @@ import torch
 
 from rlmm.config.policy import Lora
 from rlmm.config.recipe import RecipeError, read_recipe
+from rlmm.policies.head_rows import ROWS
 from rlmm.policies.still import Still
 from rlmm.train import ahead
 from rlmm.train.ahead import Ahead, Drawn
@@ -65,7 +66,8 @@ def test_a_copy_stands_still_until_it_takes_the_weights_again(trained: str) -> N
     assert weights_fingerprint(still.policy.named_weights()) == before != after
     still.take()
     assert weights_fingerprint(still.policy.named_weights()) == after
-    assert not any(p.requires_grad for p in still.policy.model.parameters())
+    names = [name for name, p in still.policy.model.named_parameters() if p.requires_grad or name.endswith(ROWS)]
+    assert not names, "what is trained alone has no place in the copy"
     own = {p.data_ptr() for p in still.policy.model.parameters()}
     shared = [p.data_ptr() in own for p in live.model.parameters()]
     # The head whose rows are trained is held whole, and the parameter of its rows is not there.
