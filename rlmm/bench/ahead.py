@@ -1,11 +1,12 @@
 """`rlmm bench ahead`: seconds of a GRPO step with rollouts drawn a step ahead, against drawing and scoring in turns.
 
-The quickstart's policy without its SFT, and a judge that says at once what it says and keeps the trainer waiting, as a
-served one does. A step is the sum of its phases, checkpoints left out; the limit is the longer of what is drawn and of
-all the rest, from the figures of the same judge in turns.
+The quickstart's policy without its SFT, with four times as many tokens an image, and a judge that keeps the trainer
+waiting, as a served one does. A step is the sum of its phases, checkpoints left out; the limit is the longer of drawing
+and of all the rest, from the figures of the same judge in turns.
 """
 
 import tempfile
+from collections import defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -22,6 +23,8 @@ from rlmm.train.metrics import MetricsFile
 WARM = 2
 """First steps that are not counted; the very first rollout is never ahead."""
 
+PROMPTS, CHUNKS = 8, 4
+
 JUDGE = """import time
 import numpy as np
 
@@ -32,18 +35,19 @@ def waits(prompts, completions, **columns):
 
 WAYS: dict[str, dict[str, Any]] = {
     "in turns": {},
-    "scored behind": {"score_chunk": 4},
+    "scored behind": {"score_chunk": PROMPTS // CHUNKS},
     "drawn ahead": {"max_staleness": 1, "objective": {"mismatch": {"kind": "truncate"}}},
 }
-"""What is measured, by the stage's settings; "scored behind" has as many chunks as batches of the judge."""
+"""What is measured, by the stage's settings."""
 
 
 @dataclass(frozen=True)
 class AheadPlan:
-    """`latencies`: seconds that the judge takes for a rollout of 16 prompts."""
+    """`latencies`: seconds that the judge takes for a rollout, of `PROMPTS` prompts."""
 
     latencies: tuple[float, ...]
     steps: int
+    repeats: int
     threads: int
 
 
@@ -64,7 +68,7 @@ def bench_ahead(plan: AheadPlan, json_file: Path | None) -> None:
     """Print the table; write it where asked."""
     with torch_threads(plan.threads):
         rows = [row for latency in plan.latencies for row in measure(plan, latency)]
-    table = Table(title=f"Seconds of a step, medians of {plan.steps - WARM} steps")
+    table = Table(title=f"Seconds of a step, medians of {plan.repeats} x {plan.steps - WARM} steps")
     for column in ("judge", "way", "step", "waits for rollout", "score", "update", "ratio", "limit"):
         table.add_column(column, justify="left" if column == "way" else "right")
     for row in rows:
@@ -77,8 +81,12 @@ def bench_ahead(plan: AheadPlan, json_file: Path | None) -> None:
 
 
 def measure(plan: AheadPlan, latency: float) -> list[Row]:
-    """Every way with one judge."""
-    found = {way: phases_of(plan, latency, settings) for way, settings in WAYS.items()}
+    """Every way with one judge; interleaved repeats."""
+    found: dict[str, dict[str, list[float]]] = {way: defaultdict(list) for way in WAYS}
+    for _ in range(plan.repeats):
+        for way, settings in WAYS.items():
+            for name, values in phases_of(plan, latency, settings).items():
+                found[way][name] += values
     turns = {name: median(values) for name, values in found["in turns"].items()}
     whole = sum(turns.values())
     limit = whole / max(turns["rollout"], whole - turns["rollout"])
@@ -100,12 +108,14 @@ def phases_of(plan: AheadPlan, latency: float, settings: dict[str, Any]) -> dict
 
 def _recipe(plan: AheadPlan, latency: float, settings: dict[str, Any], folder: Path) -> Recipe:
     judge = folder / "judge.py"
-    judge.write_text(JUDGE.format(latency=latency / 4))
+    judge.write_text(JUDGE.format(latency=latency / CHUNKS))
     raw = read_recipe(Path("quickstart")).model_dump(mode="json")
     codec, grpo = raw["stages"]["codec"] | {"steps": 1}, raw["stages"]["grpo"]
     grpo |= {"start_from": "policy", "steps": plan.steps, "held_out_every": 0, "checkpoint_every": plan.steps}
+    grpo |= {"prompts_per_step": PROMPTS, "micro_batch_size": PROMPTS * grpo["samples_per_prompt"]}
     grpo |= {"gates": {"duplicate_share": 1.0, "flat_share": 1.0}}
     grpo |= settings | {"objective": grpo["objective"] | settings.get("objective", {})}
-    rewards = {"terms": [{"function": f"{judge}:waits"}], "batch_size": 32}
+    rewards = {"terms": [{"function": f"{judge}:waits"}], "batch_size": PROMPTS * grpo["samples_per_prompt"] // CHUNKS}
+    raw["codec"] |= {"patch": [8, 4]}
     raw |= {"run_dir": str(folder / "run"), "rewards": rewards, "stages": {"codec": codec, "grpo": grpo}}
     return validate_recipe(raw, "the bench's recipe")

@@ -80,10 +80,11 @@ def unmasking(
 def ahead(
     json_file: JsonFile = None,
     latencies: Annotated[str, typer.Option(help="Seconds the judge takes for a rollout")] = "0,1,2,4",
-    steps: Annotated[int, typer.Option(min=3, help="Steps a run, the first two of which are not counted")] = 8,
+    steps: Annotated[int, typer.Option(min=3, help="Steps a run, the first two of which are not counted")] = 6,
+    repeats: Annotated[int, typer.Option(min=1, help="Interleaved runs a way, of which medians are shown")] = 2,
     threads: Threads = 1,
 ) -> None:
     """Seconds of a GRPO step with rollouts drawn a step ahead, for judges that keep the trainer waiting."""
     from rlmm.bench.ahead import AheadPlan, bench_ahead
 
-    bench_ahead(AheadPlan(tuple(float(one) for one in latencies.split(",")), steps, threads), json_file)
+    bench_ahead(AheadPlan(tuple(float(one) for one in latencies.split(",")), steps, repeats, threads), json_file)
