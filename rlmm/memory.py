@@ -41,13 +41,16 @@ class MemoryPlan:
     sampling: int
     """What sampling holds in their place: keys and values, or a forward of a masked policy."""
     engine: int
-    """The rollout engine's own copy of the weights."""
+    """The rollout engine's own copy of the weights, and the copy of what is trained that rollouts are drawn ahead
+    with."""
+    at_once: bool = False
+    """Whether rollouts are drawn during updates."""
 
     @property
     def total(self) -> int:
-        """Sampling and updating take turns, so the larger of their working sets counts."""
+        """Where sampling and updating take turns, the larger of their working sets counts."""
         held = self.weights + self.gradients + self.optimizer + self.reference + self.engine
-        return held + max(self.working, self.sampling)
+        return held + (self.working + self.sampling if self.at_once else max(self.working, self.sampling))
 
 
 Make = Callable[[], TransformerPolicy]
@@ -105,6 +108,8 @@ def _plan(name: str, stage: PolicyStage, make: Make, sources: bool) -> MemoryPla
     held = dry_run(partial(_adapted, make, stage), _law(stage, layout), _update(stage, layout, length))
     total = sum(weight.numel() for weight in policy.model.parameters())
     sampling = _sampling(stage, policy, length) if isinstance(stage, GrpoStage) else 0
+    ahead = isinstance(stage, GrpoStage) and stage.max_staleness > 0
+    still = held.weights if stage.lora is None else held.gradients
     return MemoryPlan(
         stage=name,
         weights=held.weights,
@@ -112,8 +117,9 @@ def _plan(name: str, stage: PolicyStage, make: Make, sources: bool) -> MemoryPla
         optimizer=held.optimizer,
         reference=held.weights if _holds_reference(stage, layout) else 0,
         working=held.working,
-        sampling=max(0, sampling - held.gradients * _gradients(stage)),
-        engine=_engine_copy(stage, total) if isinstance(stage, GrpoStage) else 0,
+        sampling=sampling if ahead else max(0, sampling - held.gradients * _gradients(stage)),
+        engine=(_engine_copy(stage, total) if isinstance(stage, GrpoStage) else 0) + still * ahead,
+        at_once=ahead,
     )
 
 

@@ -107,3 +107,17 @@ def scale(
     fixed = {"precision": precision, "weights": weights, "guidance_scale": guidance_scale, "lora": lora}
     fixed |= {"checkpointing": checkpointing, "micro": micro, "drawn": drawn}
     bench_scale(scale_plan(lists, fixed, steps=steps, repeats=repeats, threads=threads), json_file, plot)
+
+
+@bench_app.command("ahead")
+def ahead(
+    json_file: JsonFile = None,
+    latencies: Annotated[str, typer.Option(help="Seconds the judge takes for a rollout")] = "0,1,2,4",
+    steps: Annotated[int, typer.Option(min=3, help="Steps a run, the first two of which are not counted")] = 6,
+    repeats: Annotated[int, typer.Option(min=1, help="Interleaved runs a way, of which medians are shown")] = 2,
+    threads: Threads = 1,
+) -> None:
+    """Seconds of a GRPO step with rollouts drawn a step ahead, for judges that keep the trainer waiting."""
+    from rlmm.bench.ahead import AheadPlan, bench_ahead
+
+    bench_ahead(AheadPlan(tuple(float(one) for one in latencies.split(",")), steps, repeats, threads), json_file)

@@ -71,7 +71,9 @@ class AdvantageConfig(Strict):
 
 class MismatchConfig(Strict):
     """Importance weights between sampler and trainer, for rollouts whose arithmetic is not the trainer's (a vLLM engine
-    in bfloat16, a quantised one). With it the mismatch gate measures and does not stop."""
+    in bfloat16, a quantised one), or whose weights were a step older (`max_staleness`). With it the mismatch gate
+    measures and does not stop; but it does under `max_staleness`, where both sides' arithmetic on the same weights is
+    compared."""
 
     kind: Correction
     """truncate: a token's ratio, at most `high`. mask: the ratio, and 0 outside [low, high]. reject: 0 for a whole row

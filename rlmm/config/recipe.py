@@ -21,6 +21,7 @@ from rlmm.config.rewards import Rewards
 from rlmm.config.rounds import with_rounds
 from rlmm.config.sampling import Written
 from rlmm.config.stages import CodecStage, EvalStage, ExportStage, GrpoStage, PolicyStage, SftStage, Stage
+from rlmm.config.staleness import check_staleness
 from rlmm.config.tiny import OVERRIDE, tiny_recipe
 from rlmm.installation import recipes_dir
 
@@ -110,6 +111,7 @@ class Recipe(Strict):
                     f"stage {name!r} refers to {unknown[0]!r}, which is no policy stage before it."
                     f"{nearest(unknown[0], before)}"
                 )
+            check_staleness(name, stage)
             check_family(name, stage, self.policy, None if self.codec is None else math.prod(self.codec.grid))
             if isinstance(stage, PolicyStage):
                 before.append(name)

@@ -117,6 +117,9 @@ class GrpoStage(Optimization):
     """How often a rollout's prompts whose group has no spread are replaced by others (DAPO's dynamic sampling)."""
     score_chunk: int | None = Field(None, ge=1)
     """So many prompts of a process are drawn, then scored while the next are drawn; by default all are drawn first."""
+    max_staleness: int = Field(0, ge=0, le=1)
+    """1: a rollout is drawn while the one before it is scored and trained on, by the weights that were there then; the
+    ratios of `objective.mismatch` correct for it."""
     store_every: int = Field(1, ge=1)
     """Keep every n-th rollout file with its images; the others are deleted once their updates are checkpointed."""
     lora: Lora | None = None

@@ -27,6 +27,14 @@ def train_rows(head: nn.Linear, rows: tuple[int, int]) -> None:
     head.register_load_state_dict_post_hook(_not_missing)
 
 
+def forget_rows(model: nn.Module) -> None:
+    """Of a copy that is not trained: its heads have their matrices alone, as if no rows had been set to train."""
+    for head in model.modules():
+        if hasattr(head, FIRST):
+            delattr(head, ROWS)
+            object.__delattr__(head, FIRST)
+
+
 def rows_weight(head: nn.Linear, rows: slice) -> Tensor:
     """`head.weight[rows]`, through the parameter that is trained where these are its rows.
 

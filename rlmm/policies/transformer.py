@@ -6,11 +6,11 @@ A family adds how a trajectory is read: `hidden`, `log_probs`, `sequence_log_pro
 import copy
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -217,6 +217,13 @@ class TransformerPolicy(ABC):
             self._frozen = other.eval().requires_grad_(False)
         elif not isinstance(self.model, PeftModel):
             self._frozen = copy.deepcopy(self.model).eval().requires_grad_(False)
+
+    def copied(self, shared: Iterable[nn.Parameter]) -> Self:
+        """A copy with weights of its own but for these, which it shares; and it has the same reference."""
+        memo: dict[int, Any] = {id(one): one for one in shared}
+        if self._frozen is not None:
+            memo[id(self._frozen)] = self._frozen
+        return copy.deepcopy(self, memo)
 
     def add_lora(self, config: Lora, seed: int) -> None:
         """Wrap the model in a fresh LoRA adapter, whose weights are a function of `seed`."""

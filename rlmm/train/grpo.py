@@ -13,6 +13,7 @@ from rlmm.objectives.policy_gradient import POLICY_LOSSES, policy_metrics
 from rlmm.objectives.token_weighting import TokenView, TokenWeighting, load_token_weighting
 from rlmm.policies.base import LogProbs
 from rlmm.policies.transformer import TransformerPolicy
+from rlmm.train.ahead import KeepAhead
 from rlmm.train.context import StageContext, run_codec, starting_policy
 from rlmm.train.gates import check_mismatch, measure_mismatch
 from rlmm.train.grpo_source import GrpoBatch, GrpoSource, corrected, estimator_of
@@ -187,6 +188,9 @@ def run_grpo(context: StageContext) -> None:
         show=("reward/mean", "group/flat_share", "entropy", "mismatch/max", "grad_norm"),
         gradient_agreement=config.diagnostics.gradient_agreement,
         resume_fault=source.resume_fault,
+        callbacks=[] if source.ahead is None else [KeepAhead(source.ahead)],
     )
+    if source.ahead is not None:
+        source.ahead.close()
     source.engine.close()
     save_result(context, policy, codec)

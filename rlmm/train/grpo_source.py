@@ -13,10 +13,12 @@ from rlmm.data import Dataset
 from rlmm.objectives.estimators import Estimator
 from rlmm.objectives.weights import Totals, count_totals, token_weights
 from rlmm.policies.responses import response_of
+from rlmm.policies.still import Still
 from rlmm.policies.transformer import TransformerPolicy
 from rlmm.rewarding import build_composite
 from rlmm.seeds import generator
 from rlmm.train import experience as phases
+from rlmm.train.ahead import Ahead, Drawn
 from rlmm.train.canary import canary_figures
 from rlmm.train.context import StageContext, image_tokens, load_split
 from rlmm.train.engines import build_engine
@@ -27,8 +29,8 @@ from rlmm.train.metrics import Meter, MetricsFile
 from rlmm.train.processes import gather, share
 from rlmm.train.read_back import figures_of_finished, finish, gate_settings, record_path
 from rlmm.train.rounds import Roller, Rollout, replaced_figure
+from rlmm.train.sync import fingerprint, synced
 from rollouts.contract import Engine
-from rollouts.fingerprint import weights_fingerprint
 from rollouts.trajectory import Trajectory
 
 
@@ -59,20 +61,23 @@ class GrpoSource:
         self.context, self.policy, self.meter = context, policy, meter
         self.config: GrpoStage = context.config
         self.seed = context.seed("rollouts")
-        response = response_of(policy, self.config.sampling)
+        still = Still(policy) if self.config.max_staleness else None
+        sampled = policy if still is None else still.policy
+        response = response_of(sampled, self.config.sampling)
         data: Dataset = load_split(context, "prompts", response.spelling)
         self.held_out = build_composite(context.recipe.held_out)
         self.roller = Roller(
             self.config,
             data,
-            policy,
+            sampled,
             image_tokens(context, codec),
-            build_engine(self.config.engine, policy, response.law),
+            build_engine(self.config.engine, sampled, response.law),
             response,
             build_composite(context.recipe.rewards),
             context.recipe.rewards.invalid_output_penalty,
             self.seed,
         )
+        self.ahead = None if still is None else Ahead(context, self.roller, still)
         bind_judges(context, {"rewards": self.roller.reward, "held_out": self.held_out})
         self.metrics = MetricsFile(context.folder / "metrics.jsonl")
         self.updates = self.config.objective.updates_per_rollout
@@ -106,7 +111,9 @@ class GrpoSource:
                 experience = self.make(rollout)
         else:
             experience = self._resume(rollout)
-        return self._cut(experience, self._rows(experience.trajectory, update), update == 0, self._entropy_bonus())
+        # The gate of a rollout that was drawn ahead stood where the weights were those that drew it.
+        gate = update == 0 and not self.config.max_staleness
+        return self._cut(experience, self._rows(experience.trajectory, update), gate, self._entropy_bonus())
 
     def _entropy_bonus(self) -> float:
         """The coefficient of this step: 0 where the step before had more entropy than the floor."""
@@ -126,28 +133,36 @@ class GrpoSource:
         return rows
 
     def make(self, rollout: int) -> Experience:
-        """The rollout that these weights draw; where a run that was ended has drawn and finished it, that one is read
-        back. An engine that is not deterministic (vLLM) would draw another."""
-        experience, figures = self._read_back(rollout) or self._roll(rollout)
+        """The rollout that these weights draw, or that was drawn ahead; where a run that was ended has drawn and
+        finished it, that one is read back. An engine that is not deterministic (vLLM) would draw another."""
+        timed = Timed()
+        drawn, gate = (None, {}) if self.ahead is None else self.ahead.take(rollout, timed)
+        experience, figures = self._read_back(rollout, drawn) or self._roll(rollout, drawn, gate, timed)
         self.meter.put(figures)
         self._forget(rollout)
         self._held = (rollout, experience)
         return experience
 
-    def _read_back(self, rollout: int) -> tuple[Experience, dict[str, float]] | None:
+    def _read_back(self, rollout: int, drawn: Drawn | None) -> tuple[Experience, dict[str, float]] | None:
         path = phases.rollout_path(self.context.folder, rollout)
-        figures = figures_of_finished(path, self._fingerprint, gate_settings(self.context))
+        weights = (lambda: fingerprint(self.policy, self.engine)) if drawn is None else (lambda: drawn.weights)
+        figures = figures_of_finished(path, weights, gate_settings(self.context))
         if not all(gather(figures is not None)):
             return None
         self.context.say(f"rollout {rollout} is read back: it was finished, and drawn by these weights")
         return phases.restore(path), figures or {}
 
-    def _roll(self, rollout: int) -> tuple[Experience, dict[str, float]]:
+    def _roll(
+        self, rollout: int, drawn: Drawn | None, figures: dict[str, float], timed: Timed
+    ) -> tuple[Experience, dict[str, float]]:
         """Sample, decode, score, and turn scores into advantages; everything is stored before it is trained on."""
-        config, timed = self.config, Timed()
-        with timed("rollout"):
-            weights = self._sync(rollout)
-        found = self.roller.roll(rollout, timed)
+        config = self.config
+        if drawn is None:
+            with timed("rollout"):
+                weights = synced(self.policy, self.engine, rollout)
+            found = self.roller.roll(rollout, timed)
+        else:
+            weights, found = drawn.weights, self.roller.judge(drawn.made, drawn.samples, timed)
         reward_B, valid_B = phases.totals(found.scored, self.roller.penalty)
         result, advantage_B, kept_B = phases.advantages_of(reward_B, valid_B, found.made.group_id, config)
         with timed("replay"):
@@ -156,7 +171,7 @@ class GrpoSource:
         phases.store(path, rollout, experience, found.samples, found.scored)
         everyone = [one.total for part in gather(found.scored) for one in part]
         self.roller.reward.failures.check(everyone)
-        figures = phases.rollout_figures(found.scored, reward_B, valid_B, result, found.made)
+        figures = figures | phases.rollout_figures(found.scored, reward_B, valid_B, result, found.made)
         figures |= replaced_figure(found, config) | self._held_out_figures(rollout, found, timed)
         judges = [*self.roller.reward.terms, *self.held_out.terms]
         figures |= canary_figures(self.context.folder, config, judges, rollout, found.samples)
@@ -164,9 +179,6 @@ class GrpoSource:
         figures |= timed.figures()
         finish(path, weights, gate_settings(self.context), figures)
         return experience, figures
-
-    def _fingerprint(self) -> str:
-        return weights_fingerprint(self.policy.named_weights(), self.engine.dtype)
 
     def _held_out_figures(self, rollout: int, found: Rollout, timed: Timed) -> dict[str, float]:
         every = self.config.held_out_every
@@ -177,19 +189,6 @@ class GrpoSource:
             self.held_out.failures.check([one.total for one in judged])
         return phases.term_means(judged, "held_out")
 
-    def _sync(self, rollout: int) -> str:
-        """Hand the engine the weights, and believe it only by its fingerprint, which is returned."""
-        self.engine.sync(self.policy.named_weights(), rollout)
-        mine = self._fingerprint()
-        theirs = self.engine.fingerprint()
-        if mine != theirs:
-            raise RuntimeError(
-                f"after the weight sync of rollout {rollout} the engine's weights ({theirs}) are not the trainer's "
-                f"({mine}); its samples would be of another policy. This is a fault of the engine: use engine.kind "
-                "torch, and report it"
-            )
-        return mine
-
     def _with_log_probs(self, experience: Experience) -> Experience:
         """Old log-probs where several updates share the rollout, reference ones where a KL term asks for them."""
         objective = self.config.objective
@@ -198,7 +197,7 @@ class GrpoSource:
             old_BS = self._replay(made)
             experience = replace(experience, old_logp_BS=old_BS)
             # The gate of the first update sees only that update's rows; these are all of them.
-            if estimator_of(self.config) in (None, Estimator()):
+            if not self.config.max_staleness and estimator_of(self.config) in (None, Estimator()):
                 found = measure_mismatch(old_BS, made.sampler_logp, made.target_mask)
                 check_mismatch(found, self.config.gates, self.config.precision, corrected=corrected(objective, made))
         if objective.kl.coefficient > 0:

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,10 +20,12 @@ from rlmm.policies.transformer import TransformerPolicy
 from rlmm.seeds import epoch_indices
 from rlmm.train import experience as phases
 from rlmm.train.drawing import decode_images
+from rlmm.train.drawn import picture
 from rlmm.train.experience import Timed
 from rlmm.train.processes import gather
 from rlmm.train.tokens import ImageTokens
 from rollouts.contract import Engine
+from rollouts.store import read_trajectory
 from rollouts.trajectory import Trajectory, concatenate
 
 
@@ -70,6 +74,25 @@ class Roller:
             found = self._replace(found, flat, self._once(rollout, others, extra, timed))
         return found
 
+    def draw(self, rollout: int) -> tuple[Trajectory, list[Sample]]:
+        """The step's samples, not scored."""
+        return self._drawn(rollout, phases.step_prompts(self.data, self.config, rollout, self.seed), 0, Timed())
+
+    def read(self, path: Path) -> tuple[Trajectory, list[Sample], dict[str, list[Any]]]:
+        """What `draw` gave, from a rollout's file, and the file's columns."""
+        made, columns = read_trajectory(path)
+        images = [picture(png).copy() for png in columns["image"] if png is not None]
+        prompts = phases.step_prompts(self.data, self.config, columns["step"][0], self.seed)
+        return made, phases.samples_of(made, self._each(prompts), images, columns["text"]), columns
+
+    def judge(self, made: Trajectory, samples: list[Sample], timed: Timed) -> Rollout:
+        """Samples that `draw` gave, scored."""
+        with timed("score"):
+            return Rollout(made, samples, self.reward.score(samples))
+
+    def _each(self, prompts: Sequence[tuple[int, Example]]) -> list[Example]:
+        return [example for _, example in prompts for _ in range(self.config.samples_per_prompt)]
+
     def _once(self, rollout: int, prompts: Sequence[tuple[int, Example]], extra: int, timed: Timed) -> Rollout:
         """The prompts' rollouts: chunk after chunk of `score_chunk` prompts, each scored while the next is drawn. What
         comes out does not depend on the chunks: a row draws by its own seed, and a chunk has whole groups."""
@@ -94,9 +117,8 @@ class Roller:
         with timed("rollout"):
             requests = phases.rollout_requests(self.response, self.tokens, prompts, config, rollout, self.seed, extra)
             made = phases.generate(self.engine, self.response, requests, self.policy.model)
-        examples = [example for _, example in prompts for _ in range(config.samples_per_prompt)]
         images = decode_images(self.tokens.codec, self.policy, made)
-        return made, phases.samples_of(made, examples, images, texts_of(self.policy.tokenizer, made))
+        return made, phases.samples_of(made, self._each(prompts), images, texts_of(self.policy.tokenizer, made))
 
     def _flat(self, found: Rollout) -> list[int]:
         reward_B, valid_B = phases.totals(found.scored, self.penalty)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from torch import nn
+from transformers import TrainerCallback
 
 from rlmm.train.checkpoint import step_of
 from rlmm.train.context import StageContext
@@ -24,11 +25,13 @@ def train(
     show: Sequence[str],
     gradient_agreement: bool = False,
     resume_fault: Fault = no_fault,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> StageTrainer:
     """Train `model` for the stage's steps, from its newest good checkpoint where there is one.
 
     `show`: the metric names that a step's line prints. `gradient_agreement`: log that of the step's halves.
     `resume_fault`: why the data that follow a step cannot be had, so that an earlier checkpoint is to be used.
+    `callbacks`: the stage's own; what they write into a checkpoint's folder when it is saved is sealed with it.
     """
     checkpoint = resume_point(context.folder / "checkpoints", context.say, resume_fault)
     arguments = training_arguments(
@@ -41,9 +44,9 @@ def train(
     )
     metrics = MetricsFile(context.folder / "metrics.jsonl")
     progress = RichProgress(context.name, show, every=context.recipe.runtime.log_every)
-    callbacks = [progress, *tensorboard(context, step_of(checkpoint) if checkpoint else 0)]
+    every = [progress, *tensorboard(context, step_of(checkpoint) if checkpoint else 0), *callbacks]
     trainer = StageTrainer(
-        model, arguments, source, loss_fn, metrics, meter, callbacks, gradient_agreement=gradient_agreement
+        model, arguments, source, loss_fn, metrics, meter, every, gradient_agreement=gradient_agreement
     )
     trainer.run(context.say, checkpoint)
     return trainer

@@ -103,6 +103,30 @@ def test_without_bounds_every_tokens_ratio_is_corrected(
     assert (exact - uncorrected).abs().max() > 1e-2 * exact.abs().max()
 
 
+@pytest.mark.parametrize("surrogate", ["clipped", "cispo", "reinforce"])
+@pytest.mark.parametrize("updates", [1, 2])
+def test_rollouts_of_older_weights_are_corrected_in_every_update(
+    policy: CausalPolicy, sampler: CausalPolicy, surrogate: str, updates: int
+) -> None:
+    """As under max_staleness: the sampler's weights are older than those before the update, whose log-probs a second
+    update has for its ratio. Without a ratio (reinforce) the first update alone is corrected."""
+    law, known = law_named("guidance, temperature", policy), images(sampler, law_named("guidance, temperature", policy))
+    before = perturbed(policy, scale=0.03, seed=2)
+    every, count = known.trajectory, len(known.reward_B)
+    with torch.no_grad():
+        old_BS = before.log_probs(every).logp_BS if updates == 2 else None
+    weight_BS = known.probability_B[:, None].expand(-1, every.ids.shape[1])
+    batch = GrpoBatch(every, known.reward_B, torch.ones(count, dtype=torch.bool), weight_BS, False, old_BS)
+    bounds = {} if surrogate == "reinforce" else {"clip_low": 1.0, "clip_high": 1e9}
+    objective = {"name": "rloo", "surrogate": surrogate, "mismatch": {"kind": "truncate", **WIDE}, **bounds}
+    found = gradient(policy, loss(policy, stage(objective), batch))
+    exact = exact_gradient(policy, sampler, law, whole)
+    if updates == 2 and surrogate == "reinforce":
+        assert (found - exact).abs().max() > 1e-3 * exact.abs().max()
+    else:
+        assert_same(found, exact)
+
+
 @pytest.mark.parametrize(
     ("kind", "kept"),
     [

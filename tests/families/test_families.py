@@ -13,6 +13,7 @@ from rlmm.config.sampling import Sampling, Written
 from rlmm.policies.families.loading import checkpoint_codec, layout_of, load_policy
 from rlmm.policies.layout_io import Supervised, read_codes, supervised_batch
 from rlmm.policies.responses import response_of, texts_of
+from rlmm.policies.still import Still
 from rollouts.contract import Request
 from rollouts.interleaved import generate_spans
 from rollouts.law import Law
@@ -106,6 +107,24 @@ def test_lora_trains_the_language_model_and_leaves_the_image_tokenizer_alone(nam
     policy.log_probs(made).logp_BS.sum().backward()
     gradients = [p.grad for n, p in policy.model.named_parameters() if "lora_B" in n]
     assert all(gradient is not None and gradient.abs().sum() > 0 for gradient in gradients)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", SIZES)
+def test_a_copy_that_stands_still_replays_what_it_was_taken_for(name: str) -> None:
+    policy = peaked(name)
+    policy.add_lora(Lora(rank=2, alpha=4), seed=0)
+    drawn = sample(policy, Law(policy.layout.image))
+    still = Still(policy)
+    with torch.no_grad():
+        for parameter in policy.model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.3
+        old, new = (one.log_probs(drawn).logp_BS[drawn.target_mask] for one in (still.policy, policy))
+        still.take()
+        taken = still.policy.log_probs(drawn).logp_BS[drawn.target_mask]
+    torch.testing.assert_close(old, drawn.sampler_logp[drawn.target_mask].to(old.dtype), rtol=0, atol=1e-4)
+    assert (new - old).abs().max() > 1e-3 and torch.equal(taken, new)
 
 
 @pytest.mark.parametrize("name", SIZES)

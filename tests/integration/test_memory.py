@@ -38,6 +38,9 @@ def test_each_setting_moves_its_own_figure() -> None:
     assert plain.weights == whole.weights + plain.gradients
     for one in (plain, whole, rows):  # two moments and a count of steps
         assert 0 < one.optimizer - 2 * one.gradients < 400
+    ahead = plan("stages.grpo.max_staleness=1", "stages.grpo.objective.mismatch={kind: truncate}")
+    assert ahead.engine == plain.engine + plain.gradients  # the adapter that rollouts are drawn with
+    assert ahead.total - plain.total == plain.gradients + plain.sampling + plain.gradients  # sampled during updates
     halved = plan("stages.grpo.precision=bfloat16", "stages.grpo.engine={kind: vllm, kv_megabytes: 64}")
     assert halved.engine == plain.engine  # rounded in one's own process, or loaded in another's
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from rlmm.train.processes import EXIT_HUNG
 from rlmm.train.signals import EXIT_STOPPED
@@ -25,6 +26,8 @@ MASKED_PLACES_OF_TWO = ["rollout", "update of two"]
 EVENTS_OF_TWO = ["stop of two", "hang of two"]
 DPO_PLACES = ["codec", "sft", "stop in pairs", "pairs", "pair files", "reference", "dpo", "evaluation", "export"]
 MASKED_DPO_PLACES = ["pairs", "dpo"]
+AHEAD_PLACES = ["rollout", "scoring", "update", "save"]
+MASKED_AHEAD_PLACES_OF_TWO = ["rollout", "update of two", "stop of two"]
 
 
 def killed_runs(out: Path, recipe: str, places: list[str], processes: int = 1) -> dict:
@@ -73,6 +76,26 @@ def masked_dpo_report(tmp_path_factory: pytest.TempPathFactory) -> dict:
     return killed_runs(tmp_path_factory.mktemp("masked_dpo_kills"), "tiny_masked_dpo.yaml", MASKED_DPO_PLACES)
 
 
+def killed_ahead(out: Path, recipe: str, places: list[str], processes: int = 1) -> dict:
+    """Of the recipe with rollouts that are drawn a step ahead."""
+    made = yaml.safe_load((ROOT / "tests" / "recipes" / recipe).read_text())
+    made["stages"]["grpo"]["max_staleness"] = 1
+    made["stages"]["grpo"]["objective"]["mismatch"] = {"kind": "truncate"}
+    path = out / recipe
+    path.write_text(yaml.safe_dump(made, sort_keys=False))
+    return killed_runs(out, str(path), places, processes)
+
+
+@pytest.fixture(scope="module")
+def ahead_report(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    return killed_ahead(tmp_path_factory.mktemp("ahead_kills"), "tiny.yaml", [*AHEAD_PLACES, *STOPS])
+
+
+@pytest.fixture(scope="module")
+def ahead_report_of_two(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    return killed_ahead(tmp_path_factory.mktemp("ahead_of_two"), "tiny_masked.yaml", MASKED_AHEAD_PLACES_OF_TWO, 2)
+
+
 def test_a_file_that_only_one_run_has_is_a_difference() -> None:
     assert differences({"a": "1", "b": "2", "c": "3"}, {"b": "2", "c": "4", "d": "5"}) == ["a", "c", "d"]
 
@@ -105,6 +128,21 @@ def test_resume_of_a_masked_policy_is_bit_identical(masked_report: dict, place: 
 def test_resume_of_a_masked_policy_on_two_processes_is_bit_identical(report_of_two: dict, place: str) -> None:
     check(report_of_two["places"][place])
     assert "resuming from step" in report_of_two["places"][place]["log"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("place", [*AHEAD_PLACES, *STOPS])
+def test_resume_of_rollouts_drawn_ahead_is_bit_identical(ahead_report: dict, place: str) -> None:
+    check(ahead_report["places"][place], EXIT_STOPPED if place in STOPS else -signal.SIGKILL)
+    # The third rollout is drawn before the first checkpoint, which is inside the second.
+    assert ("resuming from step" in ahead_report["places"][place]["log"]) == (place != "rollout")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("place", MASKED_AHEAD_PLACES_OF_TWO)
+def test_so_it_is_on_two_processes_and_of_a_masked_policy(ahead_report_of_two: dict, place: str) -> None:
+    check(ahead_report_of_two["places"][place], EXIT_STOPPED if place.startswith("stop") else -signal.SIGKILL)
+    assert ("resuming from step" in ahead_report_of_two["places"][place]["log"]) == (place != "rollout")
 
 
 @pytest.mark.long
