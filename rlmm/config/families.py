@@ -78,9 +78,8 @@ def _check_engine(name: str, stage: GrpoStage | PairsStage) -> None:
 
 def _check_log_prob(name: str, stage: GrpoStage, kind: LogProbKind, force: bool) -> None:
     """The table of legality, and that `force` is there for something."""
-    families = [stage.objective.objective().family, *(["token_kl"] if stage.objective.kl.coefficient > 0 else [])]
     try:
-        for family in families:
+        for family in stage.families:
             check_legal(family, kind)
     except IllegalObjective:
         if not force:

@@ -14,6 +14,8 @@ from rlmm.config.pairs import PairsStage
 from rlmm.config.policy import Lora
 from rlmm.config.preference import DpoStage
 from rlmm.config.sampling import Sampled, Sampling, Writing
+from rlmm.objectives.noise import INDEPENDENT
+from rlmm.objectives.records import Family
 
 
 class CodecStage(Optimization):
@@ -129,6 +131,18 @@ class GrpoStage(Optimization):
         """Of the head only the rows of image codes are trained: no others have a gradient, and nothing decays them."""
         whole = self.lora is None and self.weight_decay == 0 and self.deepspeed is None
         return whole and self.sampling.written is None
+
+    @property
+    def kl_of_bounds(self) -> bool:
+        """Whether the KL term is of bounds that are known by independent draws, so that it can be had without bias."""
+        noise = self.estimator
+        return noise is not None and noise.kind in INDEPENDENT and noise.draws > 1 and self.objective.kl.kind == "k2"
+
+    @property
+    def families(self) -> list[Family]:
+        """What of the objective must be allowed to use the log-probs."""
+        kl: list[Family] = ["bound_kl" if self.kl_of_bounds else "token_kl"]
+        return [self.objective.objective().family, *(kl if self.objective.kl.coefficient > 0 else [])]
 
     @property
     def rollouts(self) -> int:

@@ -37,13 +37,15 @@ from rollouts.trajectory import Trajectory
 
 @dataclass(frozen=True)
 class Experience:
-    """A scored rollout of this process. `advantage_B` float32, `kept_B` bool; log-probs [B, S] or None if unused."""
+    """A scored rollout of this process. `advantage_B` float32, `kept_B` bool; log-probs [B, S], and those of each noise
+    draw [B, n], or None if unused."""
 
     trajectory: Trajectory
     advantage_B: Tensor
     kept_B: Tensor
     old_logp_BS: Tensor | None = None
     reference_logp_BS: Tensor | None = None
+    reference_draws_Bn: Tensor | None = None
 
 
 def spell_sources(tokens: ImageTokens, layout: Layout, images: Sequence[Image.Image]) -> list[list[int]]:
@@ -205,7 +207,12 @@ def store(
     """Keep everything of a rollout: a resumed run reads its updates from here, a person its images."""
     columns = scored_columns(rollout, samples, scored)
     columns |= {"advantage": experience.advantage_B.tolist(), "kept": experience.kept_B.tolist()}
-    for name, value in (("old_logp", experience.old_logp_BS), ("reference_logp", experience.reference_logp_BS)):
+    kept = {
+        "old_logp": experience.old_logp_BS,
+        "reference_logp": experience.reference_logp_BS,
+        "reference_draws": experience.reference_draws_Bn,
+    }
+    for name, value in kept.items():
         if value is not None:
             columns[name] = list(value.double().numpy())
     with storing(f"rollout {rollout}", path):
@@ -242,6 +249,7 @@ def restore(path: Path) -> Experience:
         torch.tensor(columns["kept"], dtype=torch.bool),
         matrix("old_logp"),
         matrix("reference_logp"),
+        matrix("reference_draws"),
     )
 
 

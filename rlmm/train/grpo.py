@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from rlmm.config.objectives import MismatchConfig, ObjectiveConfig
 from rlmm.config.stages import GrpoStage
 from rlmm.objectives.estimators import Estimator, sandwiched
-from rlmm.objectives.kl import kl_estimate, kl_loss
+from rlmm.objectives.kl import bound_kl, kl_estimate, kl_loss
 from rlmm.objectives.legality import LogProbKind, check_legal
 from rlmm.objectives.mismatch import mismatch_weights
 from rlmm.objectives.policy_gradient import POLICY_LOSSES, policy_metrics
@@ -135,6 +135,8 @@ def _correction(mismatch: MismatchConfig, old_BS: Tensor, batch: GrpoBatch, mete
 def _penalty(objective: ObjectiveConfig, current: LogProbs, old_BS: Tensor, batch: GrpoBatch, meter: Meter) -> Tensor:
     reference, target = batch.reference_logp_BS, evaluated(current, batch.trajectory.target_mask)
     assert reference is not None, "called only with a reference"
+    if batch.reference_draws_Bn is not None:
+        return objective.kl.coefficient * _bound_penalty(current, batch, meter).unsqueeze(1)
     old = old_BS if objective.kl.importance_weighted else None
     penalty_BS = kl_loss(objective.kl.kind, current.logp_BS, reference, old_logp_BS=old, target_mask_BS=target)
     counted = target & batch.kept_B[:, None]
@@ -143,13 +145,20 @@ def _penalty(objective: ObjectiveConfig, current: LogProbs, old_BS: Tensor, batc
     return objective.kl.coefficient * penalty_BS
 
 
+def _bound_penalty(current: LogProbs, batch: GrpoBatch, meter: Meter) -> Tensor:
+    """A row's [B], a token: each of its tokens has it, under the objective's weights."""
+    assert current.draws_Bn is not None and batch.reference_draws_Bn is not None, "the config asks for both or neither"
+    penalty_B = bound_kl(current.draws_Bn, batch.reference_draws_Bn, batch.trajectory.target_mask.sum(1))
+    meter.add("kl", float(penalty_B.detach()[batch.kept_B].sum()), float(batch.kept_B.sum()))
+    return penalty_B
+
+
 def _warn(context: StageContext, policy: TransformerPolicy) -> None:
     """Say where the objective uses a log-prob that is no likelihood, or one it cannot soundly use."""
     config: GrpoStage = context.config
     estimator = estimator_of(config)
     kind = policy.log_prob_kind if estimator is None else estimator.kind
-    families = [config.objective.objective().family, *(["token_kl"] if config.objective.kl.coefficient > 0 else [])]
-    for family in families:
+    for family in config.families:
         warning = check_legal(family, kind, force=config.estimator is not None and config.estimator.force)
         if warning is not None:
             context.say(f"warning: {warning}")

@@ -28,6 +28,7 @@ from rlmm.train.judges import bind_judges
 from rlmm.train.metrics import Meter, MetricsFile
 from rlmm.train.processes import gather, share
 from rlmm.train.read_back import figures_of_finished, finish, gate_settings, record_path
+from rlmm.train.replay import Replayed, replay
 from rlmm.train.rounds import Roller, Rollout, replaced_figure
 from rlmm.train.sync import fingerprint, synced
 from rollouts.contract import Engine
@@ -46,10 +47,11 @@ class GrpoBatch:
     gate: bool
     old_logp_BS: Tensor | None = None
     reference_logp_BS: Tensor | None = None
+    reference_draws_Bn: Tensor | None = None
     entropy_coefficient: float = 0.0
 
     def to(self, device: torch.device | str) -> "GrpoBatch":
-        names = ("advantage_B", "kept_B", "weight_BS", "old_logp_BS", "reference_logp_BS")
+        names = ("advantage_B", "kept_B", "weight_BS", "old_logp_BS", "reference_logp_BS", "reference_draws_Bn")
         moved = {n: getattr(self, n).to(device) for n in names if getattr(self, n) is not None}
         return replace(self, trajectory=self.trajectory.to(device), **moved)
 
@@ -194,7 +196,7 @@ class GrpoSource:
         objective = self.config.objective
         if self.updates > 1:
             made = experience.trajectory
-            old_BS = self._replay(made)
+            old_BS = self._replay(made).logp_BS
             experience = replace(experience, old_logp_BS=old_BS)
             # The gate of the first update sees only that update's rows; these are all of them.
             if not self.config.max_staleness and estimator_of(self.config) in (None, Estimator()):
@@ -202,15 +204,13 @@ class GrpoSource:
                 check_mismatch(found, self.config.gates, self.config.precision, corrected=corrected(objective, made))
         if objective.kl.coefficient > 0:
             with self.policy.reference():
-                experience = replace(experience, reference_logp_BS=self._replay(experience.trajectory))
+                found = self._replay(experience.trajectory)
+            draws_Bn = found.draws_Bn if self.config.kl_of_bounds else None
+            experience = replace(experience, reference_logp_BS=found.logp_BS, reference_draws_Bn=draws_Bn)
         return experience
 
-    @torch.no_grad()
-    def _replay(self, trajectory: Trajectory) -> Tensor:
-        size, device, estimator = self.config.micro_batch_size, self.policy.base.device, estimator_of(self.config)
-        runs = [list(range(at, min(at + size, len(trajectory)))) for at in range(0, len(trajectory), size)]
-        parts = [self.policy.log_probs(trajectory.rows(rows).to(device), estimator=estimator).logp_BS for rows in runs]
-        return torch.cat(parts).cpu().float()
+    def _replay(self, trajectory: Trajectory) -> Replayed:
+        return replay(self.policy, trajectory, estimator_of(self.config), self.config.micro_batch_size)
 
     def resume_fault(self, step: int) -> str | None:
         """Why this process cannot go on after `step` updates: inside a rollout, whose file is needed and cannot be
@@ -279,6 +279,7 @@ class GrpoSource:
             False,
             None if experience.old_logp_BS is None else experience.old_logp_BS[at],
             None if experience.reference_logp_BS is None else experience.reference_logp_BS[at],
+            None if experience.reference_draws_Bn is None else experience.reference_draws_Bn[at],
         )
 
 

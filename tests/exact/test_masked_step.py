@@ -8,10 +8,12 @@ from torch import Tensor
 
 from rlmm.config.stages import GrpoStage
 from rlmm.objectives.estimators import step_weights
+from rlmm.objectives.kl import bound_kl
 from rlmm.policies.masked import MaskedPolicy
 from rlmm.train.grpo import grpo_loss
 from rlmm.train.grpo_source import GrpoBatch
 from rlmm.train.metrics import Meter
+from rlmm.train.replay import replay
 from rollouts.trajectory import Trajectory
 from rollouts.unmasking import Unmasking
 from tests.exact.masked_enumerable import LENGTH, law_named, make_policy, sample, state, table
@@ -71,3 +73,25 @@ def test_an_estimate_is_driven_by_the_sum_over_its_plan(
     whole_B = policy.log_probs(made, estimator=stage.estimator.record()).logp_BS.sum(1)
     wanted = flat(policy, -(ADVANTAGE_B * whole_B).sum() / ROWS / LENGTH)
     torch.testing.assert_close(gradient(policy, made, estimator, objective), wanted, rtol=1e-7, atol=1e-10)
+
+
+def test_the_kl_of_bounds_is_added_to_the_loss_a_row(policy: MaskedPolicy, made: Trajectory) -> None:
+    estimator, other = {"kind": "count", "draws": 3}, make_policy(seed=1)
+    kl = {"kind": "k2", "coefficient": 0.5}
+    stage = GrpoStage.model_validate(
+        {"steps": 1, "learning_rate": 1e-3, "estimator": estimator, "objective": {"name": "gspo", "kl": kl}}
+    )
+    assert stage.estimator is not None and stage.kl_of_bounds
+    still = replay(other, made, stage.estimator.record(), 2)
+    assert still.draws_Bn is not None and still.draws_Bn.shape == (ROWS, 3)
+    mine_Bn = policy.log_probs(made, estimator=stage.estimator.record()).draws_Bn
+    assert mine_Bn is not None
+    wanted = 0.5 * bound_kl(mine_Bn, still.draws_Bn, made.target_mask.sum(1)).sum() / ROWS
+
+    weight_BS, meter = torch.full((ROWS, LENGTH), 1 / ROWS / LENGTH, dtype=torch.float64), Meter()
+    kept_B, none_B = torch.ones(ROWS, dtype=torch.bool), torch.zeros(ROWS, dtype=torch.float64)
+    batch = GrpoBatch(made, none_B, kept_B, weight_BS, False, None, still.logp_BS, still.draws_Bn)
+    loss = grpo_loss(policy, stage, policy.model, batch, meter)
+    assert float(loss.detach()) == pytest.approx(float(wanted.detach()), rel=1e-9)
+    torch.testing.assert_close(flat(policy, loss), flat(policy, wanted), rtol=1e-7, atol=1e-12)
+    assert meter.flush()["kl"] == pytest.approx(float(wanted.detach()) / 0.5, rel=1e-9)

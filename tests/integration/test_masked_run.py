@@ -165,6 +165,15 @@ def test_the_log_says_how_good_an_estimate_is(variant: Callable[..., Recipe]) ->
     assert 0 < first["order/share"] < 1
 
 
+def test_a_bound_is_held_near_the_references_by_independent_draws(variant: Callable[..., Recipe]) -> None:
+    objective = "{name: gspo, clip_low: 0.2, updates_per_rollout: 2, kl: {kind: k2, coefficient: 0.5}}"
+    settings = f"stages.grpo.objective={objective}", "stages.grpo.estimator={kind: count, draws: 3}"
+    said: list[str] = []
+    rows = metrics(run_recipe(variant(*settings), said.append))
+    assert not any("warning" in line for line in said)
+    assert rows[0]["kl"] == 0.0 and all(row["kl"] != 0.0 for row in rows[1:])  # the reference is the start
+
+
 def test_a_baseline_that_is_no_likelihood_runs_when_forced_and_says_so(variant: Callable[..., Recipe]) -> None:
     said: list[str] = []
     estimator = "stages.grpo.estimator={kind: count, draws: 2, force: true}"
@@ -183,7 +192,21 @@ def test_a_baseline_that_is_no_likelihood_runs_when_forced_and_says_so(variant: 
         ([COUNT], "use level: sequence"),
         (
             ["stages.grpo.estimator={kind: count}", "stages.grpo.objective={name: gspo, kl: {coefficient: 0.1}}"],
-            "token_kl",
+            "which takes the bias out",
+        ),
+        (
+            [
+                "stages.grpo.estimator={kind: count, draws: 1}",
+                "stages.grpo.objective={name: gspo, kl: {kind: k2, coefficient: 0.1}}",
+            ],
+            "two or more",
+        ),
+        (
+            [
+                "stages.grpo.estimator={kind: stratified, draws: 4}",
+                "stages.grpo.objective={name: gspo, kl: {kind: k2, coefficient: 0.1}}",
+            ],
+            "draws that are independent",
         ),
         ([f"stages.grpo.estimator={SANDWICH}", "stages.grpo.objective={name: gspo}"], "an upper estimate has no ratio"),
         (["stages.grpo.estimator={kind: complement, draws: 3}"], "2 at a time"),

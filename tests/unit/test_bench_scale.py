@@ -26,8 +26,8 @@ def row(point: Point, parameters: int = 100) -> ScaleRow:
 def test_one_axis_is_changed_at_a_time_from_the_first_of_each_list() -> None:
     plan = scale_plan(LISTS, FIXED, steps=2)
     assert plan.base == BASE
-    others = [{"model": "quickstart"}, {"rows": 2}, {"rows": 32}, {"processes": 2}]
-    assert plan.points() == [BASE, *(replace(BASE, **one) for one in others)]
+    rows = [replace(BASE, rows=2), replace(BASE, rows=32)]
+    assert plan.points() == [BASE, replace(BASE, model="quickstart"), *rows, replace(BASE, processes=2)]
 
 
 @pytest.mark.parametrize(
