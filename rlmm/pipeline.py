@@ -8,6 +8,7 @@ import torch
 from transformers.utils import logging as hf_logging
 
 from rlmm.batch import batch_equations
+from rlmm.config.preference import DpoStage
 from rlmm.config.recipe import Recipe
 from rlmm.config.stages import GrpoStage
 from rlmm.evaluation.evaluate import run_eval
@@ -25,6 +26,7 @@ from rlmm.train.grpo import run_grpo
 from rlmm.train.heart import settle
 from rlmm.train.launch import deepspeed_digest
 from rlmm.train.pairs import run_pairs
+from rlmm.train.preference_rows import check_data
 from rlmm.train.processes import Stopped, everywhere, in_first, world
 from rlmm.train.sft import run_sft
 from rlmm.train.signals import leaving, stop_if_asked
@@ -73,6 +75,9 @@ def _open(folder: RunFolder, recipe: Recipe, say: Callable[[str], None]) -> list
     done = [name for name in recipe.stages if folder.done(name)]
     if len(done) < len(recipe.stages):
         check_space(folder.path, space_needed(recipe, folder))
+    for name, stage in recipe.stages.items():
+        if name not in done and isinstance(stage, DpoStage) and stage.data is not None:
+            check_data(stage.data)  # before hours of other stages
     folder.write_environment()
     return done
 
