@@ -50,7 +50,7 @@ def rewards_named(name: str) -> Rewards:
     shipped = [recipe.stem for recipe in recipes_dir().glob("*.yaml")]
     if Path(name).suffix or name in shipped:
         return read_recipe(Path(name)).rewards
-    raise ValueError(f"there is no reward and no recipe {name!r}.{nearest(name, [*REWARDS, *shipped])}")
+    raise ValueError(f"there is no reward and no recipe {name!r}.{nearest(name, sorted({*REWARDS, *shipped}))}")
 
 
 def check_kept(keep: int, count: int) -> None:

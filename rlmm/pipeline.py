@@ -69,15 +69,15 @@ def run_recipe(recipe: Recipe, say: Callable[[str], None]) -> RunFolder:
 
 def _open(folder: RunFolder, recipe: Recipe, say: Callable[[str], None]) -> list[str]:
     """Make the folder this run's, or find that it is. Returns the stages that are done."""
+    for name, stage in recipe.stages.items():
+        if isinstance(stage, DpoStage) and stage.data is not None and not folder.done(name):
+            check_data(stage.data)  # before hours of other stages, and while the recipe may still be mended
     folder.bind_config(recipe.model_dump(mode="json"))
     if partial := remove_partial(folder.path):
         say(f"removed {len(partial)} half-written file(s) of a process that was ended")
     done = [name for name in recipe.stages if folder.done(name)]
     if len(done) < len(recipe.stages):
         check_space(folder.path, space_needed(recipe, folder))
-    for name, stage in recipe.stages.items():
-        if name not in done and isinstance(stage, DpoStage) and stage.data is not None:
-            check_data(stage.data)  # before hours of other stages
     folder.write_environment()
     return done
 
