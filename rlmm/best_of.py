@@ -10,7 +10,8 @@ from PIL import Image
 
 from rewards import REWARDS
 from rewards.base import Sample
-from rlmm.config.recipe import read_recipe
+from rlmm.config.base import nearest
+from rlmm.config.recipe import read_recipe, recipes_dir
 from rlmm.config.rewards import Rewards
 from rlmm.evaluation.best_of import CurvePoint, curve, scores_of
 from rlmm.rewarding import build_composite
@@ -40,12 +41,22 @@ class Ranked:
 
 
 def rewards_named(name: str) -> Rewards:
-    """The rewards of a recipe, a built-in reward, or a function (path/file.py:name)."""
+    """The rewards of a recipe, a built-in reward, or a function (path/file.py:name). Raises ValueError for what is none
+    of them."""
     if name in REWARDS:
         return Rewards.model_validate({"terms": [{"name": name}]})
     if ":" in name:
         return Rewards.model_validate({"terms": [{"function": name}]})
-    return read_recipe(Path(name)).rewards
+    shipped = [recipe.stem for recipe in recipes_dir().glob("*.yaml")]
+    if Path(name).suffix or name in shipped:
+        return read_recipe(Path(name)).rewards
+    raise ValueError(f"there is no reward and no recipe {name!r}.{nearest(name, sorted({*REWARDS, *shipped}))}")
+
+
+def check_kept(keep: int, count: int) -> None:
+    """Raises ValueError where more samples are to be kept than are drawn."""
+    if keep > count:
+        raise ValueError(f"the {keep} best of {count} samples were asked for; draw more, or show fewer")
 
 
 def rank(
@@ -60,11 +71,10 @@ def rank(
     """Of each prompt's samples the `keep` best; samples without a score come last. `row`: columns that the rewards
     read, and `sources`: images that the prompts are about, the same for every prompt.
 
-    Raises ValueError where more are to be kept than were drawn.
+    Raises ValueError where more are to be kept than were drawn, or no sample has a score.
     """
     count = drawn.columns
-    if keep > count:
-        raise ValueError(f"the {keep} best of {count} samples were asked for; draw more, or show fewer")
+    check_kept(keep, count)
     made = [
         Sample(
             sample_id=str(place),
@@ -77,7 +87,13 @@ def rank(
         )
         for place in range(len(prompts) * count)
     ]
-    scores_PN = scores_of(build_composite(rewards).checked(made), rewards.invalid_output_penalty).reshape(-1, count)
+    scored = build_composite(rewards).checked(made)
+    scores_PN = scores_of(scored, rewards.invalid_output_penalty).reshape(-1, count)
+    if np.isnan(scores_PN).all():
+        raise ValueError(
+            f"none of the {len(made)} samples has a score, so none is the best: {scored[0].total.reason}. "
+            "Columns that a reward reads are given with --row"
+        )
     order_PN = np.argsort(-np.nan_to_num(scores_PN, nan=-np.inf), axis=1, kind="stable")[:, :keep]
     places = (order_PN + np.arange(len(prompts))[:, None] * count).flatten().tolist()
     images = [drawn.images[place] for place in places] if drawn.images else []

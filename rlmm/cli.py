@@ -120,7 +120,7 @@ def sample(
     row: Annotated[str, typer.Option(help="For --best-of: columns that the reward reads, as YAML")] = "{}",
 ) -> None:
     """Draw a grid of images, one row a prompt, from a checkpoint; print what it writes, where it writes."""
-    from rlmm.best_of import rank, rewards_named
+    from rlmm.best_of import check_kept, rank, rewards_named
     from rlmm.config.policy import CheckpointPolicy
     from rlmm.config.sampling import Sampling
     from rlmm.config.settings import read_settings
@@ -134,6 +134,7 @@ def sample(
     if (best_of is None) == bool(reward):
         raise ValueError("--best-of and --reward go together: how many to draw, and what says which is the best")
     rewards = rewards_named(reward) if reward else None
+    check_kept(samples, best_of or samples)
     made = draw_samples(options, prompts, best_of or samples, asked, seed=seed, sources=images)
     if rewards is not None:
         ranked = rank(made, prompts, rewards, samples, row=yaml.safe_load(row), sources=images)

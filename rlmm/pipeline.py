@@ -8,6 +8,7 @@ import torch
 from transformers.utils import logging as hf_logging
 
 from rlmm.batch import batch_equations
+from rlmm.config.preference import DpoStage
 from rlmm.config.recipe import Recipe
 from rlmm.config.stages import GrpoStage
 from rlmm.evaluation.evaluate import run_eval
@@ -25,6 +26,7 @@ from rlmm.train.grpo import run_grpo
 from rlmm.train.heart import settle
 from rlmm.train.launch import deepspeed_digest
 from rlmm.train.pairs import run_pairs
+from rlmm.train.preference_rows import check_data
 from rlmm.train.processes import Stopped, everywhere, in_first, world
 from rlmm.train.sft import run_sft
 from rlmm.train.signals import leaving, stop_if_asked
@@ -67,6 +69,9 @@ def run_recipe(recipe: Recipe, say: Callable[[str], None]) -> RunFolder:
 
 def _open(folder: RunFolder, recipe: Recipe, say: Callable[[str], None]) -> list[str]:
     """Make the folder this run's, or find that it is. Returns the stages that are done."""
+    for name, stage in recipe.stages.items():
+        if isinstance(stage, DpoStage) and stage.data is not None and not folder.done(name):
+            check_data(stage.data)  # before hours of other stages, and while the recipe may still be mended
     folder.bind_config(recipe.model_dump(mode="json"))
     if partial := remove_partial(folder.path):
         say(f"removed {len(partial)} half-written file(s) of a process that was ended")

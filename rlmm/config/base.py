@@ -12,6 +12,14 @@ def nearest(name: str, known: list[str]) -> str:
     return f" Nearest: {', '.join(close)}." if close else f" Known: {', '.join(sorted(known))}."
 
 
+def reason_of(fault: Any) -> str:
+    """One of a ValidationError's `errors()` as a phrase, with what was given where that is one value."""
+    message = str(fault["msg"]).removeprefix("Value error, ")
+    given = fault.get("input")
+    shown = "" if isinstance(given, dict | list) or fault["type"] == "value_error" else f" (given: {given!r})"
+    return message + shown
+
+
 class Strict(BaseModel):
     """A frozen model in which an unknown key is an error that names the nearest known ones."""
 

@@ -11,6 +11,12 @@ from rlmm.config.preference import DpoStage
 from rlmm.config.rewards import Rewards
 from rlmm.config.sampling import Sampling, Written
 
+DRAWING = (
+    "start_from", "judge", "understanding", "split", "prompts", "samples_per_prompt", "batch_prompts", "sampling",
+    "engine", "precision",
+)  # fmt: skip
+"""Settings of a pairs stage that samples are drawn with."""
+
 
 class Asked(Strict):
     """A question about a picture, whose right answer is the prompt that asks for such a picture."""
@@ -56,10 +62,8 @@ class PairsStage(Strict):
 
     @model_validator(mode="after")
     def _stored_rollouts_are_drawn(self) -> "PairsStage":
-        drawing = {"start_from", "judge", "understanding", "split", "prompts", "samples_per_prompt", "batch_prompts"}
-        drawing |= {"sampling", "engine", "precision"}
         fields = type(self).model_fields
-        given = [name for name in fields if name in drawing and getattr(self, name) != fields[name].default]
+        given = [name for name in fields if name in DRAWING and getattr(self, name) != fields[name].default]
         if self.rollouts is not None and given:
             raise ValueError(f"{given[0]} is of samples drawn anew, and `rollouts` has some that were; leave it out")
         if 2 * self.pairs_per_prompt > self.samples_per_prompt and self.rollouts is None:

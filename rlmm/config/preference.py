@@ -107,7 +107,7 @@ class DpoStage(Optimization):
     """A pairs stage before this one."""
     data: PreferenceData | None = None
     """Preferences from elsewhere, in place of `pairs`."""
-    loss: Loss | Literal["kto"] = "sigmoid"
+    loss: Literal[Loss, "kto"] = "sigmoid"
     """kto takes each image by itself, wanted or not, without its rival (arXiv 2402.01306)."""
     beta: float = Field(0.1, gt=0)
     label_smoothing: float = Field(0.0, ge=0, lt=0.5)

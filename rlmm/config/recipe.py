@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field, ValidationError, model_validator
 
-from rlmm.config.base import Strict, nearest
+from rlmm.config.base import Strict, nearest, reason_of
 from rlmm.config.codec import CodecConfig
 from rlmm.config.data import Data
 from rlmm.config.families import check_family
@@ -217,7 +217,7 @@ def validate_recipe(raw: dict[Any, Any], source: str) -> Recipe:
         stages = raw.get("stages")
         return Recipe.model_validate(raw | {"stages": with_rounds(stages)} if isinstance(stages, dict) else raw)
     except ValidationError as error:
-        lines = [f"  {_place(fault['loc'])}: {_reason(fault)}" for fault in error.errors()]
+        lines = [f"  {_place(fault['loc'])}: {reason_of(fault)}" for fault in error.errors()]
         raise RecipeError(f"{source} is not a valid recipe:\n" + "\n".join(dict.fromkeys(lines))) from error
     except ValueError as error:
         raise RecipeError(f"{source} is not a valid recipe:\n  {error}") from error
@@ -237,10 +237,3 @@ def _place(location: tuple[int | str, ...]) -> str:
     if tag is not None and len(parts) > tag:  # the kind, which pydantic adds and no override can name
         del parts[tag]
     return ".".join(parts) or "recipe"
-
-
-def _reason(fault: Any) -> str:
-    message = str(fault["msg"]).removeprefix("Value error, ")
-    given = fault.get("input")
-    shown = "" if isinstance(given, dict | list) or fault["type"] == "value_error" else f" (given: {given!r})"
-    return message + shown

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from rlmm.config.base import Strict
+from rlmm.config.base import Strict, reason_of
 
 KIND = "rounds"
 REPEATED = ("pairs", "dpo", "grpo", "sft")
@@ -60,10 +60,7 @@ def _read(name: str, stage: Mapping[str, Any]) -> Rounds:
     try:
         return Rounds.model_validate(stage)
     except ValidationError as error:
-        faults = [
-            f"stages.{'.'.join([name, *map(str, e['loc'])])}: {e['msg'].removeprefix('Value error, ')}"
-            for e in error.errors()
-        ]
+        faults = [f"stages.{'.'.join([name, *map(str, e['loc'])])}: {reason_of(e)}" for e in error.errors()]
         raise ValueError("\n  ".join(faults)) from error
 
 

@@ -6,7 +6,7 @@ from typing import TypeVar
 import yaml
 from pydantic import ValidationError
 
-from rlmm.config.base import Strict
+from rlmm.config.base import Strict, reason_of
 
 SectionT = TypeVar("SectionT", bound=Strict)
 
@@ -23,5 +23,5 @@ def read_settings(kind: type[SectionT], settings: Sequence[str], example: str, *
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        told = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise ValueError(f"the settings do not fit: {told}") from error
+        told = [": ".join(filter(None, (".".join(map(str, e["loc"])), reason_of(e)))) for e in error.errors()]
+        raise ValueError(f"the settings do not fit: {'; '.join(told)}") from error

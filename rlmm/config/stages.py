@@ -217,8 +217,9 @@ class EvalStage(Sampled):
 
     @property
     def every_arm(self) -> tuple[str, ...]:
-        """The arms, then those that are the best of one's samples."""
-        return (*self.arms, *(best_of_name(arm, n) for arm, n in self.best_of.items()))
+        """The arms, after each the one that is the best of its samples, if any."""
+        chosen = {arm: (best_of_name(arm, n),) for arm, n in self.best_of.items()}
+        return tuple(name for arm in self.arms for name in (arm, *chosen.get(arm, ())))
 
     def sampling(self, temperature: float) -> Sampling:
         """The law of the samples at one of the temperatures."""

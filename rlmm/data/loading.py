@@ -86,6 +86,8 @@ def _locate(path: str, format: str) -> tuple[str, list[str], Path]:
         raise ValueError(
             f"there is no file {path} (data.path); for a dataset of the Hugging Face hub set data.format: hub"
         )
+    if not any(Path(file).stat().st_size for file in files):
+        raise ValueError(f"{path} is empty (data.path); give a file that has rows")
     if format == "images":
         raise ValueError(f"{path} is a file, and format: images wants the folder with its {METADATA[0]}")
     suffixes = {_suffix(file) for file in files}

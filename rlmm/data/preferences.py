@@ -12,7 +12,7 @@ from rlmm.config.preference import PreferenceData
 from rlmm.data.base import UnusableRow
 from rlmm.data.images import ImageReader
 from rlmm.data.messages import answer_of
-from rlmm.data.requests import parse_row
+from rlmm.data.requests import codes_of, parse_row
 
 IDENTICAL = "chosen and rejected are the same"
 UNASKED = "no pair of answers about a picture"
@@ -59,7 +59,10 @@ def check_columns(columns: Sequence[str], config: PreferenceData, name: str) -> 
             wanted[f"{side}_column"] = getattr(config, f"{side}_column")
     for setting, column in wanted.items():
         if column is not None and column not in columns:
-            raise ValueError(f"{name} has no column {column!r} (data.{setting}).{nearest(column, list(columns))}")
+            hint = (
+                " Set apart the prompts that conversations begin with." if setting == "prompt_column" and paired else ""
+            )
+            raise ValueError(f"{name} has no column {column!r} (data.{setting}).{nearest(column, list(columns))}{hint}")
 
 
 def with_sources(config: PreferenceData, columns: Sequence[str], name: str) -> PreferenceData:
@@ -113,7 +116,7 @@ def parse_asked(raw: Mapping[str, Any], reader: ImageReader) -> RawPreference:
 def _side(raw: Mapping[str, Any], side: str, column: str, reader: ImageReader) -> RawSide:
     text, codes = raw.get(f"{side}_text"), raw.get(f"{side}_codes")
     if codes is not None:
-        return RawSide(codes=tuple(codes), text=text)
+        return RawSide(codes=codes_of(codes, f"{side}_codes"), text=text)
     said, image = _answer(raw.get(column), column, reader)
     if said is not None and text is not None:
         raise UnusableRow("answer with two texts", f"one in {column}, one in {side}_text")

@@ -51,7 +51,7 @@ def parse_row(raw: Mapping[str, Any], config: RowsData) -> Request:
             raise UnusableRow("missing image", f"{config.target_column} is null")
     if config.text_column is not None:
         texts = _texts(raw[config.text_column], config.text_column)
-    codes = None if config.codes_column is None else _codes(raw[config.codes_column], config.codes_column)
+    codes = None if config.codes_column is None else codes_of(raw[config.codes_column], config.codes_column)
     prompt = _checked_prompt(prompt, config.max_prompt_characters)
     return Request(prompt, target, sources, rest, texts, codes, unread)
 
@@ -63,9 +63,11 @@ def _texts(value: Any, column: str) -> tuple[str, ...]:
     return texts
 
 
-def _codes(value: Any, column: str) -> tuple[int, ...]:
-    flat = [code for row in value for code in row] if value and isinstance(value[0], list) else value
-    if not isinstance(flat, list) or not flat or not all(isinstance(code, int) for code in flat):
+def codes_of(value: Any, column: str) -> tuple[int, ...]:
+    """The codes of an image: a list, or a list a row of its grid. Raises UnusableRow."""
+    rows = value if isinstance(value, list) else []
+    flat = [code for row in rows for code in (row if isinstance(row, list) else [row])]
+    if not flat or not all(isinstance(code, int) for code in flat):
         raise UnusableRow("codes that are no list of whole numbers", f"{column} is {value!r:.60}")
     return tuple(flat)
 

@@ -69,7 +69,7 @@ def run_eval(context: StageContext) -> None:
     answers: list[Answers] = []
     examples = [data[config.skip + i] for i in range(config.prompts)]
     cells = list(_cells(context, config, examples, judges, answers))
-    found = contrasts(cells, config.every_arm, set(_terms(judges["held_out"])))
+    found = contrasts(cells, config, set(_terms(judges["held_out"])))
     costs = [compute(context, arm) for arm in config.arms]
     notes = compute_lines(costs)
     for arm, n in config.best_of.items():
@@ -230,15 +230,18 @@ def _rows(cell: Cell, config: EvalStage) -> Iterator[dict[str, Any]]:
             }  # fmt: skip
 
 
-def contrasts(cells: Sequence[Cell], arms: Sequence[str], held_out: set[str]) -> list[dict[str, Any]]:
+def contrasts(cells: Sequence[Cell], config: EvalStage, held_out: set[str]) -> list[dict[str, Any]]:
     """Every later arm against every earlier one by the held-out judge: at each temperature, and best against best.
-    The last arm comes first, and of the metrics those that say whether a sample is wholly right.
+    The last arm comes first, and what only chooses among samples after what was trained; of the metrics those that say
+    whether a sample is wholly right.
 
     "Best" is each arm's temperature with the highest mean of the metric among those tried, so that a policy which
     merely became sharper gains little over one sampled colder; `at_edge` marks a best that is the coldest or hottest
     tried, where a still better one may lie outside. It is chosen on the prompts it is reported on.
     """
+    arms = config.every_arm
     pairs = [(arm, baseline) for i, arm in reversed(list(enumerate(arms))) for baseline in arms[:i]]
+    pairs.sort(key=lambda pair: pair[0] not in config.arms)
     judged = [(judge, metric) for judge, values in cells[0].values.items() if judge in held_out for metric in values]
     judged.sort(key=lambda name: HEADLINE.index(name[1]) if name[1] in HEADLINE else len(HEADLINE))
     return [row for name in judged for arm, baseline in pairs for row in _contrast(cells, arm, baseline, *name)]

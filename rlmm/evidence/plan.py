@@ -12,7 +12,7 @@ from typing import Annotated, Any, TypeVar
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from rlmm.config.base import Strict
+from rlmm.config.base import Strict, reason_of
 from rlmm.config.masked import UnmaskingConfig
 from rlmm.config.stages import best_of_name
 
@@ -155,8 +155,5 @@ def read_plan(path: Path, kind: type[PlanT]) -> PlanT:
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is no YAML: {error}") from error
     except ValidationError as error:
-        faults = [
-            f"  {'.'.join(str(p) for p in e['loc']) or 'plan'}: {e['msg'].removeprefix('Value error, ')}"
-            for e in error.errors()
-        ]
+        faults = [f"  {'.'.join(map(str, e['loc'])) or 'plan'}: {reason_of(e)}" for e in error.errors()]
         raise ValueError(f"{path} is not a valid plan:\n" + "\n".join(faults)) from error

@@ -59,9 +59,9 @@ def _ordered(contrasts: Sequence[Contrast], roles: Mapping[str, JudgeRole]) -> l
 
 
 def judge_roles(stages: Sequence[Stage], config: Mapping[str, Any] | None = None) -> dict[str, JudgeRole]:
-    """Which judges were trained on and which were held out, as the stages logged them. A held-out term that is a reward
-    under another label, which the config tells, was trained on."""
-    roles: dict[str, JudgeRole] = dict.fromkeys(_relabelled(config or {}), "trained on")
+    """Which judges were trained on and which were held out, as the config says and the stages logged them. A held-out
+    term that is a reward under another label was trained on; rewards that no stage learns from were not."""
+    roles = _written_roles(config or {})
     for key in (key for stage in stages for key in stage.curves):
         name = key.removesuffix("/mean")
         if name.startswith("reward/") and name != "reward" and key.endswith("/mean"):
@@ -72,18 +72,40 @@ def judge_roles(stages: Sequence[Stage], config: Mapping[str, Any] | None = None
     return roles
 
 
-def _relabelled(config: Mapping[str, Any]) -> list[str]:
-    """Labels of the held-out terms whose judge is also a reward's."""
+def _written_roles(config: Mapping[str, Any]) -> dict[str, JudgeRole]:
+    trained = [term for rewards in _learned_from(config) for term in _terms(rewards)]
+    judges = {_judge(term) for term in trained}
+    roles: dict[str, JudgeRole] = {_label(term): "trained on" for term in trained}
+    for term in _terms(config.get("held_out")):
+        roles[_label(term)] = "trained on" if _judge(term) in judges else "held out"
+    return roles
 
-    def terms(section: str) -> list[Mapping[str, Any]]:
-        found = config.get(section)
-        return found.get("terms") or [] if isinstance(found, Mapping) else []
 
-    def judge(term: Mapping[str, Any]) -> str:
-        return term.get("name") or term.get("function") or ""
+def _learned_from(config: Mapping[str, Any]) -> list[Any]:
+    """The reward sections of a resolved config that some stage learns from, or makes pairs by."""
+    stages = config.get("stages")
+    if not isinstance(stages, Mapping):
+        return [config.get("rewards")]
+    found = []
+    for stage in (one for one in stages.values() if isinstance(one, Mapping)):
+        if stage.get("kind") == "grpo":
+            found.append(config.get("rewards"))
+        elif stage.get("kind") == "pairs":
+            judge, answers = ((stage.get(name) or {}).get("rewards") for name in ("judge", "understanding"))
+            found += [judge or stage.get("rewards") or config.get("rewards"), answers]
+    return found
 
-    trained = {judge(term) for term in terms("rewards")}
-    return [term["label"] for term in terms("held_out") if term.get("label") and judge(term) in trained]
+
+def _terms(rewards: Any) -> list[Mapping[str, Any]]:
+    return rewards.get("terms") or [] if isinstance(rewards, Mapping) else []
+
+
+def _judge(term: Mapping[str, Any]) -> str:
+    return term.get("name") or term.get("function") or ""
+
+
+def _label(term: Mapping[str, Any]) -> str:
+    return term.get("label") or _judge(term).rpartition(":")[2]
 
 
 def tone(contrast: Contrast) -> Tone:

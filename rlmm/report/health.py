@@ -61,7 +61,7 @@ def health(run: Run, learners: Sequence[Stage], evaluated: Stage | None) -> Heal
     evaluation = evaluated.evaluation if evaluated else None
     reference = reference_of(run)
     arms = arm_guards(evaluated.samples, run.notes) if evaluated and evaluated.samples else []
-    names = [stage.name for stage in learners]
+    names = [stage.name for stage in run.stages if stage in learners or stage.kind == "dpo"]
     table = _arms_table(arms, reference) if arms else None
     parts = [_evaluation_part(run, evaluation, names, table)] if evaluation else []
     parts += [_stage_part(run, stage, reference, [arm for arm in arms if arm.arm == stage.name]) for stage in learners]
@@ -97,7 +97,8 @@ def _arm_diversity(evaluation: Evaluation, learners: Sequence[str]) -> Check | N
     if figure is None or len(arms) < 2:
         return None
     base = {d.temperature: d.value for d in evaluation.diversity if d.arm == arms[0]}
-    judged_arms = [arm for arm in arms[1:] if arm in learners] or arms[1:]
+    chosen = {one.arm for one in evaluation.best_of}
+    judged_arms = [arm for arm in arms[1:] if arm in learners] or [arm for arm in arms[1:] if arm not in chosen]
     ratios = [
         (d.value / base[d.temperature], d.arm, d.temperature)
         for d in evaluation.diversity

@@ -3,7 +3,7 @@
 import base64
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,6 +32,8 @@ class Words:
     alt: str
 
 
+PREFERENCE_KINDS = ("pairs", "dpo")
+
 PICTURES = {
     "reconstruction.png": Words(
         "Reconstructions",
@@ -49,7 +51,7 @@ PICTURES = {
 
 @dataclass(frozen=True)
 class RlStage:
-    """What the page shows of a stage that learns from rewards or preferences."""
+    """What the page shows of a stage that learns from rewards."""
 
     stage: Stage
     reward: panels.Figure | None
@@ -58,7 +60,7 @@ class RlStage:
 
 @dataclass(frozen=True)
 class PlainStage:
-    """What the page shows of a codec or SFT stage."""
+    """What the page shows of a stage of another kind."""
 
     stage: Stage
     figures: tuple[panels.Figure, ...]
@@ -127,7 +129,9 @@ def _content(run: Run) -> dict[str, Any]:
         "understood": understanding.understood(evaluated, run.notes),
         "samples": galleries.comparisons(sampled, run.notes) if sampled else {},
         "rl_stages": [_rl_stage(stage, run.notes) for stage in rl],
-        "plain_stages": [_plain_stage(stage, run.notes) for stage in plain],
+        "rl_awaited": bool(rl) or _awaits(run.config, RL_KINDS),
+        "preference_stages": [_plain_stage(stage, run.notes) for stage in plain if stage.kind in PREFERENCE_KINDS],
+        "plain_stages": [_plain_stage(stage, run.notes) for stage in plain if stage.kind not in PREFERENCE_KINDS],
         "bars": timing.bars(run.stages),
         "splits": [figure for stage in rl if (figure := timing.split_figure(stage, _prefix(stage)))],
         "kinds": timing.kinds,
@@ -138,6 +142,14 @@ def _content(run: Run) -> dict[str, Any]:
         "script": Markup(_own_file("page.js")),
         "script_hash": _hash(_own_file("page.js")),
     }
+
+
+def _awaits(config: Mapping[str, Any] | None, kinds: Sequence[str]) -> bool:
+    """Whether a stage of one of these kinds is to come, as far as the config tells."""
+    stages = (config or {}).get("stages")
+    if not isinstance(stages, Mapping):
+        return True
+    return any(isinstance(stage, Mapping) and stage.get("kind") in kinds for stage in stages.values())
 
 
 def _rl_stage(stage: Stage, notes: Notes) -> RlStage:

@@ -216,7 +216,7 @@ PAIRS = (
     Panel(
         "score",
         "Score of the samples",
-        ("score/mean",),
+        ("score/mean", "score/understanding/mean"),
         "Mean score of each batch of prompts. The pairs of a prompt are made of the spread around it.",
     ),
     Panel(

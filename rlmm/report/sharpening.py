@@ -58,12 +58,14 @@ class Pair:
 
 def pairs(evaluation: Evaluation, roles: Mapping[str, JudgeRole], learners: Sequence[str]) -> list[Pair]:
     """Every learner against every arm that is none, by the judge and metric of the headline; all arms against those
-    before them where none is a learner.
+    before them where none is a learner. The best of an arm's samples is none of them.
     """
     first = leading(evaluation.contrasts, roles)
     if first is None:
         return []
+    chosen = {one.arm for one in evaluation.best_of}
     judged = [c for c in evaluation.contrasts if (c.judge, c.metric) == (first.judge, first.metric)]
+    judged = [c for c in judged if not {c.arm, c.baseline} & chosen]
     if any(c.arm in learners for c in judged):
         judged = [c for c in judged if c.arm in learners and c.baseline not in learners]
     rows = [row for row in evaluation.rows if (row.judge, row.metric) == (first.judge, first.metric)]

@@ -112,24 +112,26 @@ def _side(name: str, one: Drawn) -> dict[str, Any]:
     }
 
 
-def write_report(folder: Path, found: Found) -> None:
-    """margins.json: counts, what was left out and the first of it by name, and a histogram of the margins; margins.png
-    shows it."""
-    margins = np.array([pair.margin for pair in found.pairs])
-    counts, edges = np.histogram(margins, bins=BINS)
-    record = {
+def write_report(folder: Path, found: Found, answers: Sequence[Paired] = ()) -> None:
+    """margins.json: counts, what was left out and the first of it by name, and a histogram of the margins, of `answers`
+    too where there are any; margins.png shows it."""
+    record: dict[str, Any] = {
         "prompts": found.prompts,
         "samples": found.samples,
         "pairs": len(found.pairs),
         "prompts_without_a_pair": found.without,
         "left_out": dict(found.left_out),
         "named": found.named,
-        "margin": {"mean": float(margins.mean()), "least": float(margins.min()), "most": float(margins.max())},
-        "histogram": {"counts": counts.tolist(), "edges": edges.tolist()},
+        **_margins(found.pairs),
     }
+    if answers:
+        record["answers"] = _margins(answers)
     figure, axes = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
-    axes[0].stairs(counts, edges, fill=True)
-    axes[0].set(xlabel="margin of a pair", ylabel="pairs", title=f"{len(margins)} pairs of {found.prompts} prompts")
+    axes[0].stairs(*record["histogram"].values(), fill=True, label="pictures")
+    if answers:
+        axes[0].stairs(*record["answers"]["histogram"].values(), linewidth=2, label="answers")
+        axes[0].legend(fontsize=8)
+    axes[0].set(xlabel="margin of a pair", ylabel="pairs", title=f"{len(found.pairs)} pairs of {found.prompts} prompts")
     scores = [[float(getattr(p, side).candidate.score) for p in found.pairs] for side in ("chosen", "rejected")]
     axes[1].hist(scores, bins=BINS, label=["chosen", "rejected"])
     axes[1].set(xlabel="score", title="Scores of either side")
@@ -139,19 +141,37 @@ def write_report(folder: Path, found: Found) -> None:
     write_json_atomically(folder / "margins.json", record)
 
 
-def write_metrics(folder: Path, paths: Sequence[Path]) -> None:
-    """metrics.jsonl: of each batch that was drawn its scores and what it took; nothing where none was."""
+def _margins(pairs: Sequence[Paired]) -> dict[str, Any]:
+    margins = np.array([pair.margin for pair in pairs])
+    counts, edges = np.histogram(margins, bins=BINS)
+    return {
+        "margin": {"mean": float(margins.mean()), "least": float(margins.min()), "most": float(margins.max())},
+        "histogram": {"counts": counts.tolist(), "edges": edges.tolist()},
+    }
+
+
+def write_metrics(folder: Path, pictures: Sequence[Path], answers: Sequence[Path] = ()) -> None:
+    """metrics.jsonl: of each batch that was drawn its scores and what it took, those of answers under names of their
+    own; nothing where none was."""
     lines = []
-    for number, path in enumerate(paths, start=1):
-        table = pq.read_table(path, columns=["reward", "reward_status", "time/rollout", "time/score"])
-        values = [value for value in table["reward"].to_pylist() if value is not None]
-        figures = {f"time/{name}": table[f"time/{name}"][0].as_py() for name in ("rollout", "score")}
-        unavailable = sum(status == "unavailable" for status in table["reward_status"].to_pylist())
-        figures["sample/unavailable_share"] = unavailable / len(table)
-        if values:
-            figures |= {"score/mean": float(np.mean(values)), "score/std": float(np.std(values))}
-        lines.append(json.dumps({"step": number, **figures}) + "\n")
+    for place, path in enumerate(pictures):
+        figures = _batch_figures(path)
+        for name, value in _batch_figures(answers[place]).items() if answers else ():
+            first, _, rest = name.partition("/")
+            figures |= {name: figures[name] + value} if first == "time" else {f"{first}/understanding/{rest}": value}
+        lines.append(json.dumps({"step": place + 1, **figures}) + "\n")
     if lines:
         partial = folder / "metrics.partial"
         partial.write_text("".join(lines))
         os.replace(partial, folder / "metrics.jsonl")
+
+
+def _batch_figures(path: Path) -> dict[str, float]:
+    table = pq.read_table(path, columns=["reward", "reward_status", "time/rollout", "time/score"])
+    values = [value for value in table["reward"].to_pylist() if value is not None]
+    figures = {f"time/{name}": table[f"time/{name}"][0].as_py() for name in ("rollout", "score")}
+    unavailable = sum(status == "unavailable" for status in table["reward_status"].to_pylist())
+    figures["sample/unavailable_share"] = unavailable / len(table)
+    if values:
+        figures |= {"score/mean": float(np.mean(values)), "score/std": float(np.std(values))}
+    return figures

@@ -1,16 +1,18 @@
 """The pairs stage: samples of a policy are drawn and scored, or read of a GRPO stage, and made into preferences."""
 
+import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from rewards.base import Sample
 from rlmm.codecs import Codec
 from rlmm.config.base import nearest
 from rlmm.config.families import check_family
-from rlmm.config.pairs import PairsStage, check_preferences
+from rlmm.config.pairs import DRAWING, PairsStage, check_preferences
 from rlmm.config.recipe import OWN_POLICY, recipe_of
 from rlmm.config.rewards import Rewards
 from rlmm.config.settings import read_settings
@@ -21,8 +23,9 @@ from rlmm.policies.responses import writing_spelling
 from rlmm.policies.spelling import Spelling
 from rlmm.policies.transformer import TransformerPolicy
 from rlmm.rewarding import build_composite
-from rlmm.run_folder import RunFolder
+from rlmm.run_folder import RunFolder, differences
 from rlmm.train import experience as phases
+from rlmm.train.checkpoint import write_json_atomically
 from rlmm.train.context import StageContext, image_tokens, load_split, parent, run_codec, sampled_policy
 from rlmm.train.drawn import Drawn, Found, Paired, group_row, picture, read_drawn, with_rows
 from rlmm.train.judges import bind_judges, check_gold
@@ -43,25 +46,24 @@ def run_pairs(context: StageContext) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     answers: Found | None = None
     if config.rollouts is not None:
-        paths, groups, origin = [], _stored(context, config.rollouts), config.rollouts
+        drawn, groups, origin = {}, _stored(context, config.rollouts), config.rollouts
     else:
         policy, origin = sampled_policy(context, codec), parent(context) or OWN_POLICY
         what = drawings(context, policy, codec, _scorer(context, policy, codec), folder)
         drawn = {name: draw(context, policy, codec, one) for name, one in what.items()}
         wait()
-        paths, penalty = drawn[PICTURES], _rewards(context).invalid_output_penalty
-        groups = _groups(paths, policy.spelling, penalty)
+        penalty = _rewards(context).invalid_output_penalty
+        groups = _groups(drawn[PICTURES], policy.spelling, penalty)
         if config.understanding is not None:
             penalty = config.understanding.rewards.invalid_output_penalty
             answers = pair_groups(_groups(drawn[ANSWERS], policy.spelling, penalty), config)
-            paths = [*paths, *drawn[ANSWERS]]
     if world()[0] == 0:
         found = pair_groups(groups, config)
         rows = [(pair, None) for pair in found.pairs] if answers is None else with_answers(found, answers)
         _judge(found, config, context)
         write_pairs(folder / "pairs.parquet", rows, codec, origin)
-        write_report(folder, found)
-        write_metrics(folder, paths)
+        write_report(folder, found, [one for _, one in rows if one is not None])
+        write_metrics(folder, drawn.get(PICTURES, []), drawn.get(ANSWERS, []))
 
 
 def _rewards(context: StageContext) -> Rewards:
@@ -110,7 +112,8 @@ def with_answers(found: Found, answers: Found) -> list[tuple[Paired, Paired | No
 
 
 def pairs_of_run(run_dir: Path, out: Path, settings: Sequence[str], say: Callable[[str], None]) -> None:
-    """`run_pairs` of a run, outside of its recipe. Raises ValueError where there is no run, or settings do not fit."""
+    """`run_pairs` of a run, outside of its recipe. Raises ValueError where there is no run, settings do not fit, or the
+    folder has samples that were drawn otherwise."""
     recipe = recipe_of(run_dir)
     config = read_settings(PairsStage, settings, "rollouts=grpo")
     named = {"start_from": config.start_from, "rollouts": config.rollouts}
@@ -120,7 +123,24 @@ def pairs_of_run(run_dir: Path, out: Path, settings: Sequence[str], say: Callabl
     check_preferences({**recipe.stages, "pairs": config})
     check_family("pairs", config, recipe.policy, None)
     run = RunFolder(run_dir, tuple(recipe.stages))
+    if config.rollouts is None:
+        _bind_drawing(
+            out, {"run": str(run_dir.resolve())} | config.model_dump(mode="json", include={*DRAWING, "rewards"})
+        )
     run_pairs(StageContext(recipe, run, "pairs of a run", config, say, out))
+
+
+def _bind_drawing(out: Path, drawing: dict[str, Any]) -> None:
+    """A folder's samples, which a second call goes on with, are all drawn and scored alike."""
+    path = out / "drawing.json"
+    changed = differences(json.loads(path.read_text()), drawing) if path.is_file() else []
+    if changed:
+        lines = "\n".join(f"  {key}: {old!r} -> {new!r}" for key, old, new in changed)
+        raise ValueError(
+            f"{out} has samples that were drawn otherwise:\n{lines}\nGive another folder, or delete this one"
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    write_json_atomically(path, drawing)
 
 
 def pair_groups(groups: Iterator[list[Drawn]], config: PairsStage) -> Found:

@@ -154,6 +154,15 @@ def _source(context: StageContext, config: DpoStage) -> tuple["RawRows", Prefere
     return own_pairs(path), PreferenceData(path=str(path), sources_column="sources"), f"pairs of {config.pairs}"
 
 
+def check_data(config: PreferenceData) -> None:
+    """That preferences from elsewhere are there and have their columns. Raises ValueError."""
+    from rlmm.data.loading import load_raw
+
+    raw = load_raw(config.rows(), config.path, config.split)
+    check_columns(raw.columns, config, raw.name)
+    with_sources(config, raw.columns, raw.name)
+
+
 def own_pairs(path: Path) -> "RawRows":
     """The rows of a file that a pairs stage wrote."""
     from rlmm.data.loading import RawRows

@@ -16,12 +16,11 @@ from rlmm.train.agreement import GradientAgreement
 from rlmm.train.experience import Experience
 from rlmm.train.grpo import grpo_loss
 from rlmm.train.grpo_source import GrpoBatch, GrpoSource
-from rlmm.train.metrics import Meter, MetricsFile
-from rlmm.train.trainer import StageTrainer, training_arguments
 from rollouts.torch_engine.masked import MaskedTorchEngine
 from rollouts.trajectory import Span
 from rollouts.unmasking import Unmasking
 from tests.exact.masked_enumerable import LENGTH, law_named, make_policy, request_for
+from tests.steps import take_steps
 
 PROMPTS, SAMPLES = ("a", "b", 'say "no"', "two red"), 3
 ROWS = len(PROMPTS) * SAMPLES
@@ -58,18 +57,15 @@ class Steps:
 
 def trained(policy: MaskedPolicy, given: Experience, micro_batches: int, folder: Path) -> list[dict[str, Any]]:
     """The log of two steps, clipped to a hundredth of a usual gradient."""
-    stage, metrics = config(), MetricsFile(folder / "metrics.jsonl")
-    settings = Optimization(steps=2, learning_rate=0.01, schedule="constant", max_grad_norm=1e-3, checkpoint_every=2)
-    arguments = training_arguments(
-        settings, folder, micro_batch_size=1, accumulation=micro_batches, report_to=(), name="exact"
-    )
-    trainer = StageTrainer(
-        policy.model, arguments, Steps(stage, given, micro_batches),
-        lambda model, batch, meter: grpo_loss(policy, stage, model, batch, meter), metrics, Meter(),
+    stage = config()
+    return take_steps(
+        policy.model,
+        Steps(stage, given, micro_batches),
+        lambda model, batch, meter: grpo_loss(policy, stage, model, batch, meter),
+        folder,
+        Optimization(steps=2, learning_rate=0.01, schedule="constant", max_grad_norm=1e-3, checkpoint_every=2),
         gradient_agreement=True,
-    )  # fmt: skip
-    trainer.run(lambda _: None)
-    return metrics.read()
+    )
 
 
 def half_gradients(policy: MaskedPolicy, given: Experience) -> list[Tensor]:

@@ -22,8 +22,6 @@ from rlmm.objectives.advantages import group_advantages
 from rlmm.policies.causal import CausalPolicy
 from rlmm.train.experience import Experience
 from rlmm.train.grpo import GrpoBatch, GrpoSource
-from rlmm.train.metrics import Meter, MetricsFile
-from rlmm.train.trainer import StageTrainer, training_arguments
 from rollouts.trajectory import Span, Trajectory
 from tests.exact.enumerable import (
     assert_same,
@@ -37,6 +35,7 @@ from tests.exact.enumerable import (
     widened,
 )
 from tests.exact.expected_step import loss, stage
+from tests.steps import take_steps
 
 PROMPTS, SAMPLES = ("a", 'say "no"', "two red"), 4
 EARLY = {1: 2, 4: 2, 6: 2, 7: 2}  # row -> decided tokens, where fewer than three
@@ -234,19 +233,13 @@ def test_accumulation_in_the_trainer_leaves_it(name: str, micro_batches: int, tm
     given, config, kept = step(name), config_of(name), _Kept()
     policy = perturbed(given.policy, scale=0)  # the trainer moves its weights
     batches = cut(config, given.experience, micro_batches, range(len(given.experience.trajectory)))
-    settings = Optimization(steps=1, learning_rate=1e-3, schedule="constant", max_grad_norm=0, checkpoint_every=1)
-    arguments = training_arguments(
-        settings, tmp_path, micro_batch_size=1, accumulation=micro_batches, report_to=(), name="exact"
-    )
-    trainer = StageTrainer(
+    take_steps(
         policy.model,
-        arguments,
         _OneStep(batches, micro_batches),
         lambda _, batch, __: loss(policy, config, batch),
-        MetricsFile(tmp_path / "metrics.jsonl"),
-        Meter(),
+        tmp_path,
+        Optimization(steps=1, learning_rate=1e-3, schedule="constant", max_grad_norm=0, checkpoint_every=1),
         callbacks=[kept],
     )
-    trainer.run(lambda _: None)
     assert kept.found is not None
     assert_same(kept.found, step_gradient(name))

@@ -82,6 +82,7 @@ def test_the_report_of_margins_counts_them_all(run: TinyRun) -> None:
     assert Image.open(run.folder.stage("pairs") / "margins.png").width > 400
     page = (run.folder.path / "report.html").read_text()
     assert "How far apart the scores of a pair are" in page and "Pairs in the right order" in page
+    assert "Groups of rollouts" not in page and "Not there yet" not in page
 
 
 def log_probs(folder: Path, rows: list[dict[str, Any]]) -> torch.Tensor:
@@ -206,6 +207,21 @@ def test_pairs_of_stored_rollouts(tiny_run: TinyRun, tmp_path: Path) -> None:
         assert row["chosen_score"] == pytest.approx(wanted, abs=1e-9)
 
 
+def test_a_folder_of_pairs_does_not_go_on_with_samples_drawn_otherwise(run: TinyRun, tmp_path: Path) -> None:
+    def made(*settings: str) -> Any:
+        given = ["pairs", str(run.folder.path), str(tmp_path / "out"), "prompts=2", "samples_per_prompt=4", *settings]
+        return CliRunner().invoke(app, given)
+
+    assert made("start_from=sft").exit_code == 0 and made("start_from=sft", "pairs_per_prompt=2").exit_code == 0
+    assert len(pq.read_table(tmp_path / "out" / "pairs.parquet")) == 4
+    for settings, told in (
+        (("start_from=dpo",), "start_from: 'sft' -> 'dpo'"),
+        (("start_from=sft", "sampling={temperature: 0.5}"), "sampling.temperature: 1.0 -> 0.5"),
+    ):
+        with pytest.raises(ValueError, match=f"samples that were drawn otherwise:\n  {told}"):
+            raise made(*settings).exception or AssertionError("it went on")
+
+
 def test_stages_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     for override, message in (
         ("stages.dpo.pairs=pair", "pairs names 'pair', which is no pairs stage before it. Nearest: pairs"),
@@ -213,6 +229,10 @@ def test_stages_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         ("stages.dpo.reference=dpo2", "refers to 'dpo2', which is no policy stage before it"),
         ("stages.pairs.rollouts=sft", "is of samples drawn anew"),
         ("stages.dpo2.label_smoothing=0.5", "less than 0.5"),
+        (
+            "stages.dpo.loss=sigmod",
+            r"stages.dpo.loss: .* should be 'sigmoid', 'ipo', 'hinge' or 'kto' \(given: 'sigmod'\)",
+        ),
         ("stages.dpo.loss=kto stages.dpo.label_smoothing=0.1", "label_smoothing is of pairs"),
         ("stages.dpo.noise={}", "noise is of masked policies"),
         ("stages.pairs.pairs_per_prompt=3", "make at most 2 pairs"),
@@ -238,7 +258,9 @@ def test_best_of_n_is_an_arm_of_an_evaluation(run: TinyRun, tmp_path: Path) -> N
     assert [point["n"] for point in drawn["curve"]] == [1, 2, 4, 8]
     # Two choices among four each: their mean is near what the curve expects of four.
     assert means["sft best of 4"] == pytest.approx(drawn["curve"][2]["mean"], abs=5e-4)
-    assert {row["arm"] for row in record["contrasts"]} == {"dpo", "sft best of 4"}
+    # What was trained is held against what only chooses, and stands before it.
+    compared = dict.fromkeys((row["arm"], row["baseline"]) for row in record["contrasts"])
+    assert list(compared) == [("dpo", "sft"), ("dpo", "sft best of 4"), ("sft best of 4", "sft")]
     assert any("draws 4 samples for one" in line for line in said)
 
 

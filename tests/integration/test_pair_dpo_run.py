@@ -1,6 +1,7 @@
 """Pairs of pictures and of answers about the same rows, learned from together; and a policy that is its own judge."""
 
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,18 @@ def test_both_pairs_are_of_one_row(run: TinyRun) -> None:
         assert pictures[shown.tobytes()] == row["prompt"] and row["question"] == "what is shown"
         assert row["chosen_answer_score"] > row["rejected_answer_score"]
         assert row["chosen_answer"] != row["rejected_answer"] and row["chosen_codes"] != row["rejected_codes"]
+
+
+def test_scores_and_margins_of_either_kind_are_told_apart(run: TinyRun) -> None:
+    folder = run.folder.stage("pairs")
+    for place, row in enumerate(MetricsFile(folder / "metrics.jsonl").read()):
+        for kind, name in (("rollouts", "score/mean"), ("answers", "score/understanding/mean")):
+            drawn = pq.read_table(folder / kind / f"step-{place:06d}.parquet")["reward"].to_pylist()
+            assert row[name] == pytest.approx(sum(drawn) / len(drawn))
+    record, rows = json.loads((folder / "margins.json").read_text()), pairs(run, "pairs")
+    assert sum(record["answers"]["histogram"]["counts"]) == len(rows)
+    most = max(row["chosen_answer_score"] - row["rejected_answer_score"] for row in rows)
+    assert record["answers"]["margin"]["most"] == pytest.approx(most)
 
 
 def test_the_loss_has_either_kind_with_its_weight(run: TinyRun) -> None:

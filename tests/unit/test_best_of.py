@@ -2,7 +2,6 @@
 
 from itertools import combinations
 from math import nan
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -63,4 +62,12 @@ def test_rewards_are_a_recipes_or_one_by_its_name() -> None:
     assert rewards_named("scenes").terms[0].name == "scenes"
     assert rewards_named("quickstart").terms[0].parts == {"exact": 1.0, "value": 0.5}
     with pytest.raises(RecipeError, match="no recipe at"):
-        rewards_named(str(Path("scene")))
+        rewards_named("scene.yaml")
+    with pytest.raises(ValueError, match="no reward and no recipe 'scene'. Nearest: scenes"):
+        rewards_named("scene")
+
+
+def test_where_no_sample_has_a_score_none_is_the_best() -> None:
+    """The scenes verifier reads what a scene must have in a column."""
+    with pytest.raises(ValueError, match="none of the 6 samples has a score, .* no 'scene' column .* --row"):
+        rank(samples(), ["a", "b"], rewards_named("scenes"), 2)

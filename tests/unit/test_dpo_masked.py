@@ -16,11 +16,11 @@ from rlmm.policies.masked import MaskedPolicy
 from rlmm.train.dpo import BiasGate, dpo_step_loss
 from rlmm.train.dpo_source import PreferenceSource
 from rlmm.train.gates import GateError
-from rlmm.train.metrics import Meter, MetricsFile
+from rlmm.train.metrics import Meter
 from rlmm.train.preference_rows import apart
 from rlmm.train.preferences import Preference, PreferenceBatch, preference_batch, sequence_log_probs
-from rlmm.train.trainer import StageTrainer, training_arguments
 from rollouts.trajectory import IMAGE
+from tests.steps import take_steps
 
 GRID, CODES, PAIRS, BETA = (2, 3), 8, 5, 0.1
 SEEDS = list(range(100, 100 + PAIRS))
@@ -158,25 +158,13 @@ def test_training_raises_the_margin_and_leaves_the_reference_bit_equal(kind: str
         policy, [(one,) for one in pairs(policy)], batch_size=4, micro_batch_size=2, seed=2, noise=noise
     )
     gate = gate_of(noise, source.micro_batches_per_step)
-    arguments = training_arguments(
-        Optimization(steps=4, learning_rate=3e-3, schedule="constant", checkpoint_every=4),
-        tmp_path,
-        micro_batch_size=2,
-        accumulation=source.micro_batches_per_step,
-        report_to=(),
-        name="dpo",
-    )
-    metrics = MetricsFile(tmp_path / "metrics.jsonl")
-    trainer = StageTrainer(
+    first, *_, last = take_steps(
         policy.model,
-        arguments,
         source,
         lambda model, batch, meter: dpo_step_loss(policy, config(noise), model, batch, meter, gate),
-        metrics,
-        Meter(),
+        tmp_path,
+        Optimization(steps=4, learning_rate=3e-3, schedule="constant", checkpoint_every=4),
     )
-    trainer.run(lambda _: None)
-    first, *_, last = metrics.read()
     assert first["dpo/margin"] == pytest.approx(0, abs=1e-5) and last["dpo/margin"] > 0.01
     torch.testing.assert_close(reference_log_probs(policy, noise), before, rtol=0, atol=0)
 

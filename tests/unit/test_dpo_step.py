@@ -15,11 +15,11 @@ from rlmm.policies.layout_io import Supervised, supervised_batch
 from rlmm.policies.transformer import TransformerPolicy
 from rlmm.train.dpo import dpo_step_loss
 from rlmm.train.dpo_source import PreferenceSource
-from rlmm.train.metrics import Meter, MetricsFile
+from rlmm.train.metrics import Meter
 from rlmm.train.preferences import Preference, PreferenceBatch, preference_batch
-from rlmm.train.trainer import StageTrainer, training_arguments
 from rollouts.trajectory import IMAGE
 from tests.parity.test_sampler_trainer import CODES, GRID, make_policy
+from tests.steps import take_steps
 
 PAIRS, BETA = 6, 0.1
 
@@ -79,25 +79,13 @@ def train(policy: TransformerPolicy, folder: Path, *, micro_batch_size: int = 3)
     """One optimizer step over all pairs by the stages' own trainer; its line of metrics."""
     items = [(one,) for one in pairs(policy)]
     source = PreferenceSource(policy, items, batch_size=PAIRS, micro_batch_size=micro_batch_size, seed=2)
-    arguments = training_arguments(
-        Optimization(steps=1, learning_rate=1e-3, schedule="constant", checkpoint_every=1),
-        folder,
-        micro_batch_size=micro_batch_size,
-        accumulation=source.micro_batches_per_step,
-        report_to=(),
-        name="dpo",
-    )
-    metrics = MetricsFile(folder / "metrics.jsonl")
-    trainer = StageTrainer(
+    return take_steps(
         policy.model,
-        arguments,
         source,
         lambda model, batch, meter: dpo_step_loss(policy, config(), model, batch, meter),
-        metrics,
-        Meter(),
+        folder,
+        Optimization(steps=1, learning_rate=1e-3, schedule="constant", checkpoint_every=1),
     )
-    trainer.run(lambda _: None)
-    return metrics.read()
 
 
 @pytest.mark.parametrize("per_token", [False, True])

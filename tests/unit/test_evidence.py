@@ -92,7 +92,7 @@ def test_an_arm_may_be_a_chain_of_stages_each_from_the_one_before() -> None:
     assert [started[f"rounds{part}"] for part in ("_1", "_2", "_3", "")] == ["sft", "sft", "rounds_2", "rounds_2"]
     assert [getattr(final.stages[name], "pairs", None) for name in ("rounds_2", "rounds")] == ["rounds_1", "rounds_3"]
     evaluation = final.stages["evaluation"]
-    assert isinstance(evaluation, EvalStage) and evaluation.every_arm == ("sft", "rounds", "sft best of 4")
+    assert isinstance(evaluation, EvalStage) and evaluation.every_arm == ("sft", "sft best of 4", "rounds")
     tuned = arm_trials(whole, Path("runs"), 0)
     assert getattr(tuned.stages["evaluation"], "arms", None) == ("sft", "rounds-0", "rounds-1")
     assert getattr(tuned.stages["rounds-1"], "pairs", None) == "rounds-1_3"

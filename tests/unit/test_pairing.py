@@ -2,10 +2,20 @@
 
 from collections import Counter
 
+import pytest
+
 from rlmm.config.pairs import PairsStage
+from rlmm.config.settings import read_settings
 from rlmm.train.drawn import NAMED, Drawn
 from rlmm.train.pairing import CLOSE, DUPLICATE, FEW, UNENDED, UNSCORED, Candidate, LeftOut, choose_pairs, distance
 from rlmm.train.pairs import pair_groups
+
+
+def test_a_setting_that_there_is_not_is_told_with_the_nearest() -> None:
+    with pytest.raises(ValueError, match="^the settings do not fit: unknown key 'margn'. Nearest: margin"):
+        read_settings(PairsStage, ["margn=0.1"], "margin=0.1")
+    with pytest.raises(ValueError, match=r"do not fit: margin: .* greater than or equal to 0 \(given: -1\)"):
+        read_settings(PairsStage, ["margin=-1"], "margin=0.1")
 
 
 def candidates(*scores: float | None) -> list[Candidate]:

@@ -1,6 +1,7 @@
 """Rows of preferences as they are found, and what is wrong with some of them."""
 
 import io
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,29 @@ import pytest
 from rlmm.codecs import codec_hash
 from rlmm.config.policy import NewPolicy
 from rlmm.config.preference import PreferenceData
+from rlmm.config.recipe import read_recipe
 from rlmm.config.sampling import Writing
 from rlmm.data.loading import load_raw
 from rlmm.data.preferences import IDENTICAL, NO_MARGIN, UNLIKE
+from rlmm.pipeline import run_recipe
 from rlmm.policies.families.llama import build
 from rlmm.policies.spelling import Spelling
-from rlmm.train.preference_rows import FOREIGN, SHORT, UNSPELLED, UNWRITTEN, Read, Speller, apart, read_preferences
+from rlmm.train.preference_rows import (
+    FOREIGN,
+    SHORT,
+    UNSPELLED,
+    UNWRITTEN,
+    Read,
+    Speller,
+    apart,
+    check_data,
+    read_preferences,
+)
 from rlmm.train.tokens import ImageTokens
 from tests.unit.test_supervised import make_codec, make_policy, picture
 
 CODEC, POLICY = make_codec(), make_policy()
+RECIPE = Path(__file__).parents[1] / "recipes" / "tiny_dpo.yaml"
 
 
 def png(value: int) -> dict[str, Any]:
@@ -82,6 +96,35 @@ def test_codes_are_read_in_place_of_images(tmp_path: Path) -> None:
     row = {"prompt": "hello", "chosen": png(2), "rejected": png(3), "chosen_codes": [1] * 6, "rejected_codes": [2] * 6}
     ((one,),) = read(tmp_path, [row]).items
     assert [list(side.image or []) for side in one.sides] == [[1] * 6, [2] * 6]
+
+
+def test_codes_may_be_a_list_a_row_of_the_grid(tmp_path: Path) -> None:
+    row = {"prompt": "hello", "chosen_codes": [[1, 2, 3], [4, 5, 6]], "rejected_codes": [[2] * 3] * 2}
+    ((one,),) = read(tmp_path, [row]).items
+    assert [list(side.image or []) for side in one.sides] == [[1, 2, 3, 4, 5, 6], [2] * 6]
+
+
+def test_codes_that_are_none_are_a_bad_pair(tmp_path: Path) -> None:
+    rows = [{"prompt": "hello", "chosen_codes": ["1"] * 6, "rejected_codes": ["2"] * 6}]
+    assert read(tmp_path, rows).excluded == {"codes that are no list of whole numbers": 1}
+
+
+def test_files_without_rows_or_a_prompt_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(ValueError, match="empty.jsonl is empty"):
+        check_data(PreferenceData(path=str(tmp_path / "empty.jsonl"), cache_dir=str(tmp_path / "cache")))
+    with pytest.raises(ValueError, match="no column 'prompt' .* Set apart the prompts that conversations begin with"):
+        read(tmp_path, [{"chosen": said("yes"), "rejected": said("no")}])
+
+
+def test_preferences_are_looked_at_before_anything_is_trained(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"prompt": "a", "choosen": "b", "rejected": "c"}))
+    data = f"stages.dpo.data={{path: {path}, cache_dir: {tmp_path / 'cache'}}}"
+    recipe = read_recipe(RECIPE, [f"run_dir={tmp_path / 'run'}", "stages.dpo.pairs=null", data])
+    with pytest.raises(ValueError, match=r"no column 'chosen' \(data.chosen_column\). Nearest: choosen."):
+        run_recipe(recipe, print)
+    assert not list((tmp_path / "run").iterdir())
 
 
 def test_bad_pairs_are_counted_named_and_left_out(tmp_path: Path) -> None:

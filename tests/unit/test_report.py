@@ -255,6 +255,12 @@ def test_headline_prefers_the_held_out_judge(finished: Path) -> None:
     assert judge_roles(run.stages, other)["tesseract"] == "trained on"
     own = {"rewards": rewards, "held_out": {"terms": [{"name": "tesseract", "label": "tesseract"}]}}
     assert judge_roles(run.stages, own)["tesseract"] == "held out"
+    assert judge_roles([], {**other, "stages": {"pairs": {"kind": "pairs"}}}) == dict.fromkeys(
+        ("ocr", "tesseract"), "trained on"
+    )
+    self_play = {"kind": "pairs", "judge": {"rewards": {"terms": [{"function": "own.py:spelling"}]}}}
+    roles = judge_roles([], {**other, "stages": {"sft": {"kind": "sft"}, "pairs": self_play}})
+    assert roles == {"spelling": "trained on", "tesseract": "held out"}
     assert "by tesseract" in headline(run, evaluation, run.stages[2:3]).sentence
     assert (
         "ocr, the very judge"
