@@ -37,12 +37,16 @@ class Sample:
 
 @dataclass(frozen=True)
 class Score:
-    """The answer for one sample. Build it with `ok`, `unavailable` or `invalid_output`."""
+    """The answer for one sample. Build it with `ok`, `stepwise`, `unavailable` or `invalid_output`.
+
+    `steps`: (end, value) of a response's steps, where the reward judges them one by one; see `stepwise`.
+    """
 
     status: Status
     value: float | None = None
     reason: str = ""
     parts: Mapping[str, float] = field(default_factory=dict)
+    steps: tuple[tuple[float, float], ...] = ()
 
     @staticmethod
     def ok(value: float, **parts: float) -> "Score":
@@ -50,6 +54,25 @@ class Score:
         if not math.isfinite(value):
             return Score.unavailable(f"the reward returned {value}, which is not a finite number")
         return Score("ok", float(value), parts=parts)
+
+    @staticmethod
+    def stepwise(values: Sequence[float], ends: Sequence[float] | None = None) -> "Score":
+        """Values of a response's steps, in order; their mean is the score's value. `ends`: what share of the response
+        is decided when each step ends, rising to at most 1; None: steps of equal length.
+
+        A value that is not finite is the judge's failure, as in `ok`. Raises ValueError for no values, and for ends
+        that are no such shares.
+        """
+        given = [(at + 1) / len(values) for at in range(len(values))] if ends is None else list(ends)
+        rising = all(a < b for a, b in zip([0.0, *given], given, strict=False))
+        if not values or len(given) != len(values) or not rising or given[-1] > 1:
+            raise ValueError(
+                f"{len(values)} values of steps that end at {given}: give one share of the response for each value, "
+                "rising, above 0 and at most 1"
+            )
+        score = Score.ok(math.fsum(values) / len(values))
+        pairs = tuple((float(end), float(value)) for end, value in zip(given, values, strict=True))
+        return score if score.value is None else Score("ok", score.value, steps=pairs)
 
     @staticmethod
     def unavailable(reason: str) -> "Score":

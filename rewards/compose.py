@@ -11,6 +11,7 @@ from rewards.names import nearest
 from rewards.runner import RewardContractError, RewardRunner
 from rewards.transforms import IN_GROUP, GroupTransform, Transform, by_group, identity, zscores
 
+CreditSpan = Literal["all", "text", "image"]
 Mode = Literal["weighted_sum", "product", "geometric_mean", "min"]
 POWERS: tuple[Mode, ...] = ("product", "geometric_mean")
 """Modes in which a weight is an exponent."""
@@ -20,7 +21,8 @@ POWERS: tuple[Mode, ...] = ("product", "geometric_mean")
 class Term:
     """One reward within a composite. A term of weight 0 is scored and logged, and does not count. `parts`: weights of
     the score's parts, `value` among them, whose sum is the raw value; empty for the value alone. `in_group`: what
-    happens to the transformed values among those of their group."""
+    happens to the transformed values among those of their group. `span`: whose tokens earn it. `steps`: each token
+    earns the values of the steps that end after it."""
 
     name: str
     runner: RewardRunner
@@ -28,6 +30,17 @@ class Term:
     transform: Transform = identity
     parts: Mapping[str, float] = field(default_factory=dict)
     in_group: GroupTransform = ""
+    span: CreditSpan = "all"
+    steps: bool = False
+
+    def transformed(self, score: Score) -> list[tuple[float, float]]:
+        """(end, transformed value) of a score's steps. Raises RewardContractError for a score without any."""
+        if not score.steps:
+            raise RewardContractError(
+                f"reward term {self.name!r} is earned step by step, and its reward gave no steps; answer with "
+                "Score.stepwise(values), or leave `steps` out of the term"
+            )
+        return [(end, self.transform(value)) for end, value in score.steps]
 
 
 @dataclass(frozen=True)
@@ -40,11 +53,25 @@ class Gate:
 
 
 @dataclass(frozen=True)
+class Credit:
+    """A part of a total that one span's tokens earn: as a whole, or by (end, value) of its steps."""
+
+    span: CreditSpan
+    value: float
+    steps: tuple[tuple[float, float], ...] = ()
+
+
+@dataclass(frozen=True)
 class Scored:
-    """The total a sample is trained on, and every term's raw score for the log."""
+    """The total a sample is trained on, and every term's raw score for the log.
+
+    `credits`: the total by who earns it, one for each of the composite's `channels`; empty where all tokens earn all,
+    and where no term but a gate or a failure made the total.
+    """
 
     total: Score
     terms: Mapping[str, Score]
+    credits: tuple[Credit, ...] = ()
 
 
 class CompositeReward:
@@ -65,6 +92,9 @@ class CompositeReward:
     `normalise_terms`: each term is normalised in its group before the sum (GDPO, arXiv 2601.05242), not the sum
     after it. Whatever looks at a group looks at those of its members alone that have a value from every term and pass
     every gate.
+
+    Where a term is earned by one span's tokens, or step by step, a total is also given as `credits`, whose values add
+    up to it: that needs mode weighted_sum.
     """
 
     def __init__(
@@ -91,6 +121,28 @@ class CompositeReward:
         self.gates = tuple(gates)
         self.normalise_terms = normalise_terms
         self.failures = failures or FailurePolicy()
+        self._check_credits()
+
+    @property
+    def channels(self) -> tuple[tuple[CreditSpan, str], ...]:
+        """(span, name) of what is earned apart: one a span, and one a term that is earned step by step, whose name it
+        has. Empty where every token earns the total."""
+        counting = [term for term in self.terms if term.weight]
+        found = tuple(dict.fromkeys((term.span, term.name if term.steps else "") for term in counting))
+        return () if found == (("all", ""),) else found
+
+    def _check_credits(self) -> None:
+        if self.channels and self.mode != "weighted_sum":
+            raise ValueError(
+                f"terms of one span, or of steps, add up to a total, and mode {self.mode} makes it otherwise; use "
+                "weighted_sum"
+            )
+        for term in self.terms:
+            if term.steps and (term.parts or term.in_group or self.normalise_terms):
+                raise ValueError(
+                    f"reward term {term.name!r} is earned step by step: its steps have no parts, and are not ranked or "
+                    "normalised in a group before they are summed; leave these out"
+                )
 
     def score(self, samples: Sequence[Sample]) -> list[Scored]:
         """One Scored a sample, in order; `samples` are whole groups. Raises what RewardRunner.score raises."""
@@ -99,7 +151,8 @@ class CompositeReward:
         settled = [self._settled(scores) for scores in rows]
         open_rows = [at for at, total in enumerate(settled) if total is None]
         made = dict(zip(open_rows, self._combined([(samples[at].group_id, rows[at]) for at in open_rows]), strict=True))
-        return [Scored(made[at] if total is None else total, rows[at]) for at, total in enumerate(settled)]
+        made |= {at: (total, ()) for at, total in enumerate(settled) if total is not None}
+        return [Scored(made[at][0], rows[at], made[at][1]) for at in range(len(samples))]
 
     def checked(self, samples: Sequence[Sample]) -> list[Scored]:
         """`score`, held to the failure policy. Raises RewardFailureError, too, where too many samples have no score."""
@@ -118,20 +171,32 @@ class CompositeReward:
         shut = [gate.floor for gate in self.gates if _value(scores[gate.term]) < gate.threshold]
         return Score.ok(min(shut)) if shut else None
 
-    def _combined(self, rows: Sequence[tuple[str, Mapping[str, Score]]]) -> list[Score]:
-        """The totals of (group, its scores) rows that have a value from every term."""
+    def _combined(self, rows: Sequence[tuple[str, Mapping[str, Score]]]) -> list[tuple[Score, tuple[Credit, ...]]]:
+        """The totals, and who earns them, of (group, its scores) rows that have a value from every term."""
         groups = [group for group, _ in rows]
         counting = [term for term in self.terms if term.weight]
         columns = [self._column(term, groups, [scores[term.name] for _, scores in rows]) for term in counting]
-        return [
-            combine(
-                [(term.name, term.weight, column[at]) for term, column in zip(counting, columns, strict=True)],
-                self.mode,
-            )
-            for at in range(len(rows))
-        ]
+        found = []
+        for at, (_, scores) in enumerate(rows):
+            values = {term.name: column[at] for term, column in zip(counting, columns, strict=True)}
+            total = combine([(term.name, term.weight, values[term.name]) for term in counting], self.mode)
+            found.append((total, self._credits(counting, values, scores)))
+        return found
+
+    def _credits(
+        self, counting: Sequence[Term], values: Mapping[str, float], scores: Mapping[str, Score]
+    ) -> tuple[Credit, ...]:
+        by_name, found = {term.name: term for term in counting}, []
+        for span, name in self.channels:
+            mine = [by_name[name]] if name else [term for term in counting if term.span == span and not term.steps]
+            steps = by_name[name].transformed(scores[name]) if name else []
+            weighed = tuple((end, by_name[name].weight * value) for end, value in steps)
+            found.append(Credit(span, math.fsum(term.weight * values[term.name] for term in mine), weighed))
+        return tuple(found)
 
     def _column(self, term: Term, groups: Sequence[str], scores: Sequence[Score]) -> list[float]:
+        if term.steps:
+            return [math.fsum(value for _, value in steps) / len(steps) for steps in map(term.transformed, scores)]
         values = [term.transform(raw(term, score)) for score in scores]
         values = by_group(groups, values, IN_GROUP[term.in_group])
         return by_group(groups, values, zscores) if self.normalise_terms else values

@@ -1,8 +1,8 @@
 """Samples and scores as JSON, for a reward in another process. Nothing that comes over a network is unpickled.
 
 A sample is ``{sample_id, group_id, prompt, text, images, source_images, target_images, target_texts, row}`` with images
-as PNG in base64; a score ``{status, value, reason, parts}``. Row values may be what JSON has, and NumPy's scalars and
-arrays as lists of it.
+as PNG in base64; a score ``{status, value, reason, parts, steps}``. Row values may be what JSON has, and NumPy's
+scalars and arrays as lists of it.
 """
 
 import base64
@@ -10,6 +10,7 @@ import binascii
 import io
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -51,6 +52,7 @@ class WireScore(_Closed):
     value: float | None = None
     reason: str = ""
     parts: dict[str, float] = {}
+    steps: list[tuple[float, float]] = []
 
 
 class ScoreRequest(_Closed):
@@ -155,13 +157,19 @@ def read_sample(sent: WireSample) -> Sample:
 def send_score(score: Score) -> WireScore:
     """A score as it travels; a part that is not finite has no JSON and stays behind."""
     parts = {name: float(value) for name, value in score.parts.items() if math.isfinite(value)}
-    return WireScore(status=score.status, value=score.value, reason=score.reason, parts=parts)
+    return WireScore(status=score.status, value=score.value, reason=score.reason, parts=parts, steps=list(score.steps))
 
 
 def read_score(sent: WireScore) -> Score:
     """The score that was sent: a value where the status is ok and none elsewhere. Raises WireError."""
     if (sent.status == "ok") != (sent.value is not None):
         raise WireError(f"a score of status {sent.status} has the value {sent.value}")
+    if sent.steps:
+        ends, values = zip(*sent.steps, strict=True)
+        try:
+            return replace(Score.stepwise(values, ends), reason=sent.reason, parts=sent.parts)
+        except ValueError as error:
+            raise WireError(str(error)) from error
     return Score(sent.status, sent.value, sent.reason, sent.parts)
 
 

@@ -46,6 +46,8 @@ def build_composite(config: Rewards) -> CompositeReward:
             transform_of(term),
             term.parts,
             in_group_of(term),
+            term.span,
+            term.steps,
         )
         for term in config.terms
     ]

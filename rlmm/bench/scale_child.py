@@ -25,7 +25,7 @@ from rlmm.config.engines import TorchEngineConfig
 from rlmm.policies.transformer import TransformerPolicy
 from rlmm.train.engines import build_engine
 from rlmm.train.grpo import grpo_loss, rows_alone
-from rlmm.train.grpo_source import GrpoBatch
+from rlmm.train.grpo_batch import GrpoBatch
 from rlmm.train.launch import processes
 from rlmm.train.metrics import Meter, MetricsFile
 from rlmm.train.processes import device, world

@@ -18,7 +18,7 @@ from rlmm.policies.families.llama import build
 from rlmm.policies.families.loading import outline
 from rlmm.policies.transformer import TransformerPolicy
 from rlmm.train.grpo import rows_alone
-from rlmm.train.grpo_source import GrpoBatch
+from rlmm.train.grpo_batch import GrpoBatch
 from rlmm.train.processes import world
 from rollouts.contract import Grid, Request
 from rollouts.law import COND, UNCOND, Law

@@ -27,7 +27,7 @@ from rlmm.config.stages import GrpoStage
 from rlmm.policies.families.llama import build
 from rlmm.policies.masked import MaskedPolicy, trajectory_states
 from rlmm.train.grpo import grpo_loss
-from rlmm.train.grpo_source import GrpoBatch
+from rlmm.train.grpo_batch import GrpoBatch
 from rlmm.train.metrics import Meter
 from rollouts.contract import Request
 from rollouts.law import COND, UNCOND, Law

@@ -13,6 +13,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from rlmm.config.base import Strict, nearest, reason_of
 from rlmm.config.codec import CodecConfig
+from rlmm.config.credit import check_credit, check_held_out_credit
 from rlmm.config.data import Data
 from rlmm.config.families import check_family
 from rlmm.config.pairs import check_preferences
@@ -78,6 +79,7 @@ class Recipe(Strict):
 
     @model_validator(mode="after")
     def _stages_fit_together(self) -> "Recipe":
+        check_held_out_credit(self.held_out)
         shared = {term.key for term in self.rewards.terms} & {term.key for term in self.held_out.terms}
         if shared:
             raise ValueError(f"{sorted(shared)} is in rewards and in held_out; give one of them a label of its own")
@@ -112,6 +114,7 @@ class Recipe(Strict):
                     f"{nearest(unknown[0], before)}"
                 )
             check_staleness(name, stage)
+            check_credit(name, stage, self.rewards)
             check_family(name, stage, self.policy, None if self.codec is None else math.prod(self.codec.grid))
             if isinstance(stage, PolicyStage):
                 before.append(name)

@@ -69,6 +69,12 @@ class RewardTerm(Strict):
     transform: Literal["identity", "rank", "zscore"] | AffineTransform | SigmoidTransform = "identity"
     """What happens to the raw score before it is weighted. rank (0 to 1) and zscore are among the samples of its group
     that every term has a score for and no gate shuts out."""
+    span: Literal["all", "text", "image"] = "all"
+    """Whose tokens the term trains: all of a response, or its text (a thought) or its image alone. Under GRPO; what
+    other stages compare is the total."""
+    steps: bool = False
+    """Train each token with the values of the steps that end after it, where the reward judges a response step by step
+    (`Score.stepwise`); otherwise their mean counts for every token."""
     options: dict[str, Any] = {}
     """The reward's own settings."""
     serve: ServedTerm | None = None
@@ -137,6 +143,11 @@ class Rewards(Strict):
         return 0.0 if self.on_failure == "fail" else 1.0 if self.failed_share is None else self.failed_share
 
     @property
+    def apart(self) -> list[RewardTerm]:
+        """Terms that some tokens earn and others do not."""
+        return [term for term in self.terms if term.weight and (term.span != "all" or term.steps)]
+
+    @property
     def relative(self) -> str:
         """What makes totals comparable within a group alone, '' where nothing does."""
         if self.normalise == "terms":
@@ -161,6 +172,14 @@ class Rewards(Strict):
             raise ValueError(f"normalise: terms sums what it has normalised, and mode is {self.mode}; drop one of them")
         if any(term.transform == "zscore" for term in self.terms) and self.mode != "weighted_sum":
             raise ValueError(f"a zscore is negative for half of a group, which mode {self.mode} cannot take; use rank")
+        if self.apart and self.mode != "weighted_sum":
+            raise ValueError(f"a term with span or steps is a part of a sum, and mode is {self.mode}; drop one of them")
+        for term in self.terms:
+            if term.steps and (term.parts or term.transform in ("rank", "zscore") or self.normalise == "terms"):
+                raise ValueError(
+                    f"reward term {term.key!r}: steps have no parts, and no place among those of their group before "
+                    "they are summed; leave parts, transform rank or zscore, and normalise: terms out"
+                )
         if self.on_failure == "fail" and self.failed_share is not None:
             raise ValueError("on_failure: fail lets no sample fail, so failed_share would change nothing; drop one")
         if missing := [gate.term for gate in self.gate if gate.term not in keys]:

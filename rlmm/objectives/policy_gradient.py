@@ -24,7 +24,7 @@ class PolicyLoss(NamedTuple):
 def clipped_policy_loss(
     logp_BS: Tensor,
     old_logp_BS: Tensor,
-    advantage_B: Tensor,
+    advantage: Tensor,
     *,
     clip_low: float,
     clip_high: float,
@@ -33,17 +33,18 @@ def clipped_policy_loss(
 ) -> PolicyLoss:
     """-min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A), PPO (arXiv 1707.06347, eq. 7), [B, S].
 
-    `token`: rho_t = exp(logp_t - old_logp_t). `sequence`: every token of a row has the row's geometric mean
-    ratio exp(mean_t(logp_t - old_logp_t)) (GSPO, arXiv 2507.18071, eq. 7; clips there are near 3e-4). At
-    ratio 1 both have the gradient -A grad logp_t summed over the row, under any token weights that are
-    constant in a row. target_mask_BS: bool, all True where not given; elsewhere the loss is 0, whatever the
-    log-probs. Old log-probs and advantages get no gradient.
+    `token`: rho_t = exp(logp_t - old_logp_t). `sequence`: every token of a row has the row's geometric mean ratio
+    exp(mean_t(logp_t - old_logp_t)) (GSPO, arXiv 2507.18071, eq. 7; clips there are near 3e-4). At ratio 1 both have
+    the gradient -A grad logp_t summed over the row, under any token weights that are constant in a row.
+
+    advantage: [B], or [B, S] at level token. target_mask_BS: bool, all True where not given; elsewhere the loss is 0,
+    whatever the log-probs. Old log-probs and advantages get no gradient.
     """
     mask_BS = torch.ones_like(logp_BS, dtype=torch.bool) if target_mask_BS is None else target_mask_BS
     ratio_BS = _ratio(logp_BS, old_logp_BS, mask_BS, level)
-    gain_B1 = advantage_B.detach().to(logp_BS.dtype)[:, None]
-    free_BS = ratio_BS * gain_B1
-    bounded_BS = ratio_BS.clamp(1 - clip_low, 1 + clip_high) * gain_B1
+    gain = _gain(advantage, logp_BS)
+    free_BS = ratio_BS * gain
+    bounded_BS = ratio_BS.clamp(1 - clip_low, 1 + clip_high) * gain
     loss_BS = torch.where(mask_BS, -torch.minimum(free_BS, bounded_BS), 0.0)
     return PolicyLoss(loss_BS, ratio_BS.detach(), (bounded_BS < free_BS).detach())
 
@@ -51,7 +52,7 @@ def clipped_policy_loss(
 def cispo_policy_loss(
     logp_BS: Tensor,
     old_logp_BS: Tensor,
-    advantage_B: Tensor,
+    advantage: Tensor,
     *,
     clip_low: float,
     clip_high: float,
@@ -66,15 +67,15 @@ def cispo_policy_loss(
     mask_BS = torch.ones_like(logp_BS, dtype=torch.bool) if target_mask_BS is None else target_mask_BS
     ratio_BS = _ratio(logp_BS.detach(), old_logp_BS, mask_BS, level)
     bounded_BS = ratio_BS.clamp(1 - clip_low, 1 + clip_high)
-    gain_B1 = advantage_B.detach().to(logp_BS.dtype)[:, None]
-    loss_BS = -bounded_BS * gain_B1 * torch.where(mask_BS, logp_BS, 0.0)
+    gain = _gain(advantage, logp_BS)
+    loss_BS = -bounded_BS * gain * torch.where(mask_BS, logp_BS, 0.0)
     return PolicyLoss(loss_BS, ratio_BS, bounded_BS != ratio_BS)
 
 
 def reinforce_policy_loss(
     logp_BS: Tensor,
     old_logp_BS: Tensor,
-    advantage_B: Tensor,
+    advantage: Tensor,
     *,
     clip_low: float,
     clip_high: float,
@@ -84,9 +85,9 @@ def reinforce_policy_loss(
     """-A logp, [B, S]: no ratio, so nothing to clip, and nothing that corrects for an older policy. Arguments as for
     `clipped_policy_loss`; the ratio is given for the record."""
     mask_BS = torch.ones_like(logp_BS, dtype=torch.bool) if target_mask_BS is None else target_mask_BS
-    gain_B1 = advantage_B.detach().to(logp_BS.dtype)[:, None]
+    gain = _gain(advantage, logp_BS)
     ratio_BS = _ratio(logp_BS.detach(), old_logp_BS, mask_BS, level)
-    return PolicyLoss(-gain_B1 * torch.where(mask_BS, logp_BS, 0.0), ratio_BS, torch.zeros_like(mask_BS))
+    return PolicyLoss(-gain * torch.where(mask_BS, logp_BS, 0.0), ratio_BS, torch.zeros_like(mask_BS))
 
 
 POLICY_LOSSES: dict[Surrogate, Callable[..., PolicyLoss]] = {
@@ -94,6 +95,12 @@ POLICY_LOSSES: dict[Surrogate, Callable[..., PolicyLoss]] = {
     "cispo": cispo_policy_loss,
     "reinforce": reinforce_policy_loss,
 }
+
+
+def _gain(advantage: Tensor, logp_BS: Tensor) -> Tensor:
+    """Advantages as they multiply tokens: [B, 1], or [B, S]."""
+    given = advantage.detach().to(logp_BS.dtype)
+    return given[:, None] if given.ndim == 1 else given
 
 
 def _ratio(logp_BS: Tensor, old_logp_BS: Tensor, mask_BS: Tensor, level: Level) -> Tensor:

@@ -21,7 +21,7 @@ from rewards.compose import Scored
 from rlmm.config.stages import GrpoStage
 from rlmm.data import Dataset, Example
 from rlmm.evaluation.statistics import diversity, duplicate_share
-from rlmm.objectives.advantages import AdvantageResult, group_advantages
+from rlmm.objectives.advantages import AdvantageResult
 from rlmm.policies.layout_io import spell_image
 from rlmm.policies.responses import Response
 from rlmm.seeds import derive, epoch_indices
@@ -37,11 +37,11 @@ from rollouts.trajectory import Trajectory
 
 @dataclass(frozen=True)
 class Experience:
-    """A scored rollout of this process. `advantage_B` float32, `kept_B` bool; log-probs [B, S], and those of each noise
-    draw [B, n], or None if unused."""
+    """A scored rollout of this process. `advantage` float32 [B], or [B, S] where tokens earn apart; `kept_B` bool;
+    log-probs [B, S], and those of each noise draw [B, n], or None if unused."""
 
     trajectory: Trajectory
-    advantage_B: Tensor
+    advantage: Tensor
     kept_B: Tensor
     old_logp_BS: Tensor | None = None
     reference_logp_BS: Tensor | None = None
@@ -125,28 +125,6 @@ def totals(scored: Sequence[Scored], penalty: float) -> tuple[np.ndarray, np.nda
     return np.where(valid, reward, 0.0), valid
 
 
-def advantages_of(
-    reward_B: np.ndarray, valid_B: np.ndarray, groups: Sequence[str], config: GrpoStage
-) -> tuple[AdvantageResult, Tensor, Tensor]:
-    """Advantages over the whole step, then this process's rows (float32, bool)."""
-    parts = gather((reward_B, valid_B, list(groups)))
-    rank, _ = world()
-    settings = config.objective.advantage
-    result = group_advantages(
-        np.concatenate([part[0] for part in parts]),
-        np.concatenate([part[1] for part in parts]),
-        [group for part in parts for group in part[2]],
-        baseline=settings.baseline,
-        scale=settings.scale,
-        std_floor=settings.std_floor,
-        flat_groups=settings.flat_groups,
-        clip=settings.clip,
-    )
-    start = sum(len(part[0]) for part in parts[:rank])
-    mine = slice(start, start + len(reward_B))
-    return result, torch.from_numpy(result.advantage_B[mine]).float(), torch.from_numpy(result.kept_B[mine])
-
-
 def rollout_figures(
     scored: Sequence[Scored], reward_B: np.ndarray, valid_B: np.ndarray, result: AdvantageResult, made: Trajectory
 ) -> dict[str, float]:
@@ -206,8 +184,10 @@ def store(
 ) -> None:
     """Keep everything of a rollout: a resumed run reads its updates from here, a person its images."""
     columns = scored_columns(rollout, samples, scored)
-    columns |= {"advantage": experience.advantage_B.tolist(), "kept": experience.kept_B.tolist()}
+    apart = experience.advantage if experience.advantage.ndim == 2 else None
+    columns |= {"advantage": _of_rows(experience).tolist(), "kept": experience.kept_B.tolist()}
     kept = {
+        "token_advantage": apart,
         "old_logp": experience.old_logp_BS,
         "reference_logp": experience.reference_logp_BS,
         "reference_draws": experience.reference_draws_Bn,
@@ -217,6 +197,14 @@ def store(
             columns[name] = list(value.double().numpy())
     with storing(f"rollout {rollout}", path):
         write_trajectory(path, experience.trajectory, columns)
+
+
+def _of_rows(experience: Experience) -> Tensor:
+    """A row's advantage [B]: where tokens earn apart, the mean of its decisions'."""
+    if experience.advantage.ndim == 1:
+        return experience.advantage
+    decided_BS = experience.trajectory.target_mask
+    return (experience.advantage * decided_BS).sum(1) / decided_BS.sum(1).clamp(min=1)
 
 
 def scored_columns(step: int, samples: Sequence[Sample], scored: Sequence[Scored]) -> dict[str, Sequence[Any]]:
@@ -243,9 +231,10 @@ def restore(path: Path) -> Experience:
     def matrix(name: str) -> Tensor | None:
         return torch.tensor(columns[name], dtype=torch.float32) if name in columns else None
 
+    apart = matrix("token_advantage")
     return Experience(
         trajectory,
-        torch.tensor(columns["advantage"], dtype=torch.float32),
+        torch.tensor(columns["advantage"], dtype=torch.float32) if apart is None else apart,
         torch.tensor(columns["kept"], dtype=torch.bool),
         matrix("old_logp"),
         matrix("reference_logp"),

@@ -16,7 +16,8 @@ from rlmm.policies.transformer import TransformerPolicy
 from rlmm.train.ahead import KeepAhead
 from rlmm.train.context import StageContext, run_codec, starting_policy
 from rlmm.train.gates import check_mismatch, measure_mismatch
-from rlmm.train.grpo_source import GrpoBatch, GrpoSource, corrected, estimator_of
+from rlmm.train.grpo_batch import GrpoBatch
+from rlmm.train.grpo_source import GrpoSource, corrected, estimator_of
 from rlmm.train.judges import check_gold
 from rlmm.train.metrics import Meter
 from rlmm.train.processes import device, world
@@ -47,7 +48,7 @@ def grpo_loss(
     loss = POLICY_LOSSES[objective.surrogate](
         _driving(current, config, batch),
         old_BS,
-        batch.advantage_B,
+        batch.advantage,
         clip_low=objective.clip_low,
         clip_high=objective.clip_high,
         level=objective.level,
@@ -76,7 +77,7 @@ def _driving(current: LogProbs, config: GrpoStage, batch: GrpoBatch) -> Tensor:
     estimator = estimator_of(config)
     if current.upper_BS is None or estimator is None or estimator.upper is None:
         return current.logp_BS
-    return sandwiched(current.logp_BS, current.upper_BS, batch.advantage_B, estimator.upper.share)
+    return sandwiched(current.logp_BS, current.upper_BS, batch.advantage, estimator.upper.share)
 
 
 def _gate(policy: TransformerPolicy, current: LogProbs, config: GrpoStage, batch: GrpoBatch, meter: Meter) -> None:
@@ -98,7 +99,7 @@ def _user_weights(
     weighting: TokenWeighting, current: LogProbs, old_BS: Tensor, batch: GrpoBatch, meter: Meter
 ) -> Tensor:
     factor_BS = weighting(
-        TokenView(batch.trajectory, current.logp_BS.detach(), old_BS, current.entropy_BS.detach(), batch.advantage_B)
+        TokenView(batch.trajectory, current.logp_BS.detach(), old_BS, current.entropy_BS.detach(), batch.advantage)
     )
     counted = evaluated(current, batch.trajectory.target_mask) & batch.kept_B[:, None]
     meter.add("token_weight", float(factor_BS[counted].sum()), float(counted.sum()))

@@ -1,10 +1,9 @@
 """Step -> micro-batches of a GRPO stage: rollouts are made, gated, stored and cut."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from rlmm.codecs import Codec
 from rlmm.config.objectives import ObjectiveConfig
@@ -21,9 +20,11 @@ from rlmm.train import experience as phases
 from rlmm.train.ahead import Ahead, Drawn
 from rlmm.train.canary import canary_figures
 from rlmm.train.context import StageContext, image_tokens, load_split
+from rlmm.train.credit import advantages
 from rlmm.train.engines import build_engine
 from rlmm.train.experience import Experience, Timed
 from rlmm.train.gates import check_mismatch, check_shares, measure_mismatch
+from rlmm.train.grpo_batch import GrpoBatch
 from rlmm.train.judges import bind_judges
 from rlmm.train.metrics import Meter, MetricsFile
 from rlmm.train.processes import gather, share
@@ -33,27 +34,6 @@ from rlmm.train.rounds import Roller, Rollout, replaced_figure
 from rlmm.train.sync import fingerprint, synced
 from rollouts.contract import Engine
 from rollouts.trajectory import Trajectory
-
-
-@dataclass(frozen=True)
-class GrpoBatch:
-    """Rows of one micro-batch. `weight_BS` sums, with the others', to the step's denominators; `gate`: before the
-    first update of a rollout, when trainer and sampler must agree; `entropy_coefficient`: of this step's bonus."""
-
-    trajectory: Trajectory
-    advantage_B: Tensor
-    kept_B: Tensor
-    weight_BS: Tensor
-    gate: bool
-    old_logp_BS: Tensor | None = None
-    reference_logp_BS: Tensor | None = None
-    reference_draws_Bn: Tensor | None = None
-    entropy_coefficient: float = 0.0
-
-    def to(self, device: torch.device | str) -> "GrpoBatch":
-        names = ("advantage_B", "kept_B", "weight_BS", "old_logp_BS", "reference_logp_BS", "reference_draws_Bn")
-        moved = {n: getattr(self, n).to(device) for n in names if getattr(self, n) is not None}
-        return replace(self, trajectory=self.trajectory.to(device), **moved)
 
 
 class GrpoSource:
@@ -166,9 +146,9 @@ class GrpoSource:
         else:
             weights, found = drawn.weights, self.roller.judge(drawn.made, drawn.samples, timed)
         reward_B, valid_B = phases.totals(found.scored, self.roller.penalty)
-        result, advantage_B, kept_B = phases.advantages_of(reward_B, valid_B, found.made.group_id, config)
+        result, *mine = advantages(found.scored, reward_B, valid_B, found.made, self.roller.reward, config)
         with timed("replay"):
-            experience = self._with_log_probs(Experience(found.made, advantage_B, kept_B))
+            experience = self._with_log_probs(Experience(found.made, *mine))
         path = phases.rollout_path(self.context.folder, rollout)
         phases.store(path, rollout, experience, found.samples, found.scored)
         everyone = [one.total for part in gather(found.scored) for one in part]
@@ -273,7 +253,7 @@ class GrpoSource:
         )
         return GrpoBatch(
             trajectory,
-            experience.advantage_B[at],
+            experience.advantage[at],
             experience.kept_B[at],
             weight_BS,
             False,

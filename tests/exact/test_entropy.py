@@ -8,7 +8,8 @@ import torch
 
 from rlmm.config.stages import GrpoStage
 from rlmm.train.grpo import grpo_loss
-from rlmm.train.grpo_source import GrpoBatch, GrpoSource
+from rlmm.train.grpo_batch import GrpoBatch
+from rlmm.train.grpo_source import GrpoSource
 from rlmm.train.metrics import Meter, MetricsFile
 from tests.exact.enumerable import (
     IMAGES_NS,

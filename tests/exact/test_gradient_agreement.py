@@ -15,7 +15,8 @@ from rlmm.policies.masked import MaskedPolicy
 from rlmm.train.agreement import GradientAgreement
 from rlmm.train.experience import Experience
 from rlmm.train.grpo import grpo_loss
-from rlmm.train.grpo_source import GrpoBatch, GrpoSource
+from rlmm.train.grpo_batch import GrpoBatch
+from rlmm.train.grpo_source import GrpoSource
 from rollouts.torch_engine.masked import MaskedTorchEngine
 from rollouts.trajectory import Span
 from rollouts.unmasking import Unmasking
@@ -80,7 +81,7 @@ def half_gradients(policy: MaskedPolicy, given: Experience) -> list[Tensor]:
             config().objective.objective().weights, made.target_mask[rows], given.kept_B[rows], totals=totals,
             max_length=LENGTH,
         )  # fmt: skip
-        ratio_free = -(weight_BS * given.advantage_B[rows][:, None] * policy.log_probs(made.rows(rows)).logp_BS).sum()
+        ratio_free = -(weight_BS * given.advantage[rows][:, None] * policy.log_probs(made.rows(rows)).logp_BS).sum()
         found = torch.autograd.grad(ratio_free, parameters, allow_unused=True)
         flat = torch.cat(
             [(torch.zeros_like(p) if g is None else g).flatten() for g, p in zip(found, parameters, strict=True)]

@@ -17,7 +17,7 @@ from torch import Tensor
 from rlmm.config.stages import GrpoStage
 from rlmm.policies.masked import MaskedPolicy
 from rlmm.train.grpo import grpo_loss
-from rlmm.train.grpo_source import GrpoBatch
+from rlmm.train.grpo_batch import GrpoBatch
 from rlmm.train.metrics import Meter
 from rollouts.law import Law
 from rollouts.torch_engine.masked import MaskedTorchEngine

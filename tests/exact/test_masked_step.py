@@ -11,7 +11,7 @@ from rlmm.objectives.estimators import step_weights
 from rlmm.objectives.kl import bound_kl
 from rlmm.policies.masked import MaskedPolicy
 from rlmm.train.grpo import grpo_loss
-from rlmm.train.grpo_source import GrpoBatch
+from rlmm.train.grpo_batch import GrpoBatch
 from rlmm.train.metrics import Meter
 from rlmm.train.replay import replay
 from rollouts.trajectory import Trajectory

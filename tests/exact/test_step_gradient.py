@@ -125,7 +125,7 @@ def by_hand(name: str) -> Tensor:
             "dr_grpo": 1 / 3 / len(lengths),
             "rloo": 1 / len(lengths),
         }[OBJECTIVES[name].weights]
-        for t, value in enumerate(losses_by_hand(name, log, float(given.experience.advantage_B[row]))):
+        for t, value in enumerate(losses_by_hand(name, log, float(given.experience.advantage[row]))):
             total = total + share * SPAN_WEIGHTS[min(t, 1)] * value
     return gradient(given.policy, total)
 
@@ -188,7 +188,7 @@ def test_padding_leaves_it(name: str, columns: int) -> None:
 def test_the_order_of_the_batch_leaves_it(name: str, seed: int) -> None:
     experience = step(name).experience
     order = torch.randperm(len(experience.trajectory), generator=torch.Generator().manual_seed(seed))
-    fields = ("advantage_B", "kept_B", "old_logp_BS", "reference_logp_BS")
+    fields = ("advantage", "kept_B", "old_logp_BS", "reference_logp_BS")
     moved: dict[str, Any] = {field: getattr(experience, field)[order] for field in fields}
     shuffled = replace(experience, trajectory=experience.trajectory.rows(order), **moved)
     assert_same(step_gradient(name, experience=shuffled, micro_batches=4), step_gradient(name))

@@ -9,7 +9,7 @@ from rlmm.config.stages import GrpoStage
 from rlmm.policies.responses import response_of, texts_of
 from rlmm.policies.transformer import TransformerPolicy
 from rlmm.train.grpo import grpo_loss
-from rlmm.train.grpo_source import GrpoBatch
+from rlmm.train.grpo_batch import GrpoBatch
 from rlmm.train.metrics import Meter
 from rollouts.contract import Request
 from rollouts.interleaved import generate_spans

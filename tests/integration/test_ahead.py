@@ -19,7 +19,8 @@ from rlmm.policies.still import Still
 from rlmm.run_folder import RunFolder
 from rlmm.train import ahead
 from rlmm.train.gates import GateError
-from rlmm.train.grpo_source import GrpoBatch, GrpoSource
+from rlmm.train.grpo_batch import GrpoBatch
+from rlmm.train.grpo_source import GrpoSource
 from rlmm.train.metrics import MetricsFile
 from rollouts.store import read_trajectory
 

@@ -12,7 +12,8 @@ from rlmm.config.recipe import Recipe, RecipeError
 from rlmm.pipeline import run_recipe
 from rlmm.policies.layout_io import load_layout
 from rlmm.run_folder import RunFolder
-from rlmm.train.grpo_source import GrpoBatch, GrpoSource
+from rlmm.train.grpo_batch import GrpoBatch
+from rlmm.train.grpo_source import GrpoSource
 from rlmm.train.metrics import MetricsFile
 from rollouts.store import read_trajectory
 

@@ -3,8 +3,10 @@
 import json
 import subprocess
 import sys
+from io import BytesIO
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -80,6 +82,40 @@ def test_grpo_on_answers_learns_what_is_rewarded(run: RunFolder, tmp_path: Path)
     assert all(row["mismatch/max"] < 1e-5 for row in rows)
 
 
+def test_thought_and_image_each_learn_from_their_own_terms(run: RunFolder, tmp_path: Path) -> None:
+    terms = [
+        "{function: 'tests/recipes/rewards.py:halves', span: image, steps: true}",
+        "{function: 'tests/recipes/rewards.py:thought_length', span: text}",
+    ]
+    overrides = [
+        f"run_dir={tmp_path / 'run'}",
+        f"rewards={{terms: [{', '.join(terms)}]}}",
+        "stages.grpo.objective={name: grpo, updates_per_rollout: 2}",
+        "stages.grpo.steps=2",
+    ]
+    recipe = read_recipe(TINY, overrides)
+    start = CheckpointPolicy(path=str(run.stage("sft") / "model"))
+    recipe = recipe.model_copy(update={"policy": start, "stages": {"grpo": recipe.stages["grpo"]}})
+    folder = run_recipe(recipe, lambda _: None)
+    (file,) = (folder.stage("grpo") / "rollouts").glob("*.parquet")
+    made, columns = read_trajectory(file)
+    advantage = np.stack(columns["token_advantage"])
+    text, image = (((made.span == at) & made.target_mask).numpy() for at in (0, 1))
+    assert not advantage[~(text | image)].any()
+    for rows in (slice(0, 4), slice(4, 8)):
+        lengths = np.array([len(one) for one in columns["text"][rows]], float)
+        wanted = (lengths - lengths.mean()) / lengths.std(ddof=1) if lengths.std() else np.zeros(4)
+        for at, value in zip(range(rows.start, rows.stop), wanted, strict=True):
+            np.testing.assert_allclose(advantage[at][text[at]], value, atol=1e-5)
+        pictures = [np.asarray(Image.open(BytesIO(png)), float) for png in columns["image"][rows]]
+        darkness = np.array([[1 - half.mean() / 255 for half in np.split(one, 2)] for one in pictures])
+        upper, lower = ((darkness - darkness.mean()) / darkness.std(ddof=1)).T
+        for at, first, last in zip(range(rows.start, rows.stop), upper + lower, lower, strict=True):
+            drawn = advantage[at][image[at]]
+            np.testing.assert_allclose(drawn[: len(drawn) // 2], first, rtol=1e-4, atol=1e-4)
+            np.testing.assert_allclose(drawn[len(drawn) // 2 :], last, rtol=1e-4, atol=1e-4)
+
+
 def test_a_checkpoint_answers_about_a_picture_and_edits_one(run: RunFolder, tmp_path: Path) -> None:
     model, picture = str(run.stage("grpo") / "model"), tmp_path / "in.png"
     Image.linear_gradient("L").convert("RGB").save(picture)
@@ -106,6 +142,12 @@ def test_a_checkpoint_answers_about_a_picture_and_edits_one(run: RunFolder, tmp_
         ("stages.grpo.sampling.thought.template=think", "must hold {prompt} once"),
         ("understanding=null", "give the recipe one"),
         ("policy.family=masked", "draws images alone"),
+        (
+            "rewards={terms: [{name: edge_density, span: text, steps: true}], mode: product}",
+            "is a part of a sum, and mode is product",
+        ),
+        ("rewards={terms: [{name: edge_density, steps: true, transform: rank}]}", "steps have no parts"),
+        ("held_out={terms: [{name: edge_density, span: image}]}", "a held-out one trains nothing"),
     ],
 )
 def test_what_does_not_fit_together_is_refused(override: str, message: str) -> None:
@@ -125,3 +167,19 @@ def test_a_stop_that_is_no_token_is_told_with_the_nearest(run: RunFolder, tmp_pa
 def test_a_run_is_resumed_with_the_recipe_it_wrote(run: RunFolder) -> None:
     """A resolved recipe, which names every default, is a valid one."""
     validate_recipe(yaml.safe_load((run.path / "config.yaml").read_text()), "config.yaml")
+
+
+@pytest.mark.parametrize(
+    ("term", "override", "message"),
+    [
+        ("span: text", "stages.grpo.sampling={guidance_scale: 1.5}", "this stage writes no text"),
+        ("span: image", "stages.grpo.sampling={answer: {length_limit: 4}}", "no image is drawn"),
+        ("span: text", "stages.grpo.objective={name: gspo}", "one advantage a row"),
+        ("span: text", "stages.grpo.resample_flat=1", "set it to 0"),
+        ("span: image", "stages.grpo.objective={name: grpo, token_weighting: 'a.py:b'}", "told one advantage a row"),
+        ("steps: true", "stages.grpo.objective={name: rloo}", "baseline mean"),
+    ],
+)
+def test_what_no_token_can_earn_is_refused(term: str, override: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        read_recipe(TINY, [f"rewards={{terms: [{{name: edge_density, {term}}}]}}", override])

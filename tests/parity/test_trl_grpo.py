@@ -19,7 +19,7 @@ from rlmm.config.stages import GrpoStage
 from rlmm.objectives.advantages import group_advantages
 from rlmm.objectives.weights import count_totals, token_weights
 from rlmm.train.grpo import grpo_loss
-from rlmm.train.grpo_source import GrpoBatch
+from rlmm.train.grpo_batch import GrpoBatch
 from rlmm.train.metrics import Meter
 from rollouts.law import Law
 

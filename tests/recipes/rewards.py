@@ -5,6 +5,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from rewards.base import Sample, Score
+
 
 def darkness(prompts: list[str], completions: list[Image.Image], **columns: Any) -> list[float]:
     """Mean darkness of the picture, in [0, 1]."""
@@ -30,3 +32,14 @@ def picky(prompts: list[str], completions: list[Image.Image], **columns: Any) ->
 def brevity(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
     """Shorter texts score higher."""
     return [1 / (1 + len(text)) for text in completions]
+
+
+def halves(samples: list[Sample]) -> list[Score]:
+    """Mean darkness of the upper half of a picture, then of the lower, which is drawn after it."""
+    pictures = [np.asarray(sample.images[0], dtype=np.float64) for sample in samples]
+    return [Score.stepwise([1.0 - float(half.mean()) / 255 for half in np.split(one, 2)]) for one in pictures]
+
+
+def thought_length(samples: list[Sample]) -> list[float]:
+    """Characters of the text."""
+    return [float(len(sample.text)) for sample in samples]

@@ -10,7 +10,7 @@ from rewards.functions import RewardLoadError
 from rlmm.config.stages import GrpoStage
 from rlmm.objectives.token_weighting import TokenView, checked_weights, load_token_weighting
 from rlmm.train.grpo import grpo_loss
-from rlmm.train.grpo_source import GrpoBatch
+from rlmm.train.grpo_batch import GrpoBatch
 from rlmm.train.metrics import Meter
 from tests.exact.enumerable import LENGTH, draw_rows, law_named, make_policy
 
@@ -61,7 +61,7 @@ def test_the_function_sees_log_probs_entropies_and_advantages() -> None:
     (view,) = seen
     torch.testing.assert_close(view.logp_BS, given.trajectory.sampler_logp, rtol=0, atol=1e-9)
     assert not view.logp_BS.requires_grad and view.entropy_BS.min() > 0
-    assert torch.equal(view.advantage_B, given.advantage_B)
+    assert torch.equal(view.advantage_B, given.advantage)
 
 
 @pytest.mark.parametrize(
