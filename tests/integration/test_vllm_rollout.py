@@ -160,3 +160,16 @@ def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(RuntimeError, match="inside a single process"):
         LocalHost(Path("nowhere"), **SIZES)
+
+
+@needs_vllm
+@pytest.mark.long
+def test_rollouts_are_drawn_ahead_by_vllm_too() -> None:
+    """In this process and as a server: a sync between two draws, the draws in a thread, and the torch engine's run."""
+    torch_rows, *others = answer_of("vllm_ahead_program.py", timeout=900)["rows"]
+    assert [row["staleness"] for row in torch_rows] == [0, 1, 1, 1]
+    for rows in others:
+        assert [row["staleness"] for row in rows] == [0, 1, 1, 1]
+        assert max(row["mismatch/max"] for row in rows) < 1e-4
+        for name in ("reward/mean", "grad_norm", "mismatch/weight"):
+            assert [row[name] for row in rows] == pytest.approx([row[name] for row in torch_rows], rel=1e-3)

@@ -225,14 +225,15 @@ def stock_adapter(folder: Path) -> dict[str, float]:
     return found
 
 
-def stages(folder: Path, engines: list[dict[str, Any]]) -> list[list[dict[str, float]]]:
-    """The GRPO metrics (timings aside) of the tiny recipe under each engine, from one SFT policy."""
+def stages(folder: Path, engines: list[dict[str, Any]], **settings: Any) -> list[list[dict[str, float]]]:
+    """The GRPO metrics (timings aside) of the tiny recipe under each engine, from one SFT policy. `settings`: of the
+    stage."""
     raw = yaml.safe_load((Path(__file__).parents[1] / "recipes" / "tiny.yaml").read_text())
     raw["stages"] = {name: raw["stages"][name] for name in ("codec", "sft", "grpo")}
     raw["policy"]["hidden_size"] = 64
     found = []
     for engine in engines:
-        raw["stages"]["grpo"] |= {"engine": engine, "steps": 4}
+        raw["stages"]["grpo"] |= {"engine": engine, "steps": 4, **settings}
         recipe = validate_recipe(raw | {"run_dir": str(folder)}, "tiny")
         run = pipeline.run_folder(recipe)
         shutil.rmtree(run.stage("grpo"), ignore_errors=True)
