@@ -1,8 +1,8 @@
 """GRPO of tiny recipes on one, two and four processes, each from one SFT policy: `FOLDER`.
 
-A next-token policy's, a masked one's by its trajectory's log-probs with all that is logged of a step, and by a noise
-plan's. Beside each run's folder lies what its processes planned, RUN-plans-RANK.jsonl: the digest of every plan, by
-sample.
+A next-token policy's, the same in float64, a masked one's by its trajectory's log-probs with all that is logged of a
+step, and by a noise plan's. Beside each run's folder lies what its processes planned, RUN-plans-RANK.jsonl: the digest
+of every plan, by sample.
 """
 
 import hashlib
@@ -15,8 +15,12 @@ from typing import Any
 
 import yaml
 
+import rlmm.train.grpo as grpo
+from rlmm.codecs import Codec
 from rlmm.objectives.estimators import Estimator
 from rlmm.objectives.noise import NoisePlan
+from rlmm.policies.transformer import TransformerPolicy
+from rlmm.train.context import StageContext
 from rollouts.trajectory import Trajectory
 from tests.integration.forked import run_forked
 
@@ -24,6 +28,7 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 SHAPE = {"steps": 4, "prompts_per_step": 4, "micro_batch_size": 2, "checkpoint_every": 4}
 CASES: dict[str, dict[str, Any]] = {
     "next-token": SHAPE | {"lora": None},
+    "float64": SHAPE | {"lora": None},
     "trajectory": SHAPE | {"diagnostics": {"gradient_agreement": True}},
     "noise": SHAPE
     | {
@@ -31,15 +36,34 @@ CASES: dict[str, dict[str, Any]] = {
         "objective": {"name": "gspo", "clip_low": 0.2, "clip_high": 0.2, "updates_per_rollout": 2},
     },
 }
-PROCESSES = {"next-token": (1, 2, 4), "trajectory": (1, 2), "noise": (1, 2, 4)}
-STARTS = {"next-token": "next-token-1", "trajectory": "trajectory-1", "noise": "trajectory-1"}
+PROCESSES = {"next-token": (1, 2, 4), "float64": (1, 2, 4), "trajectory": (1, 2), "noise": (1, 2, 4)}
+STARTS = {
+    "next-token": "next-token-1",
+    "float64": "next-token-1",
+    "trajectory": "trajectory-1",
+    "noise": "trajectory-1",
+}
 """The run whose first stages each case goes on from."""
+
+
+def in_float64() -> None:
+    """From here on a GRPO stage of this process samples and trains in float64."""
+    start = grpo.starting_policy
+
+    def doubled(context: StageContext, codec: Codec) -> TransformerPolicy:
+        policy = start(context, codec)
+        policy.model.double()
+        return policy
+
+    grpo.starting_policy = doubled
 
 
 def noting(folder: Path) -> Callable[[int], None]:
     """What makes a process write down its plans."""
 
     def prepare(rank: int) -> None:
+        if folder.name.startswith("float64"):
+            in_float64()
         plan = Estimator.plan
 
         def noted(self: Estimator, trajectory: Trajectory) -> NoisePlan:
@@ -63,7 +87,7 @@ def run(recipe: Path, folder: Path, count: int) -> None:
 
 def main(out: Path) -> None:
     for case, changes in CASES.items():
-        name = "tiny.yaml" if case == "next-token" else "tiny_masked.yaml"
+        name = "tiny.yaml" if case in ("next-token", "float64") else "tiny_masked.yaml"
         raw = yaml.safe_load((RECIPES / name).read_text())
         stages = {name: raw["stages"][name] for name in ("codec", "sft", "grpo")}
         recipe = out / f"{case}.yaml"

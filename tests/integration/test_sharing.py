@@ -109,3 +109,21 @@ def test_the_weights_are_the_same(runs: Path, case: str, count: int) -> None:
     assert max(float((one[name] - start[name]).abs().max()) for name in one) > 1e-4
     for name in one:
         torch.testing.assert_close(other[name], one[name], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("count", PROCESSES["float64"][1:])
+def test_in_float64_everything_is_the_same_to_its_rounding(runs: Path, count: int) -> None:
+    def stored(folder: Path) -> dict[str, torch.Tensor]:
+        found = {}
+        for path in (folder / "stages" / "03-grpo" / "rollouts").glob("*.parquet"):
+            made, _ = read_trajectory(path)
+            found |= dict(zip(made.sample_id, made.sampler_logp, strict=True))
+        return found
+
+    alone, together = stored(runs / "float64-1"), stored(runs / f"float64-{count}")
+    assert alone.keys() == together.keys() and len(alone) == 2 * 4 * 4
+    assert max(float((alone[name] - together[name]).abs().max()) for name in alone) < 1e-12
+    one, other = (load_file(runs / f"float64-{n}" / "stages/03-grpo/model/model.safetensors") for n in (1, count))
+    assert {weight.dtype for weight in one.values()} == {torch.float64}
+    for name in one:
+        torch.testing.assert_close(other[name], one[name], rtol=0, atol=1e-12)
