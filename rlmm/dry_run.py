@@ -152,12 +152,14 @@ def _loss(policy: TransformerPolicy, law: Law, update: Update) -> Tensor:
     shape = (update.rows, update.length)
     ids_BT = torch.zeros(shape, dtype=torch.long)
     mask_BT = torch.ones(shape, dtype=torch.bool)
-    # Which sees which, said outright: whether some rows are padded cannot be asked of tensors without values.
-    seen = torch.ones(update.rows, 1, update.length, update.length, dtype=torch.bool)
+    # Which sees which, said outright, as where rows are padded: it cannot be asked of tensors without values.
+    seen = torch.ones(update.rows, update.length, update.length, dtype=torch.bool)
+    whole = policy.layout.mask is not None and not policy.layout.causal_prompt  # then each layer makes its own of it
+    mask = seen[:, None] if whole else policy.added_to_scores(seen)
     with torch.autocast(ids_BT.device.type, torch.bfloat16, enabled=update.precision == "bfloat16"):
         output = policy.model(
             **policy.embedded(ids_BT),
-            attention_mask=seen,
+            attention_mask=mask,
             position_ids=policy.positions(ids_BT, mask_BT),
             use_cache=False,
             output_hidden_states=True,

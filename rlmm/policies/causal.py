@@ -19,6 +19,15 @@ class CausalPolicy(TransformerPolicy):
 
     log_prob_kind = LogProbKind.EXACT
 
+    def attention(self, ids_BT: Tensor, mask_BT: Tensor, first: int = 0) -> Tensor:
+        """See `TransformerPolicy`. Without padding no mask is needed. A padded position sees itself, too: a row that
+        sees nothing is not a number."""
+        if self.base.config._attn_implementation != "sdpa" or mask_BT.all():
+            return mask_BT
+        place_T = torch.arange(mask_BT.shape[1], device=mask_BT.device)
+        place_Q1 = place_T[first:, None]
+        return self.added_to_scores((mask_BT[:, None] & (place_T <= place_Q1)) | (place_T == place_Q1))
+
     def log_probs(
         self,
         trajectory: Trajectory,

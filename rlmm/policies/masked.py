@@ -56,7 +56,7 @@ class MaskedPolicy(TransformerPolicy):
                 'the model with attn_implementation="sdpa"'
             )
 
-    def attention(self, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    def attention(self, ids_BT: Tensor, mask_BT: Tensor, first: int = 0) -> Tensor:
         """Everything sees everything, or what is before the image (up to the last token that announces one, or all of
         a sequence without) only what is before it. What is padding sees itself: a row that sees nothing is not a
         number."""
@@ -66,7 +66,8 @@ class MaskedPolicy(TransformerPolicy):
         last_B1 = torch.where(ids_BT == self.layout.boi[-1], place_T, -1).amax(1, keepdim=True)
         image_BT1 = ((place_T > last_B1) & (last_B1 >= 0))[..., None]
         before_TT, itself_TT = place_T <= place_T[:, None], place_T == place_T[:, None]
-        return ((mask_BT[:, None].to(ids_BT.device) & (image_BT1 | before_TT)) | itself_TT)[:, None]
+        seen_BTT = (mask_BT[:, None].to(ids_BT.device) & (image_BT1 | before_TT)) | itself_TT
+        return self.added_to_scores(seen_BTT[:, first:])
 
     def log_probs(
         self,

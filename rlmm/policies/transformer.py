@@ -95,10 +95,9 @@ class TransformerPolicy(ABC):
             )
         ids_BT, mask_BT = ids_BT.to(device), mask_BT.to(device)
         held = 0 if cache is None else cache.get_seq_length()
-        seen = self.attention(ids_BT, mask_BT)
         inputs: dict[str, Any] = {
             **self.embedded(ids_BT[:, held:]),
-            "attention_mask": seen if seen.ndim == 2 else seen[:, :, held:],
+            "attention_mask": self.attention(ids_BT, mask_BT, held),
             "position_ids": self.positions(ids_BT, mask_BT)[..., held:],
         }
         # The body alone is cast, here, for sampler and trainer alike: head and softmax keep the weights' own.
@@ -119,9 +118,18 @@ class TransformerPolicy(ABC):
         """Tokens as the model's forward takes them."""
         return {"input_ids": ids_BT}
 
-    def attention(self, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
-        """What sees what in whole sequences: which positions are there [B, T], or which sees which [B, 1, T, T]."""
+    def attention(self, ids_BT: Tensor, mask_BT: Tensor, first: int = 0) -> Tensor:
+        """What sees what in whole sequences: which positions are there [B, T], or what to add to the scores of those
+        from `first` on [B, 1, T - first, T]."""
         return mask_BT
+
+    def added_to_scores(self, seen_BQT: Tensor) -> Tensor:
+        """0 where a position sees another and -inf where not [B, 1, Q, T], in what the body computes in. From a bool
+        mask every layer would make this for itself, and keep it for the backward."""
+        dtype = torch.bfloat16 if self.precision == "bfloat16" else self.base.dtype
+        return torch.zeros(seen_BQT.shape, dtype=dtype, device=seen_BQT.device).masked_fill(~seen_BQT, -torch.inf)[
+            :, None
+        ]
 
     def output_head(self, vocabulary: tuple[int, int]) -> OutputHead:
         """Which head decides the tokens of a slice."""
