@@ -81,9 +81,9 @@ def _check_log_prob(name: str, stage: GrpoStage, kind: LogProbKind, force: bool)
     try:
         for family in stage.families:
             check_legal(family, kind)
-    except IllegalObjective:
+    except IllegalObjective as error:
         if not force:
-            raise
+            raise ValueError(f"stage {name!r}: {error}") from error
         return
     if force:
         raise ValueError(
@@ -101,6 +101,11 @@ def _check_estimator(name: str, stage: GrpoStage, estimator: Estimator) -> None:
             "them; use level: token, or leave steps out"
         )
     along = estimator.scheme == "trajectory"
+    if estimator.steps is not None and unmasking is not None and estimator.steps >= unmasking.steps:
+        raise ValueError(
+            f"stage {name!r}: estimator.steps {estimator.steps} of the {unmasking.steps} steps an image is revealed in "
+            "are all of them; set fewer, or leave steps out"
+        )
     cut = sampling.top_k > 0 or sampling.top_p < 1
     if cut and (not along or (unmasking is not None and unmasking.order not in ("random", "blocks", "ancestral"))):
         raise ValueError(

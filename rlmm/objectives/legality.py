@@ -92,5 +92,6 @@ def check_legal(objective: str, kind: LogProbKind, *, force: bool = False) -> st
         return message
     sound = ", ".join(k.value for k, why in rows[objective].items() if why is None)
     raise IllegalObjective(
-        f"{message}. Sound kinds: {sound}. To run it as a baseline all the same, force it, where the stage can."
+        f"{message}. Sound kinds: {sound}. To run it as a baseline all the same, set estimator.force: true, where the "
+        "stage has an estimator."
     )

@@ -128,13 +128,16 @@ def _meter(found: DPOLoss, batch: PreferenceBatch, meter: Meter) -> None:
 
 
 def _bias_bound(ratio_Dn: Tensor, config: DpoStage, batch: PreferenceBatch) -> Tensor:
-    """The bound of `noise_bias` [P], of a variance that is itself estimated from how the draws of a preference differ.
-    `ratio_Dn`: log-ratios, one a draw; their mean is what the loss is of."""
+    """The bound of `noise_bias` [P], of a variance that is itself estimated from how the draws of a preference differ,
+    times the weight of its kind, under kto. `ratio_Dn`: log-ratios, one a draw; their mean is what the loss is of."""
     ratio_Dn = ratio_Dn.double() / (batch.length_D[:, None] if config.per_token else 1)
     if batch.sides == 2:
         chosen_Pn, rejected_Pn = ratio_Dn.chunk(2)
         ratio_Dn = chosen_Pn - rejected_Pn
-    return noise_bias(config.loss, config.beta, ratio_Dn.var(1) / batch.draws)
+    bound_P = noise_bias(config.loss, config.beta, ratio_Dn.var(1) / batch.draws)
+    if batch.desirable_P is None:
+        return bound_P
+    return bound_P * torch.where(batch.desirable_P, config.desirable_weight, config.undesirable_weight)
 
 
 def run_dpo(context: StageContext) -> None:

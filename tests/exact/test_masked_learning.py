@@ -115,7 +115,8 @@ def reached(name: str) -> list[float]:
         policy = make_policy(seed)
         ascend(policy, lambda step, policy=policy: step_loss(policy, way, step))
         with torch.no_grad():
-            found.append(float(expected_reward(policy, law_named(way.law, policy), way.unmasking)) / exact(seed))
+            after = float(expected_reward(policy, law_named(way.law, policy), way.unmasking))
+        found.append(after / exact(seed))  # which needs gradients
     print(f"{name}: {', '.join(f'{share:.3f}' for share in found)} of the exact gradient's")
     return found
 

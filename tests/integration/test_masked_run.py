@@ -189,7 +189,7 @@ def test_a_baseline_that_is_no_likelihood_runs_when_forced_and_says_so(variant: 
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ([COUNT], "use level: sequence"),
+        ([COUNT], "stage 'grpo': token_ratio .* use level: sequence.* estimator.force: true"),
         (
             ["stages.grpo.estimator={kind: count}", "stages.grpo.objective={name: gspo, kl: {coefficient: 0.1}}"],
             "which takes the bias out",
@@ -221,6 +221,7 @@ def test_a_baseline_that_is_no_likelihood_runs_when_forced_and_says_so(variant: 
         (["stages.grpo.sampling.unmasking={steps: 1, order: blocks, block: 8}"], "between 2 and 12"),
         (["stages.grpo.estimator={kind: trajectory, force: true}"], "force does nothing"),
         (["stages.grpo.estimator={steps: 1}", "stages.grpo.objective={name: gspo}"], "needs every decision"),
+        (["stages.grpo.estimator={steps: 3}"], "3 of the 3 steps an image is revealed in are all of them"),
         (["stages.grpo.estimator={kind: count, upper: {share: 0.5}}"], "give draws >= 2"),
         (["stages.grpo.objective={name: reinforce, clip_low: 0.01}"], "reinforce has no ratio"),
         (["stages.grpo.engine={kind: vllm}"], "sampled by engine.kind torch"),

@@ -205,6 +205,23 @@ def test_more_draws_bring_the_bound_down_and_a_bound_past_the_ceiling_stops() ->
         loss_of(policy, [0, 1], 0.5, noise_of("count", 2, 1e-9))
 
 
+def test_the_bound_of_a_weighed_answer_is_weighed_as_its_loss_is() -> None:
+    policy, noise = policy_of(0.3), noise_of("count", 3, 10)
+    rows = [row for (row,) in apart([(one,) for one in pairs(policy)])]
+
+    def metered(chosen: Sequence[Preference], **changes: object) -> float:
+        meter, weights = Meter(), [1 / len(chosen)] * len(chosen)
+        batch = preference_batch(policy.layout, chosen, weights, noise=noise, seeds=range(len(chosen)))
+        dpo_step_loss(policy, config(noise, loss="kto", **changes), policy.model, batch, meter, gate_of(noise))
+        return meter.flush()["dpo/bias_bound"]
+
+    wanted = [row for row in rows if row.desirable]
+    others = [row for row in rows if not row.desirable]
+    assert metered(wanted, desirable_weight=3.0) == pytest.approx(3 * metered(wanted))
+    assert metered(others, undesirable_weight=2.0) == pytest.approx(2 * metered(others))
+    assert metered(wanted, undesirable_weight=2.0) == pytest.approx(metered(wanted))
+
+
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_the_gate_looks_at_the_mean_of_a_step_however_it_is_cut(size: int) -> None:
     bound_P = torch.tensor([0.3, 0.01, 0.02, 0.01])  # 0.085 in the mean
