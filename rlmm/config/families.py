@@ -117,6 +117,13 @@ def _check_estimator(name: str, stage: GrpoStage, estimator: Estimator) -> None:
             f"stage {name!r}: what noisy_confidence samples has no known log-prob, so nothing can tell if the loss "
             "is of the law sampled from; train with order random, confidence or threshold, and evaluate with any"
         )
+    ranked = unmasking is not None and unmasking.order in ("confidence", "threshold")
+    if ranked and sampling.law((0, 1 << 31)).off_policy:
+        raise ValueError(
+            f"stage {name!r}: order {unmasking.order} reveals what the sampled law is surest of, and under guidance "
+            f"{sampling.guidance} the log-prob is of another law, whose order that is not; use guidance: guided or "
+            "none, or order: random"
+        )
     if estimator.upper is not None and (stage.objective.surrogate != "reinforce" or estimator.kind != LogProbKind.ELBO):
         raise ValueError(
             f"stage {name!r}: an upper estimate has no ratio to an older one, and pairs with an ELBO; use objective "

@@ -10,6 +10,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
+from rlmm.evidence.results import difference
+
 
 def write_pages(record: Mapping[str, Any], out: Path) -> None:
     """`<name>.md` and `<name>.png` beside the record's own file."""
@@ -44,6 +46,7 @@ def markdown(record: Mapping[str, Any]) -> str:
         f"| {row['arm']} - {row['baseline']} | {row['mean']:+.3f} | [{row['low']:+.3f}, {row['high']:+.3f}] |"
         for row in record["differences"]
     ]
+    lines += _at_each_temperature(record)
     lines += _beside(record.get("beside", {}))
     lines += ["", "Chosen on the validation prompts with equal trials:", ""]
     lines += [
@@ -52,6 +55,27 @@ def markdown(record: Mapping[str, Any]) -> str:
         for arm, one in arms.items()
     ]
     return "\n".join([*lines, "", f"Commit {record['commit']}.", ""])
+
+
+def _at_each_temperature(record: Mapping[str, Any]) -> list[str]:
+    """Of arms that were scored at different temperatures, the difference at each: what a temperature gives is no gain
+    of training. Nothing where all have the same."""
+    arms = record["arms"]
+    chosen = {arm: f"{one['chosen']['temperature']:g}" for arm, one in arms.items()}
+    unequal = [(d["arm"], d["baseline"]) for d in record["differences"] if chosen[d["arm"]] != chosen[d["baseline"]]]
+    if not unequal:
+        return []
+    shared = [
+        t for t in next(iter(arms.values()))["by_temperature"] if all(t in a["by_temperature"] for a in arms.values())
+    ]
+    head = " | ".join(f"both at {t}" for t in shared)
+    lines = ["", "Arms above whose temperatures differ, at one temperature each:", ""]
+    lines += [f"| difference | {head} |", "|---|" + "---|" * len(shared)]
+    for arm, baseline in unequal:
+        found = [difference(arm, baseline, {a: arms[a]["by_temperature"][t] for a in (arm, baseline)}) for t in shared]
+        cells = [f"{one.mean:+.3f} [{one.low:+.3f}, {one.high:+.3f}]" for one in found]
+        lines.append(f"| {arm} - {baseline} | " + " | ".join(cells) + " |")
+    return lines
 
 
 def _beside(told: Mapping[str, Mapping[str, list[float]]]) -> list[str]:

@@ -216,6 +216,15 @@ def test_a_baseline_that_is_no_likelihood_runs_when_forced_and_says_so(variant: 
         (["stages.evaluation.unmasking=null"], "evaluation.unmasking: a masked policy needs it"),
         (["stages.grpo.sampling.unmasking={steps: 3, order: noisy_confidence, noise: 1}"], "no known log-prob"),
         (["stages.grpo.sampling.unmasking={steps: 3, order: confidence}", "stages.grpo.sampling.top_k=5"], "supports"),
+        (
+            [
+                "stages.grpo.sampling.unmasking={steps: 3, order: confidence}",
+                "stages.grpo.sampling.guidance_scale=2.0",
+                "stages.grpo.sampling.guidance=conditional_only",
+                "stages.grpo.gates.off_policy=allow",
+            ],
+            "whose order that is not",
+        ),
         (["stages.grpo.sampling.unmasking.steps=500"], "at most 12"),
         (["stages.evaluation.unmasking={steps: 500}"], "at most 12"),
         (["stages.grpo.sampling.unmasking={steps: 1, order: blocks, block: 8}"], "between 2 and 12"),

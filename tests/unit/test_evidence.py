@@ -241,6 +241,12 @@ def test_the_page_has_the_records_figures() -> None:
     # Gaps 0.2 and 0.3, so 0.25 and a standard error of 0.05; t of one degree of freedom is 12.706.
     assert "| grpo - sft | +0.250 | [-0.385, +0.885] |" in page
     assert "| sft_more - sft | -0.150 | [-0.785, +0.485] |" in page
+    # sft was scored at 0.5, grpo at 1: the gaps at 1 are 0.5 and 0.7.
+    assert "| difference | both at 1 | both at 0.5 |" in page
+    assert "| grpo - sft | +0.600 [-0.671, +1.871] | +0.100 [+0.100, +0.100] |" in page
+    assert not any(line.startswith("| grpo - sft_more |") and line.count("[") == 2 for line in page), (
+        "both at 1 already"
+    )
     assert "- sft: steps 2, temperature 0.5 (validation 0.550)" in page
     assert "- grpo: learning_rate 0.01, temperature 1 (validation 0.710)" in page
     prompts = plan(test={"skip": 8, "prompts": 3}).model_dump(mode="json")
