@@ -1,4 +1,4 @@
-"""Cache of finished scores: the key over everything a reward may look at, and an LRU store."""
+"""Cache of finished scores: the key over everything a reward may look at, and an LRU store that can be written down."""
 
 import hashlib
 from collections import OrderedDict
@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from rewards.base import Sample, Score
+from rewards.wire import WireScore
 
 
 class Uncacheable(TypeError):
@@ -96,3 +97,29 @@ class ScoreCache:
         self._scores.move_to_end(key)
         if len(self._scores) > self.capacity:
             self._scores.popitem(last=False)
+
+    def record(self) -> list[dict[str, Any]]:
+        """{key, score} of every score as JSON has them, the least recently used first."""
+        return [{"key": key, "score": _written(score)} for key, score in self._scores.items()]
+
+    def restore(self, record: Sequence[Mapping[str, Any]]) -> None:
+        """Put in what `record` gave, as if it had been used in that order. Raises ValueError for what is none."""
+        try:
+            found = [(str(item["key"]), _read(WireScore.model_validate(item["score"]))) for item in record]
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"no record of scores: {type(error).__name__}: {error}") from error
+        for key, score in found:
+            self.put(key, score)
+
+
+def _written(score: Score) -> dict[str, Any]:
+    """As JSON of Python's, which has numbers that are not finite: unlike what is sent, a score keeps such a part."""
+    parts = {name: float(value) for name, value in score.parts.items()}
+    sent = WireScore(status=score.status, value=score.value, reason=score.reason, parts=parts, steps=list(score.steps))
+    return sent.model_dump()
+
+
+def _read(sent: WireScore) -> Score:
+    if (sent.status == "ok") != (sent.value is not None):
+        raise ValueError(f"a score of status {sent.status} has the value {sent.value}")
+    return Score(sent.status, sent.value, sent.reason, sent.parts, tuple(sent.steps))

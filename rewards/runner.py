@@ -8,7 +8,7 @@ plug-in, and stops the run with a RewardContractError.
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from rewards.base import Reward, Sample, Score, SeesGroups
 from rewards.cache import ScoreCache, Uncacheable, cache_key
@@ -125,6 +125,19 @@ class RewardRunner:
         self.stats.samples += len(answers)
         self.stats.invalid_output += sum(score.status == "invalid_output" for score in answers)
         return answers
+
+    def cached(self) -> dict[str, Any]:
+        """The cache as JSON has it, and the fingerprint of the judge that gave its scores."""
+        return {"fingerprint": self.reward.fingerprint(), "scores": self.cache.record()}
+
+    def remember(self, record: Mapping[str, Any]) -> bool:
+        """Go on with a cache that `cached` gave; False where it is another judge's, of which nothing is used. Raises
+        ValueError for what is none.
+        """
+        if record.get("fingerprint") != self.reward.fingerprint():
+            return False
+        self.cache.restore(record.get("scores", ()))
+        return True
 
     def _keys(self, samples: Sequence[Sample]) -> list[Key]:
         """A cache key a sample, or its index where it cannot be cached: as where its score depends on its group."""

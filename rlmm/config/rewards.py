@@ -135,7 +135,8 @@ class Rewards(Strict):
     failed_share: float | None = Field(None, ge=0, le=1)
     """The share of a rollout's samples that may be excluded; with more of them the run stops at once."""
     cache: int = Field(4096, ge=0)
-    """Scores kept in memory, so that equal samples are scored once; 0 for a reward that answers at random."""
+    """Scores kept, in memory and in the checkpoints of a GRPO stage, so that equal samples are scored once; 0 for a
+    reward that answers at random."""
 
     @property
     def ceiling(self) -> float:

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from transformers import TrainerCallback
 
 from rlmm.config.objectives import MismatchConfig, ObjectiveConfig
 from rlmm.config.stages import GrpoStage
@@ -23,6 +24,7 @@ from rlmm.train.metrics import Meter
 from rlmm.train.processes import device, world
 from rlmm.train.results import save_result
 from rlmm.train.running import train
+from rlmm.train.score_cache import KeepScores
 
 ONE_STEP = Estimator(steps=1)
 """What the mismatch gate replays of a sample where the loss reads none of its trajectory."""
@@ -172,6 +174,13 @@ def rows_alone(config: GrpoStage) -> bool:
     return config.trains_image_rows and not parts
 
 
+def kept_in_checkpoints(source: GrpoSource) -> list[TrainerCallback]:
+    """What puts into checkpoints that Trainer does not know of."""
+    judges = {"rewards": source.roller.reward, "held_out": source.held_out}
+    scores = KeepScores(judges, source.context.say)
+    return [scores] if source.ahead is None else [scores, KeepAhead(source.ahead)]
+
+
 def run_grpo(context: StageContext) -> None:
     """Train from the starting policy on the recipe's prompts; leaves model/ (and adapter/) in the stage's folder."""
     config: GrpoStage = context.config
@@ -198,7 +207,7 @@ def run_grpo(context: StageContext) -> None:
         show=("reward/mean", "group/flat_share", "entropy", "mismatch/max", "grad_norm"),
         gradient_agreement=config.diagnostics.gradient_agreement,
         resume_fault=source.resume_fault,
-        callbacks=[] if source.ahead is None else [KeepAhead(source.ahead)],
+        callbacks=kept_in_checkpoints(source),
     )
     if source.ahead is not None:
         source.ahead.close()
