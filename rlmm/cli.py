@@ -44,9 +44,10 @@ def run(
     nproc: Annotated[int | None, typer.Option(min=1, help="Processes of this machine, e.g. one a GPU")] = None,
 ) -> None:
     """Run a recipe's stages in order. A second call resumes where the first one stopped."""
-    if nproc is not None:
-        from rlmm.launcher import launch
+    from rlmm.launcher import check_launcher, launch
 
+    check_launcher(os.environ)
+    if nproc is not None:
         launch(nproc, config, overrides or [])
         return
     from rlmm.config.recipe import read_recipe

@@ -1,12 +1,40 @@
-"""`rlmm run --nproc`: the processes of one machine, started by torchrun."""
+"""How the processes of a run are started: `rlmm run --nproc` by torchrun; what another launcher may and may not say."""
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 SHUTDOWN_SECONDS = 600
 """How long the processes may take over their last step when they are asked to stop, before they are killed."""
+
+ACCELERATE_SETTINGS = {
+    "ACCELERATE_MIXED_PRECISION": "--mixed_precision: a stage's `precision` says it",
+    "ACCELERATE_DYNAMO_BACKEND": "--dynamo_backend: no stage is compiled",
+    "ACCELERATE_USE_DEEPSPEED": "--use_deepspeed: name the file in each stage's `deepspeed`, and let --multi_gpu start "
+    "the processes",
+    "ACCELERATE_USE_FSDP": "--use_fsdp: weights are kept in parts by DeepSpeed, a stage's `deepspeed`",
+    "ACCELERATE_USE_MEGATRON_LM": "--use_megatron_lm: weights are kept in parts by DeepSpeed, a stage's `deepspeed`",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "--use_parallelism_config: processes share out a step's prompts alone",
+}
+"""What `accelerate launch` tells Trainer through the environment, past the recipe."""
+
+
+def check_launcher(environment: Mapping[str, str]) -> None:
+    """Raises ValueError where `accelerate launch` has settings that are the recipe's to make, or was asked for several
+    processes and has started one that stands alone."""
+    for name, told in ACCELERATE_SETTINGS.items():
+        if environment.get(name, "no").lower() not in ("no", "false", "0", ""):
+            raise ValueError(
+                f"accelerate launch has set {name}={environment[name]}, by an option or by its own configuration file, "
+                f"and the recipe would not say how its run was trained. Leave it out, {told}"
+            )
+    if "ACCELERATE_MIXED_PRECISION" in environment and "MASTER_PORT" in environment and "WORLD_SIZE" not in environment:
+        raise ValueError(
+            "accelerate launch was asked for several processes, and without GPUs (or with --cpu) it starts one, or by "
+            "mpirun some that do not know of each other. Give it --multi_gpu, which starts processes on CPUs as well, "
+            "or use rlmm run --nproc or torchrun"
+        )
 
 
 def launch(nproc: int, config: Path, overrides: Sequence[str]) -> None:

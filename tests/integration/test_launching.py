@@ -1,4 +1,4 @@
-"""Runs of several processes as people start them: by --nproc, by plain ssh, under Slurm."""
+"""Runs of several processes as people start them: by --nproc, by accelerate, by plain ssh, under Slurm."""
 
 import json
 import os
@@ -11,12 +11,16 @@ import pytest
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from rlmm.launcher import launch
+from rlmm.cli import run
+from rlmm.launcher import check_launcher, launch
 from rlmm.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "tests" / "recipes" / "tiny.yaml"
 CODEC = json.dumps({"kind": "codec", "steps": 2, "batch_size": 8, "learning_rate": 1e-3, "checkpoint_every": 2})
+SFT = {
+    "kind": "sft", "steps": 2, "batch_size": 8, "micro_batch_size": 4, "learning_rate": 3e-3, "checkpoint_every": 2,
+}  # fmt: skip
 # What ssh and srun are to the examples: they run a command on a node, which here is this machine.
 SSH = '#!/bin/bash\nexec bash -c "$2"\n'
 SRUN = """#!/bin/bash
@@ -27,10 +31,10 @@ wait -n && wait -n
 SCONTROL = "#!/bin/bash\necho 127.0.0.1\necho 127.0.0.2\n"
 
 
-def ran(command: list[str], folder: Path, **environment: str) -> Path:
-    """The folder of a run of one codec stage that the command started."""
+def ran(command: list[str], folder: Path, stages: str = f"{{codec: {CODEC}}}", **environment: str) -> Path:
+    """The folder of a run, of one codec stage by default, that the command started."""
     run = folder / "run"
-    overrides = [str(RECIPE), f"run_dir={run}", f"stages={{codec: {CODEC}}}", "runtime.trackers=[]"]
+    overrides = [str(RECIPE), f"run_dir={run}", f"stages={stages}", "runtime.trackers=[]"]
     path = f"{folder}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     given = {**os.environ, **environment, "PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*command, *overrides], cwd=ROOT, env=given, capture_output=True, text=True, timeout=500)
@@ -95,3 +99,58 @@ def test_two_nodes_under_slurm(tmp_path: Path) -> None:
     script(tmp_path, "scontrol", SCONTROL)
     slurm = {"SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "n[1-2]", "MASTER_PORT": "29518"}
     assert processes_of(ran(["bash", str(ROOT / "examples" / "slurm.sbatch")], tmp_path, **slurm)) == 2
+
+
+def figures_of(run: Path, stage: str) -> list[dict[str, float]]:
+    rows = [json.loads(line) for line in (run / "stages" / stage / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if not name.startswith("time/")} for row in rows]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("zero", [False, True], ids=["plain", "zero2"])
+def test_accelerate_launch_starts_what_nproc_does(tmp_path: Path, zero: bool) -> None:
+    stages = {"codec": json.loads(CODEC), "sft": SFT | ({"deepspeed": "configs/deepspeed/zero2.json"} if zero else {})}
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    accelerate += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "rlmm.cli", "run"]
+    commands = {"accelerate": accelerate, "nproc": [sys.executable, "-m", "rlmm.cli", "run", "--nproc", "2"]}
+    runs = []
+    for name, command in commands.items():
+        (tmp_path / name).mkdir()
+        runs.append(ran(command, tmp_path / name, json.dumps(stages)))
+    assert [processes_of(run) for run in runs] == [2, 2]
+    one, two = ((run / "stages" / "02-sft" / "model" / "model.safetensors").read_bytes() for run in runs)
+    assert figures_of(runs[0], "02-sft") == figures_of(runs[1], "02-sft")
+    assert one == two
+
+
+@pytest.mark.parametrize(
+    ("environment", "told"),
+    [
+        ({"ACCELERATE_MIXED_PRECISION": "bf16", "WORLD_SIZE": "2"}, "ACCELERATE_MIXED_PRECISION=bf16.*precision"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true", "WORLD_SIZE": "2"}, "in each stage's `deepspeed`"),
+        ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "no stage is compiled"),
+        ({"ACCELERATE_MIXED_PRECISION": "no", "MASTER_PORT": "29500"}, "asked for several.*--multi_gpu"),
+    ],
+)
+def test_what_accelerate_launch_may_not_say(environment: dict[str, str], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        check_launcher(environment)
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "NO"},
+        {"ACCELERATE_MIXED_PRECISION": "no", "MASTER_PORT": "29500", "WORLD_SIZE": "2"},
+        {"MASTER_PORT": "29500"},
+    ],
+    ids=["accelerate, one process", "accelerate, two", "no accelerate"],
+)
+def test_what_accelerate_launch_may_say(environment: dict[str, str]) -> None:
+    check_launcher(environment)
+
+
+def test_a_run_looks_at_its_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with pytest.raises(ValueError, match="accelerate launch has set"):
+        run(RECIPE)
