@@ -6,6 +6,7 @@ number is the whole state of the data.
 """
 
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -158,6 +159,8 @@ def training_arguments(
     config: Optimization, folder: Path, *, micro_batch_size: int, accumulation: int, report_to: Sequence[str], name: str
 ) -> TrainingArguments:
     """Trainer's own settings from a stage's. Saving, logging and schedules are Trainer's; data order is ours."""
+    # accelerate sets it for a stage with a DeepSpeed file, and Trainer would take it as an order to the next one.
+    os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
     return TrainingArguments(
         output_dir=str(folder),
         run_name=name,

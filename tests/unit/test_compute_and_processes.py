@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from rlmm.config.recipe import RecipeError, read_recipe
-from rlmm.config.stages import EvalStage
+from rlmm.config.stages import EvalStage, SftStage
 from rlmm.evaluation.compute import compute, compute_lines
 from rlmm.run_folder import RunFolder
 from rlmm.train.context import StageContext
 from rlmm.train.launch import deepspeed_digest, processes
 from rlmm.train.metrics import MetricsFile
+from rlmm.train.trainer import training_arguments
 from tests.integration.conftest import TINY
 
 
@@ -54,6 +55,16 @@ def test_a_stage_is_not_resumed_with_another_number_of_processes(tmp_path: Path)
     with pytest.raises(ValueError, match=r"started with 2 process\(es\) and this is a run with 1.*Resume with 2"):
         run.mark("sft", "sft", "running", processes=1)
     assert run.status("sft")["processes"] == 2
+
+
+def test_a_stage_is_not_under_deepspeed_because_the_one_before_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")  # what accelerate leaves behind
+    stage = read_recipe(TINY).stages["sft"]
+    assert isinstance(stage, SftStage) and stage.deepspeed is None
+    made = training_arguments(stage, tmp_path, micro_batch_size=1, accumulation=1, report_to=[], name="sft")
+    assert made.deepspeed_plugin is None
 
 
 def test_a_stage_is_not_resumed_with_other_deepspeed_settings(tmp_path: Path) -> None:
