@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from rewards.checkpoints import load_model
 from rewards.detection import Detection
 from rewards.gold import GoldPair
 from rewards.object_spec import COLORS
@@ -24,13 +25,13 @@ class _Checkpoint:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         from transformers import AutoConfig, AutoModelForZeroShotObjectDetection, AutoProcessor
 
-        kind = AutoConfig.from_pretrained(model).model_type
+        kind = AutoConfig.from_pretrained(model, trust_remote_code=False).model_type
         if kind not in kinds:
             raise ValueError(f"{model} holds a model of type {kind!r}; this detector runs {', '.join(kinds)}")
-        loaded: Any = AutoModelForZeroShotObjectDetection.from_pretrained(model, dtype=getattr(torch, precision))
+        loaded: Any = load_model(AutoModelForZeroShotObjectDetection, model, dtype=getattr(torch, precision))
         self.device, self.batch_size = torch.device(device), batch_size
         self.model = loaded.eval().requires_grad_(False).to(self.device)
-        self.processor: Any = AutoProcessor.from_pretrained(model)
+        self.processor: Any = AutoProcessor.from_pretrained(model, trust_remote_code=False)
         self.print = f"{type(loaded).__name__} {weights_digest(loaded)} {precision}"
 
     def run(self, inputs: Any) -> Any:

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from rewards.checkpoints import load_model
 from rewards.names import nearest
 
 Precision = Literal["float32", "bfloat16", "float16"]
@@ -59,14 +60,16 @@ class TwoTowers:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
-        loaded: Any = AutoModel.from_pretrained(model, dtype=getattr(torch, precision))
+        loaded: Any = load_model(AutoModel, model, dtype=getattr(torch, precision))
         if not hasattr(loaded, "get_image_features") or not hasattr(loaded, "logit_scale"):
             raise ValueError(f"{model} holds a {type(loaded).__name__}, and no CLIP or SigLIP model with two towers")
         self.batch_size = batch_size
         self.device = torch.device(device)
         self._model = loaded.eval().requires_grad_(False).to(self.device)
-        self._tokenizer: Any = AutoTokenizer.from_pretrained(processor or model)
-        self._pixels: Any = AutoImageProcessor.from_pretrained(processor or model, backend="pil")
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(processor or model, trust_remote_code=False)
+        self._pixels: Any = AutoImageProcessor.from_pretrained(
+            processor or model, backend="pil", trust_remote_code=False
+        )
         config = loaded.config.text_config
         # SigLIP was trained on texts filled up to its full length, and sees the filling; CLIP masks it.
         self._filled = config.model_type.startswith("siglip")

@@ -73,7 +73,7 @@ class GlmImageNetwork(nn.Module):
             dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
             rest = {"vision_language_encoder": None, "processor": None}
             try:
-                pipeline: Any = GlmImagePipeline.from_pretrained(source, dtype=dtype, **rest)
+                pipeline: Any = GlmImagePipeline.from_pretrained(source, dtype=dtype, use_safetensors=True, **rest)
             except (OSError, ValueError) as error:
                 raise ValueError(f"policy.decoder: {source} is no readable GLM-Image pipeline ({error})") from error
             pipeline.set_progress_bar_config(disable=True)

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from transformers import AutoModel, PreTrainedModel
 from transformers.models.auto.image_processing_auto import get_image_processor_config
 
+from rewards.checkpoints import load_model
 from rlmm.config.codec import Perceptual
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -84,7 +85,7 @@ def _load(name: str) -> tuple[PreTrainedModel, dict[str, Any]]:
         # Weights that a checkpoint lacks (a pooler) are drawn: not from the run's generator, and always the same.
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            model = AutoModel.from_pretrained(name, dtype=torch.float32)
+            model = load_model(AutoModel, name, dtype=torch.float32)
         processor = get_image_processor_config(name)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(

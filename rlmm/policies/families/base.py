@@ -52,7 +52,7 @@ class Checkpoint:
             if stated.get("model_type") in KNOWN_AS:
                 kind, name = KNOWN_AS[stated["model_type"]]
                 return CONFIG_MAPPING[kind].from_dict(stated | {"model_type": kind, "architectures": [name]})
-            return AutoConfig.from_pretrained(self.source)
+            return AutoConfig.from_pretrained(self.source, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise unreadable(self.source, error) from error
 
@@ -64,7 +64,7 @@ class Checkpoint:
             added_to = None
         source = self.source if added_to is None else added_to.llm_model_path
         try:
-            made = cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(source))
+            made = cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(source, trust_remote_code=False))
         except (OSError, ValueError) as error:
             raise unreadable(source, error) from error
         if added_to is not None:

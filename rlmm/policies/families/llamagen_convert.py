@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, T5EncoderModel
 
+from rewards.checkpoints import load_model
 from rlmm.policies.families.llamagen import class_tokenizer, text_tokenizer
 from rlmm.policies.models.llamagen import LlamaGenConfig, LlamaGenForImageGeneration
 
@@ -94,14 +95,13 @@ def convert(
     if text_encoder is None:
         class_tokenizer().save_pretrained(folder)
     else:
-        text_tokenizer(cast(PreTrainedTokenizerFast, AutoTokenizer.from_pretrained(text_encoder))).save_pretrained(
-            folder
-        )
+        made = AutoTokenizer.from_pretrained(text_encoder, trust_remote_code=False)
+        text_tokenizer(cast(PreTrainedTokenizerFast, made)).save_pretrained(folder)
 
 
 def _text_encoder(source: str, dtype: torch.dtype) -> Any:
     try:
-        return T5EncoderModel.from_pretrained(source, dtype=dtype)
+        return load_model(T5EncoderModel, source, dtype=dtype)
     except (OSError, ValueError) as error:
         raise ValueError(f"text_encoder: {source} is no readable T5 ({error}); give a folder or a hub id") from error
 

@@ -7,8 +7,8 @@ checkpoint has neither: its family works them out.
 import atexit
 import shutil
 import tempfile
-from collections.abc import Mapping
-from functools import cache
+from collections.abc import Callable, Mapping
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME
 from transformers.utils.hub import cached_file
 
+from rewards.checkpoints import load_model
 from rewards.functions import load_function
 from rlmm.codecs import Codec, load_codec
 from rlmm.config.base import nearest
@@ -39,6 +40,7 @@ from rlmm.policies.families import (
 from rlmm.policies.families.base import SETTINGS, Checkpoint, Family
 from rlmm.policies.layout_io import LAYOUT_FILE, load_layout
 from rlmm.policies.models import CLASSES
+from rlmm.policies.models.showo import Showo
 from rlmm.policies.spelling import Spelling
 from rlmm.policies.transformer import TransformerPolicy
 from rollouts.contract import Layout
@@ -77,7 +79,9 @@ def load_policy(source: Path | str, options: CheckpointPolicy | None = None) -> 
     kind = _model_class(family, checkpoint.config)
     known = {"config": checkpoint.config} if kind in (*CLASSES.values(), AutoModelForCausalLM) else {}
     try:
-        model, report = kind.from_pretrained(checkpoint.source, dtype=dtype, output_loading_info=True, **known)
+        # Show-o was published as a pickle alone, of which transformers reads tensors and nothing else.
+        load: Callable[..., Any] = kind.from_pretrained if kind is Showo else partial(load_model, kind)
+        model, report = load(checkpoint.source, dtype=dtype, output_loading_info=True, **known)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(
             f"{source} is not a readable checkpoint ({error}); give a complete model folder or a hub id"
