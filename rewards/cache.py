@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any, Protocol
 
@@ -98,9 +98,14 @@ class ScoreCache:
         if len(self._scores) > self.capacity:
             self._scores.popitem(last=False)
 
-    def record(self) -> list[dict[str, Any]]:
-        """{key, score} of every score as JSON has them, the least recently used first."""
-        return [{"key": key, "score": _written(score)} for key, score in self._scores.items()]
+    def keys(self) -> frozenset[str]:
+        """Of the scores there are."""
+        return frozenset(self._scores)
+
+    def record(self, without: Collection[str] = ()) -> list[dict[str, Any]]:
+        """{key, score} of every score, but those of the keys `without`, as JSON has them, the least recently used
+        first."""
+        return [{"key": key, "score": _written(score)} for key, score in self._scores.items() if key not in without]
 
     def restore(self, record: Sequence[Mapping[str, Any]]) -> None:
         """Put in what `record` gave, as if it had been used in that order. Raises ValueError for what is none."""

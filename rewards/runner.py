@@ -7,7 +7,7 @@ plug-in, and stops the run with a RewardContractError.
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from rewards.base import Reward, Sample, Score, SeesGroups
@@ -126,9 +126,9 @@ class RewardRunner:
         self.stats.invalid_output += sum(score.status == "invalid_output" for score in answers)
         return answers
 
-    def cached(self) -> dict[str, Any]:
-        """The cache as JSON has it, and the fingerprint of the judge that gave its scores."""
-        return {"fingerprint": self.reward.fingerprint(), "scores": self.cache.record()}
+    def cached(self, without: Collection[str] = ()) -> dict[str, Any]:
+        """The cache, but for the keys `without`, as JSON has it, and the fingerprint of the judge."""
+        return {"fingerprint": self.reward.fingerprint(), "scores": self.cache.record(without)}
 
     def remember(self, record: Mapping[str, Any]) -> bool:
         """Go on with a cache that `cached` gave; False where it is another judge's, of which nothing is used. Raises

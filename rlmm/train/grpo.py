@@ -176,8 +176,7 @@ def rows_alone(config: GrpoStage) -> bool:
 
 def kept_in_checkpoints(source: GrpoSource) -> list[TrainerCallback]:
     """What puts into checkpoints that Trainer does not know of."""
-    judges = {"rewards": source.roller.reward, "held_out": source.held_out}
-    scores = KeepScores(judges, source.context.say)
+    scores = KeepScores(source.scores)
     return [scores] if source.ahead is None else [scores, KeepAhead(source.ahead)]
 
 

@@ -28,9 +28,10 @@ from rlmm.train.grpo_batch import GrpoBatch
 from rlmm.train.judges import bind_judges
 from rlmm.train.metrics import Meter, MetricsFile
 from rlmm.train.processes import gather, share
-from rlmm.train.read_back import figures_of_finished, finish, gate_settings, record_path
+from rlmm.train.read_back import figures_of_finished, finish, gate_settings, record_path, scores_of_finished
 from rlmm.train.replay import Replayed, replay
 from rlmm.train.rounds import Roller, Rollout, replaced_figure
+from rlmm.train.score_cache import Scores
 from rlmm.train.sync import fingerprint, synced
 from rollouts.contract import Engine
 from rollouts.trajectory import Trajectory
@@ -60,7 +61,9 @@ class GrpoSource:
             self.seed,
         )
         self.ahead = None if still is None else Ahead(context, self.roller, still)
-        bind_judges(context, {"rewards": self.roller.reward, "held_out": self.held_out})
+        judges = {"rewards": self.roller.reward, "held_out": self.held_out}
+        bind_judges(context, judges)
+        self.scores = Scores(judges, context.say)
         self.metrics = MetricsFile(context.folder / "metrics.jsonl")
         self.updates = self.config.objective.updates_per_rollout
         rows = share(self.config.rollouts, "prompts_per_step x samples_per_prompt")
@@ -132,13 +135,14 @@ class GrpoSource:
         if not all(gather(figures is not None)):
             return None
         self.context.say(f"rollout {rollout} is read back: it was finished, and drawn by these weights")
+        self.scores.remember(scores_of_finished(path), record_path(path))
         return phases.restore(path), figures or {}
 
     def _roll(
         self, rollout: int, drawn: Drawn | None, figures: dict[str, float], timed: Timed
     ) -> tuple[Experience, dict[str, float]]:
         """Sample, decode, score, and turn scores into advantages; everything is stored before it is trained on."""
-        config = self.config
+        config, known = self.config, self.scores.known()
         if drawn is None:
             with timed("rollout"):
                 weights = synced(self.policy, self.engine, rollout)
@@ -159,7 +163,7 @@ class GrpoSource:
         figures |= canary_figures(self.context.folder, config, judges, rollout, found.samples)
         check_shares(self.metrics.last(config.gates.patience * self.updates), figures, config.gates)
         figures |= timed.figures()
-        finish(path, weights, gate_settings(self.context), figures)
+        finish(path, weights, gate_settings(self.context), figures, self.scores.record(known))
         return experience, figures
 
     def _held_out_figures(self, rollout: int, found: Rollout, timed: Timed) -> dict[str, float]:

@@ -22,10 +22,13 @@ def gate_settings(context: StageContext) -> dict[str, Any]:
     return {"gates": context.config.gates.model_dump(mode="json"), "failures": failures}
 
 
-def finish(path: Path, weights: str, settings: Mapping[str, Any], figures: Mapping[str, float]) -> None:
+def finish(
+    path: Path, weights: str, settings: Mapping[str, Any], figures: Mapping[str, float], scores: Mapping[str, Any]
+) -> None:
     """Record that a rollout passed its gates. `weights`: the fingerprint of those that drew it; `settings`: see
-    `gate_settings`."""
+    `gate_settings`; `scores`: what the judges were asked for it (`rlmm.train.score_cache`)."""
     record = {"weights": weights, "sha256": file_digest(path), "settings": settings, "figures": dict(figures)}
+    record["scores"] = scores
     with storing(f"the record of {path.name}", record_path(path)):
         write_json_atomically(record_path(path), record)
 
@@ -40,3 +43,8 @@ def figures_of_finished(path: Path, weights: Callable[[], str], settings: Mappin
     if not whole or record["settings"] != settings or record["weights"] != weights():
         return None
     return record["figures"]
+
+
+def scores_of_finished(path: Path) -> dict[str, Any]:
+    """What the judges were asked for a rollout that may be read back."""
+    return json.loads(record_path(path).read_text()).get("scores", {})

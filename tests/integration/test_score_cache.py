@@ -41,7 +41,7 @@ def moody_watch(samples: list[Sample]) -> list[float]:
 
 
 @pytest.fixture
-def recipe(variant: Callable[..., Recipe], tmp_path: Path) -> Callable[[str], Recipe]:
+def recipe(variant: Callable[..., Recipe], tmp_path: Path) -> Callable[..., Recipe]:
     """Two prompts, the same in every rollout, whose pictures are often the same ones."""
     words = sum(map(len, split_words(WordsData())))
     settings = (
@@ -51,10 +51,9 @@ def recipe(variant: Callable[..., Recipe], tmp_path: Path) -> Callable[[str], Re
         "stages.grpo.objective.updates_per_rollout=1",
         "stages.grpo.sampling={temperature: 0.05}",
         "stages.grpo.steps=4",
-        "stages.grpo.checkpoint_every=2",
         "stages.grpo.held_out_every=1",
     )
-    return lambda name: variant(*settings, f"run_dir={tmp_path / name}")
+    return lambda name, *more: variant(*settings, f"run_dir={tmp_path / name}", *more)
 
 
 def ran(recipe: Recipe) -> RunFolder:
@@ -73,8 +72,9 @@ def forget() -> None:
         seen.clear()
 
 
+@pytest.mark.parametrize("every", [2, 4], ids=["a checkpoint", "no checkpoint, but finished rollouts"])
 def test_a_resumed_run_asks_about_no_sample_again(
-    recipe: Callable[[str], Recipe], monkeypatch: pytest.MonkeyPatch
+    recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch, every: int
 ) -> None:
     class Killed(Exception):
         pass
@@ -82,19 +82,20 @@ def test_a_resumed_run_asks_about_no_sample_again(
     make = GrpoSource.make
 
     def dies(self: GrpoSource, rollout: int) -> Experience:
-        if rollout == 2:  # right after the checkpoint of step 2
+        if rollout == 2:
             raise Killed
         return make(self, rollout)
 
+    often = f"stages.grpo.checkpoint_every={every}"
     forget()
-    alone = left(ran(recipe("alone")))
+    alone = left(ran(recipe("alone", often)))
     asked = {judge: list(seen) for judge, seen in ASKED.items()}
     assert all(len(seen) == len(set(seen)) < 4 * 8 for seen in asked.values())
     forget()
     with monkeypatch.context() as patch:
         patch.setattr(GrpoSource, "make", dies)
         with pytest.raises(Killed):
-            ran(recipe("killed"))
+            ran(recipe("killed", often))
     assert all(8 < len(seen) < 2 * 8 for seen in ASKED.values())
-    assert left(ran(recipe("killed"))) == alone
+    assert left(ran(recipe("killed", often))) == alone
     assert asked == ASKED

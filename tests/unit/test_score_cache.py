@@ -12,7 +12,7 @@ from rewards.base import Sample, Score
 from rewards.cache import ScoreCache
 from rewards.compose import CompositeReward, Term
 from rewards.runner import RewardRunner
-from rlmm.train.score_cache import KeepScores, scores_path
+from rlmm.train.score_cache import KeepScores, Scores, scores_path
 
 GIVEN = {
     "a": Score.ok(1 / 3, exact=0.1, never=math.inf),
@@ -35,6 +35,10 @@ def test_scores_come_back_to_the_last_bit_and_in_order() -> None:
     second = ScoreCache(3)
     second.restore(json.loads(json.dumps(first.record())))
     assert {key: second.get(key) for key in GIVEN} == {**GIVEN, "b": None}  # the least recently used one
+
+
+def test_what_was_known_before_is_left_out() -> None:
+    assert [item["key"] for item in filled().record(without={"a", "d", "e"})] == ["b", "c"]
 
 
 @pytest.mark.parametrize(
@@ -75,7 +79,7 @@ SAMPLES = [Sample("a", "g", "one"), Sample("b", "g", "two")]
 
 def kept(judge: Counting, said: list[str]) -> tuple[KeepScores, CompositeReward]:
     composite = CompositeReward([Term("count", RewardRunner(judge, batch_size=1, cache=8))])
-    return KeepScores({"rewards": composite}, said.append), composite
+    return KeepScores(Scores({"rewards": composite}, said.append)), composite
 
 
 class At:
