@@ -117,10 +117,10 @@ def _check_estimator(name: str, stage: GrpoStage, estimator: Estimator) -> None:
             f"stage {name!r}: what noisy_confidence samples has no known log-prob, so nothing can tell if the loss "
             "is of the law sampled from; train with order random, confidence or threshold, and evaluate with any"
         )
-    ranked = unmasking is not None and unmasking.order in ("confidence", "threshold")
-    if ranked and sampling.law((0, 1 << 31)).off_policy:
+    order = "" if unmasking is None else unmasking.order
+    if order in ("confidence", "threshold") and sampling.law((0, 1 << 31)).off_policy:
         raise ValueError(
-            f"stage {name!r}: order {unmasking.order} reveals what the sampled law is surest of, and under guidance "
+            f"stage {name!r}: order {order} reveals what the sampled law is surest of, and under guidance "
             f"{sampling.guidance} the log-prob is of another law, whose order that is not; use guidance: guided or "
             "none, or order: random"
         )

@@ -98,3 +98,17 @@ class Policy(Protocol):
         ...
 
     def save(self, folder: Path) -> None: ...
+
+
+def streams_needed(trajectory: Trajectory) -> list[str]:
+    """Streams of a trajectory that its laws are replayed with. Raises ValueError where one was not recorded."""
+    needed: list[str] = []
+    for span in trajectory.spans:
+        needed += [name for name in span.law.streams(replay=True) if name not in needed]
+    missing = [name for name in needed if name not in trajectory.streams]
+    if missing:
+        raise ValueError(
+            f"the law needs the streams {missing} and the trajectory holds {sorted(trajectory.streams)}; "
+            "sample with an engine that records every stream of the law"
+        )
+    return needed

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from rlmm.objectives.estimators import Estimator
 from rlmm.objectives.legality import LogProbKind
-from rlmm.policies.base import LogProbs, SequenceBatch
-from rlmm.policies.transformer import TransformerPolicy, streams_needed
+from rlmm.policies.base import LogProbs, SequenceBatch, streams_needed
+from rlmm.policies.transformer import TransformerPolicy
 from rollouts.law import COND, Law
 from rollouts.trajectory import IMAGE, TEXT, Trajectory
 

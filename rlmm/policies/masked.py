@@ -13,8 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlmm.objectives.estimators import Estimator, order_figures, plan_figures, step_weights, upper_log_probs
 from rlmm.objectives.legality import LogProbKind
-from rlmm.policies.base import LogProbs, SequenceBatch
-from rlmm.policies.transformer import TransformerPolicy, streams_needed
+from rlmm.policies.base import LogProbs, SequenceBatch, streams_needed
+from rlmm.policies.transformer import TransformerPolicy
 from rollouts.contract import Layout
 from rollouts.law import Law, law_log_probs
 from rollouts.trajectory import IMAGE, TEXT, Span, Trajectory

@@ -290,16 +290,3 @@ def without_dropout(model: nn.Module) -> None:
             module.p = 0.0
         if isinstance(getattr(module, "attention_dropout", None), float):
             module.attention_dropout = 0.0  # pyrefly: ignore
-
-
-def streams_needed(trajectory: Trajectory) -> list[str]:
-    needed: list[str] = []
-    for span in trajectory.spans:
-        needed += [name for name in span.law.streams(replay=True) if name not in needed]
-    missing = [name for name in needed if name not in trajectory.streams]
-    if missing:
-        raise ValueError(
-            f"the law needs the streams {missing} and the trajectory holds {sorted(trajectory.streams)}; "
-            "sample with an engine that records every stream of the law"
-        )
-    return needed
