@@ -127,7 +127,9 @@ def test_the_exact_gradient_reaches_all_of_the_reward() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", TRAJECTORIES)
+@pytest.mark.parametrize(
+    "name", ["trajectory", *(pytest.param(n, marks=pytest.mark.long) for n in [*TRAJECTORIES][1:])]
+)
 def test_trajectories_reach_what_the_exact_gradient_reaches(name: str) -> None:
     assert min(reached(name)) > 0.99
 

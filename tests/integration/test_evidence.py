@@ -74,6 +74,7 @@ def test_a_plan_may_have_arms_of_several_stages_and_the_best_of_n(tmp_path: Path
     assert "| sft best of 2 - dpo |" in (tmp_path / "out" / "tiny.md").read_text()
 
 
+@pytest.mark.long
 def test_an_ablation_runs_whole(tmp_path: Path) -> None:
     plan = AblationPlan.model_validate(ABLATION)
     record = run_ablation(plan, tmp_path / "run", tmp_path / "out", lambda line: None)

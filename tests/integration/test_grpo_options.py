@@ -133,7 +133,7 @@ def test_all_weights_resume_bit_identically(
     assert moved[low:high].all() and not moved[:low].any()
 
 
-@pytest.mark.parametrize("objective", ["grpo", "dr_grpo"])
+@pytest.mark.parametrize("objective", ["grpo", pytest.param("dr_grpo", marks=pytest.mark.long)])
 def test_scoring_behind_generation_changes_nothing(
     variant: Callable[..., Recipe], tmp_path: Path, objective: str
 ) -> None:
