@@ -108,9 +108,10 @@ def _values(axis: Axes, record: Mapping[str, Any]) -> None:
 
 
 def _temperatures(axis: Axes, record: Mapping[str, Any]) -> None:
-    for arm, one in record["arms"].items():
+    for place, (arm, one) in enumerate(record["arms"].items()):
         points = sorted((float(t), sum(v) / len(v)) for t, v in one["by_temperature"].items())
-        axis.plot(*zip(*points, strict=True), "o-", label=arm)
+        # Matplotlib has ten colours.
+        axis.plot(*zip(*points, strict=True), "o-" if place < 10 else "s--", label=arm)
     axis.set_xlabel("sampling temperature")
     axis.set_title("Sharpening or learning")
     axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
