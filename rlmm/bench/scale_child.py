@@ -21,11 +21,11 @@ from rlmm.bench.scale_problem import (
     stage,
 )
 from rlmm.bench.step_child import Measure
+from rlmm.bench.step_rlmm import FixedSource
 from rlmm.config.engines import TorchEngineConfig
 from rlmm.policies.transformer import TransformerPolicy
 from rlmm.train.engines import build_engine
 from rlmm.train.grpo import grpo_loss, rows_alone
-from rlmm.train.grpo_batch import GrpoBatch
 from rlmm.train.launch import processes
 from rlmm.train.metrics import Meter, MetricsFile
 from rlmm.train.processes import device, world
@@ -35,18 +35,6 @@ from rollouts.trajectory import Span
 
 WARM_UP = 4
 """Image tokens drawn before the rollout that is timed."""
-
-
-class FixedSource:
-    """The same micro-batches every step."""
-
-    nothing_counts = False
-
-    def __init__(self, batches: list[GrpoBatch]) -> None:
-        self.batches, self.micro_batches_per_step = batches, len(batches)
-
-    def micro_batches(self, step: int) -> list[GrpoBatch]:
-        return self.batches
 
 
 def roll_out(point: Point, policy: TransformerPolicy) -> dict[str, float]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rlmm.bench.rollout_problem import PROMPT, SIZES
+from rlmm.bench.step_problem import images_as_drawn
 from rlmm.config.policy import CheckpointPolicy, Lora
 from rlmm.config.stages import GrpoStage
 from rlmm.dry_run import Held, Update, dry_run
@@ -22,7 +23,7 @@ from rlmm.train.grpo_batch import GrpoBatch
 from rlmm.train.processes import world
 from rollouts.contract import Grid, Request
 from rollouts.law import COND, UNCOND, Law
-from rollouts.trajectory import IMAGE, Span, Stream, Trajectory
+from rollouts.trajectory import Stream, Trajectory
 
 Precision = Literal["float32", "bfloat16"]
 
@@ -157,26 +158,9 @@ def micro_batches(point: Point, policy: TransformerPolicy, config: GrpoStage) ->
 
 def made_up(point: Point, policy: TransformerPolicy) -> Trajectory:
     """Random images of `tokens` codes under the point's law, as if they had been sampled."""
-    shape, rows = (point.rows, point.tokens), point.rows
-    whole_BS = torch.ones(shape, dtype=torch.bool)
+    shape, given, found = (point.rows, point.tokens), prefixes(policy), law(point, policy)
     ids_BS = torch.randint(*policy.layout.image, shape, generator=torch.Generator().manual_seed(0))
-    found: Law = law(point, policy)
-    given = prefixes(policy)
-    return Trajectory(
-        ids=ids_BS,
-        attention_mask=whole_BS,
-        target_mask=whole_BS,
-        modality=torch.full(shape, IMAGE, dtype=torch.int8),
-        step=torch.arange(point.tokens, dtype=torch.int32).expand(shape),
-        span=torch.zeros(shape, dtype=torch.int8),
-        spans=(Span("image", found, point.tokens),),
-        streams={name: _stream(given[name], rows) for name in found.streams()},
-        sampler_logp=torch.zeros(shape, dtype=torch.float64),
-        seed=tuple(range(rows)),
-        group_id=tuple(map(str, range(rows))),
-        sample_id=tuple(map(str, range(rows))),
-        weights_version=0,
-    )
+    return images_as_drawn(ids_BS, found, {name: _stream(given[name], point.rows) for name in found.streams()})
 
 
 def _stream(ids: tuple[int, ...], rows: int) -> Stream:

@@ -3,6 +3,7 @@
 Shapes: B rows (prompts x samples), P prompt positions, S image positions.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, cast
 
@@ -117,8 +118,14 @@ def make_samples(problem: StepProblem) -> Sampled:
 
 def make_trajectory(problem: StepProblem, sampled: Sampled) -> Trajectory:
     """The samples as a trajectory under the plain law of the image codes."""
+    prompts = Stream(sampled.prompt_BP, torch.ones_like(sampled.prompt_BP, dtype=torch.bool))
     law = Law(problem.layout.image, mode="none")
-    ids_BS, whole_BS = sampled.image_BS, torch.ones_like(sampled.image_BS, dtype=torch.bool)
+    return images_as_drawn(sampled.image_BS, law, {COND: prompts}, group=problem.samples)
+
+
+def images_as_drawn(ids_BS: Tensor, law: Law, streams: Mapping[str, Stream], *, group: int = 1) -> Trajectory:
+    """Images as if they had been drawn under the law, `group` of them a prompt, each token at log-prob 0."""
+    whole_BS = torch.ones_like(ids_BS, dtype=torch.bool)
     count, length = ids_BS.shape
     return Trajectory(
         ids=ids_BS,
@@ -128,10 +135,10 @@ def make_trajectory(problem: StepProblem, sampled: Sampled) -> Trajectory:
         step=torch.arange(length, dtype=torch.int32).expand(count, length),
         span=torch.zeros_like(ids_BS, dtype=torch.int8),
         spans=(Span("image", law, length),),
-        streams={COND: Stream(sampled.prompt_BP, torch.ones_like(sampled.prompt_BP, dtype=torch.bool))},
+        streams=streams,
         sampler_logp=torch.zeros(count, length, dtype=torch.float64),
         seed=tuple(range(count)),
-        group_id=tuple(str(row // problem.samples) for row in range(count)),
+        group_id=tuple(str(row // group) for row in range(count)),
         sample_id=tuple(str(row) for row in range(count)),
         weights_version=0,
     )

@@ -26,16 +26,15 @@ from rlmm.train.trainer import StageTrainer, training_arguments
 
 
 class FixedSource:
-    """The same micro-batch, a whole step, every time."""
+    """The same micro-batches, a whole step, every time."""
 
-    micro_batches_per_step = 1
     nothing_counts = False
 
-    def __init__(self, batch: GrpoBatch) -> None:
-        self.batch = batch
+    def __init__(self, batches: list[GrpoBatch]) -> None:
+        self.batches, self.micro_batches_per_step = batches, len(batches)
 
     def micro_batches(self, step: int) -> list[GrpoBatch]:
-        return [self.batch]
+        return self.batches
 
 
 def run_rlmm(side: Side, problem: StepProblem, steps: int, callback: TrainerCallback, folder: Path) -> None:
@@ -63,7 +62,7 @@ def run_rlmm(side: Side, problem: StepProblem, steps: int, callback: TrainerCall
     trainer = StageTrainer(
         policy.model,
         arguments,
-        FixedSource(batch),
+        FixedSource([batch]),
         lambda model, batch, meter: grpo_loss(policy, config, model, batch, meter),
         MetricsFile(folder / "metrics.jsonl"),
         Meter(),
