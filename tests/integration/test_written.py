@@ -18,6 +18,7 @@ from rlmm.config.sampling import Sampling
 from rlmm.pipeline import run_recipe
 from rlmm.run_folder import RunFolder
 from rlmm.sampling import draw_samples, read_image
+from rlmm.train.experience import restore
 from rlmm.train.metrics import MetricsFile
 from rollouts.store import read_trajectory
 
@@ -100,6 +101,7 @@ def test_thought_and_image_each_learn_from_their_own_terms(run: RunFolder, tmp_p
     (file,) = (folder.stage("grpo") / "rollouts").glob("*.parquet")
     made, columns = read_trajectory(file)
     advantage = np.stack(columns["token_advantage"])
+    assert restore(file).advantage.numpy().tolist() == advantage.astype(np.float32).tolist(), "what a resumed run reads"
     text, image = (((made.span == at) & made.target_mask).numpy() for at in (0, 1))
     assert not advantage[~(text | image)].any()
     for rows in (slice(0, 4), slice(4, 8)):
