@@ -85,9 +85,11 @@ def markdown(record: Mapping[str, Any]) -> str:
 
 def draw(record: Mapping[str, Any], path: Path) -> None:
     """One plot a factor: the trained reward over rollouts, each setting with its held-out score in the legend."""
-    factors, columns = record["factors"], 3
+    factors = record["factors"]
+    columns = min(3, len(factors))
     rows = -(-len(factors) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(11, 2.9 * rows), squeeze=False, layout="constrained")
+    size = (11 if columns == 3 else 5.5 * columns, 2.9 * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     for axis, (factor, settings) in zip(axes.flat, factors.items(), strict=False):
         _curves(axis, factor, settings)
     for axis in axes.flat[len(factors) :]:

@@ -102,7 +102,7 @@ def _values(axis: Axes, record: Mapping[str, Any]) -> None:
         axis.plot([place - 0.25, place + 0.25], [one["mean"]] * 2, color="black")
     axis.set_xticks(range(len(record["arms"])), list(record["arms"]))
     if len(record["arms"]) > 5:
-        axis.tick_params("x", rotation=25)
+        plt.setp(axis.get_xticklabels(), rotation=25, ha="right", rotation_mode="anchor")
     axis.set_ylabel(f"{record['settings']['judge']} {record['settings']['metric']}")
     axis.set_title("Test prompts: each training seed, and the mean")
 

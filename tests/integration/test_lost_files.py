@@ -50,15 +50,19 @@ def figures(recipe: Recipe) -> list[dict[str, Any]]:
     return [{k: v for k, v in json.loads(line).items() if not k.startswith("time/")} for line in lines]
 
 
-@pytest.fixture
-def killed_inside_a_rollout(variant: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> Recipe:
-    """Killed in its sixth step: its newest checkpoint, of the fifth, lies inside the third rollout."""
-    recipe = variant(*SIX_STEPS)
+def killed(recipe: Recipe, loss: int, monkeypatch: pytest.MonkeyPatch) -> Recipe:
+    """The recipe, whose run was killed at that call of the loss."""
     with monkeypatch.context() as patch:
-        interrupted(patch, StageTrainer, "compute_loss", 11, die)
+        interrupted(patch, StageTrainer, "compute_loss", loss, die)
         with pytest.raises(Killed):
             run_recipe(recipe, lambda line: None)
     return recipe
+
+
+@pytest.fixture
+def killed_inside_a_rollout(variant: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> Recipe:
+    """Killed in its sixth step: its newest checkpoint, of the fifth, lies inside the third rollout."""
+    return killed(variant(*SIX_STEPS), 11, monkeypatch)
 
 
 def test_a_lost_rollout_sends_the_run_back_to_the_checkpoint_before_it(
@@ -200,12 +204,7 @@ def counted_rollouts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.fixture
 def killed_before_a_checkpoint(variant: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> Recipe:
     """Killed in its fifth step, of which the rollout is finished; the newest checkpoint is of the fourth."""
-    recipe = variant("stages.grpo.checkpoint_every=2")
-    with monkeypatch.context() as patch:
-        interrupted(patch, StageTrainer, "compute_loss", 10, die)
-        with pytest.raises(Killed):
-            run_recipe(recipe, lambda line: None)
-    return recipe
+    return killed(variant("stages.grpo.checkpoint_every=2"), 10, monkeypatch)
 
 
 def test_a_finished_rollout_is_read_back_and_changes_nothing(
