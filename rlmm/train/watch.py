@@ -64,8 +64,15 @@ class Seen:
     gone: bool = False
 
 
+def interval(limit: float) -> float:
+    """Seconds between two signs of life."""
+    return min(LONGEST_INTERVAL, limit / 8)
+
+
 def verdict(seen: Sequence[Seen], limit: float) -> str | None:
-    """Why the run cannot go on, or None. A process that waits for the others is not to blame, unless all do."""
+    """Why the run cannot go on, or None. A process that waits for the others is not to blame, unless all do. An update
+    waits inside its backward too, where nothing says so: nobody is blamed for standing still while another is unheard.
+    """
     left = [one for one in seen if not one.beat.done]
     for one in left:
         if one.beat.failed is not None and one.failed > GRACE_SECONDS:
@@ -73,9 +80,11 @@ def verdict(seen: Sequence[Seen], limit: float) -> str | None:
     for one in left:
         if one.gone and one.silent > GRACE_SECONDS:
             return f"{one.beat.place}, is gone: it was killed, or ran out of memory"
+    unheard = any(one.silent > 3 * interval(limit) for one in left)
+    busy = [] if unheard else [one for one in left if not one.beat.patient and not one.beat.waits]
     for what, found in (
         ("has been silent", [(one.silent, one) for one in left]),
-        ("has stood still", [(one.still, one) for one in left if not one.beat.patient and not one.beat.waits]),
+        ("has stood still", [(one.still, one) for one in busy]),
     ):
         late = sorted((item for item in found if item[0] > limit), key=lambda item: -item[0])
         if late:
@@ -93,7 +102,7 @@ class Watch(threading.Thread):
     def __init__(self, folder: Path, run: str, limit: float) -> None:
         super().__init__(name="rlmm watch", daemon=True)
         self.folder, self.limit = folder, limit
-        self.interval = min(LONGEST_INTERVAL, limit / 8)
+        self.interval = interval(limit)
         self.rank, self.processes = world()
         self.mine = Beat(run, self.rank, _host(), os.getpid())
         self.ended = threading.Event()

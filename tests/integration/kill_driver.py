@@ -11,6 +11,7 @@ import os
 import resource
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,14 @@ def dying(original: Callable[..., Any], call: int) -> Callable[..., Any]:
 def asking(original: Callable[..., Any], call: int, number: signal.Signals) -> Callable[..., Any]:
     """`original`, and after its call number `call` a signal to this process."""
     return after(original, call, lambda: os.kill(os.getpid(), number))
+
+
+def slowed(original: Callable[..., Any], seconds: float) -> Callable[..., Any]:
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(seconds)
+        return original(*args, **kwargs)
+
+    return wrapped
 
 
 def after(original: Callable[..., Any], call: int, event: Callable[[], None]) -> Callable[..., Any]:
@@ -160,6 +169,8 @@ def stop_in_evaluation() -> None:
 
 
 def hang_in_update_of_two() -> None:
+    """With steps longer than the time between two signs of life, so that the last one tells the step."""
+    StageTrainer.compute_loss = slowed(StageTrainer.compute_loss, 1.0)
     StageTrainer.compute_loss = asking(StageTrainer.compute_loss, 4 + 4 + 4, signal.SIGSTOP)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from rlmm.train.processes import EXIT_HUNG
-from rlmm.train.watch import GRACE_SECONDS, Beat, Seen, verdict
+from rlmm.train.watch import GRACE_SECONDS, Beat, Seen, interval, verdict
 
 ROOT = Path(__file__).parents[2]
 LIMIT = 100.0
@@ -32,6 +32,13 @@ def test_a_frozen_process_is_named_before_those_that_its_absence_stops() -> None
     assert told is not None and told.startswith("process 1 (node4, pid 11), last seen in phase 'rollout' of step 7")
     assert "has been silent for 200 s" in told and "process 0" not in told
     assert verdict([seen(0), seen(1, silent=LATE, patient=True)], LIMIT) is not None
+
+
+def test_nobody_is_blamed_while_another_is_unheard() -> None:
+    """Who waits inside a backward seems to stand still a moment longer than who froze before it has been silent."""
+    assert verdict([seen(0, still=LIMIT + 1), seen(1, still=LIMIT + 1, silent=LIMIT - 1)], LIMIT) is None
+    told = verdict([seen(0, still=LIMIT + 1), seen(1, silent=interval(LIMIT))], LIMIT)
+    assert told is not None and told.startswith("process 0")
 
 
 def test_a_process_that_stands_still_is_named_and_not_those_that_wait_for_it() -> None:
