@@ -5,7 +5,7 @@ from rlmm.config.stages import CodecStage, DpoStage, GrpoStage, SftStage
 
 
 def batch_equations(recipe: Recipe, processes: int = 1) -> list[str]:
-    """One line a training stage."""
+    """One line a training stage. Raises ValueError where one cannot be shared out evenly among the processes."""
     return [
         f"{name}: {line}" for name, stage in recipe.stages.items() if (line := _equation(stage, processes)) is not None
     ]
@@ -14,7 +14,7 @@ def batch_equations(recipe: Recipe, processes: int = 1) -> list[str]:
 def _equation(stage: object, processes: int) -> str | None:
     if isinstance(stage, GrpoStage):
         updates, micro = stage.objective.updates_per_rollout, stage.micro_batch_size
-        accumulation = stage.rollouts // updates // micro // processes
+        accumulation = _accumulation(stage.rollouts // updates, micro, processes)
         return (
             f"{stage.prompts_per_step} prompts x {stage.samples_per_prompt} samples = {stage.rollouts} rollouts; "
             f"{updates} update(s) a rollout, each {processes} process(es) x {accumulation} micro-batch(es) x "
@@ -23,7 +23,7 @@ def _equation(stage: object, processes: int) -> str | None:
         )
     if isinstance(stage, SftStage | DpoStage):
         what = "rows" if isinstance(stage, SftStage) else "images" if stage.loss == "kto" else "pairs"
-        accumulation = stage.batch_size // stage.micro_batch_size // processes
+        accumulation = _accumulation(stage.batch_size, stage.micro_batch_size, processes)
         return (
             f"{processes} process(es) x {accumulation} micro-batch(es) x {stage.micro_batch_size} {what} = "
             f"{stage.batch_size} {what} a step; {stage.steps} steps"
@@ -31,3 +31,12 @@ def _equation(stage: object, processes: int) -> str | None:
     if isinstance(stage, CodecStage):
         return f"{stage.batch_size} images a step; {stage.steps} steps"
     return None
+
+
+def _accumulation(rows: int, micro_batch_size: int, processes: int) -> int:
+    if rows % (micro_batch_size * processes):
+        raise ValueError(
+            f"{rows} rows an update are no multiple of micro_batch_size {micro_batch_size} x {processes} process(es); "
+            "change one of them or the number of processes"
+        )
+    return rows // micro_batch_size // processes

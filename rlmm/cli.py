@@ -60,7 +60,8 @@ def run(
     files = {path for stage in recipe.stages.values() if (path := getattr(stage, "deepspeed", None))}
     for path in files:
         check_deepspeed(Path(path))
-    for line in plan_lines(recipe) if os.environ.get("RANK", "0") == "0" else []:
+    first = os.environ.get("RANK", "0") == "0"
+    for line in plan_lines(recipe, int(os.environ.get("WORLD_SIZE", "1"))) if first else []:
         say(line)
     with processes(deepspeed=bool(files)), listening():
         folder = run_recipe(recipe, say)
@@ -68,7 +69,11 @@ def run(
 
 
 @app.command()
-def check(config: Config, overrides: Overrides = None) -> None:
+def check(
+    config: Config,
+    overrides: Overrides = None,
+    nproc: Annotated[int, typer.Option(min=1, help="Plan for so many processes, over all machines")] = 1,
+) -> None:
     """Read and resolve a recipe; print it, its batch equation and, if its checkpoint is here, a memory plan."""
     from rlmm.batch import batch_equations
     from rlmm.config.policy import CheckpointPolicy
@@ -78,14 +83,15 @@ def check(config: Config, overrides: Overrides = None) -> None:
 
     recipe = read_recipe(config, overrides)
     say(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
-    for line in batch_equations(recipe):
+    for line in batch_equations(recipe, nproc):
         say(line)
     if isinstance(recipe.policy, CheckpointPolicy) and (absent := not_here(recipe.policy)) is not None:
         say(f"no memory plan: {recipe.policy.path} is not here: {absent}")
         return
-    table = Table(title="Memory plan (estimate)")
-    parts = ("weights", "gradients", "optimizer", "reference", "engine", "working", "sampling", "total")
-    plans = memory_plans(recipe)
+    table = Table(title="Memory plan (estimate)" + ", of each process" * (nproc > 1))
+    plans = memory_plans(recipe, nproc)
+    parts = ("weights", "gradients", "optimizer", "reference", "engine", "exchange", "working", "sampling", "total")
+    parts += ("offloaded",) * any(plan.offloaded for plan in plans)
     for column in ("held", *(plan.stage for plan in plans)):
         table.add_column(column, justify="left" if column == "held" else "right")
     for part in parts:

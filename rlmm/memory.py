@@ -19,6 +19,7 @@ from rlmm.dry_run import NO_DRY_RUN, Update, dry_run
 from rlmm.policies.families import llama
 from rlmm.policies.families.loading import not_here, outline
 from rlmm.policies.transformer import TransformerPolicy
+from rlmm.sharing import read_sharing, shared
 from rollouts.contract import Layout
 from rollouts.law import Law
 
@@ -29,7 +30,7 @@ PROMPT_TOKENS = 32
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes a stage holds at its widest point, by what holds them."""
+    """Bytes that each process of a stage holds at its widest point, by what holds them."""
 
     stage: str
     weights: int
@@ -45,11 +46,15 @@ class MemoryPlan:
     with."""
     at_once: bool = False
     """Whether rollouts are drawn during updates."""
+    exchange: int = 0
+    """What passes between processes: buckets of gradients, gathered weights."""
+    offloaded: int = 0
+    """Of the CPU's memory, and not in the total."""
 
     @property
     def total(self) -> int:
         """Where sampling and updating take turns, the larger of their working sets counts."""
-        held = self.weights + self.gradients + self.optimizer + self.reference + self.engine
+        held = self.weights + self.gradients + self.optimizer + self.reference + self.engine + self.exchange
         return held + (self.working + self.sampling if self.at_once else max(self.working, self.sampling))
 
 
@@ -57,7 +62,7 @@ Make = Callable[[], TransformerPolicy]
 """Builds a stage's policy on the current device."""
 
 
-def memory_plans(recipe: Recipe) -> list[MemoryPlan]:
+def memory_plans(recipe: Recipe, processes: int = 1) -> list[MemoryPlan]:
     """A plan for each policy stage. Raises ValueError where the recipe's checkpoint cannot be read."""
     if isinstance(recipe.policy, NewPolicy):
         assert recipe.codec is not None, "the recipe lets no new policy be without"
@@ -68,20 +73,23 @@ def memory_plans(recipe: Recipe) -> list[MemoryPlan]:
         make = partial(outline, recipe.policy)
     sources = _has_sources(recipe.data)
     return [
-        _plan(name, stage, make, sources) for name, stage in recipe.stages.items() if isinstance(stage, PolicyStage)
+        _plan(name, stage, make, sources, processes)
+        for name, stage in recipe.stages.items()
+        if isinstance(stage, PolicyStage)
     ]
 
 
-def plan_lines(recipe: Recipe) -> list[str]:
+def plan_lines(recipe: Recipe, processes: int = 1) -> list[str]:
     """What a run says of its memory before it begins: a line a policy stage, or why there is no plan."""
     if isinstance(recipe.policy, CheckpointPolicy) and (absent := not_here(recipe.policy)) is not None:
         return [f"no memory plan: {recipe.policy.path} is not here: {absent}"]
     try:
-        plans = memory_plans(recipe)
+        plans = memory_plans(recipe, processes)
     except NO_DRY_RUN as error:
         return [f"no memory plan: the policy's forward cannot run on tensors without values ({error})"]
     return [
-        f"{plan.stage}: about {readable(plan.total)} of memory, {readable(plan.weights)} of them the weights"
+        f"{plan.stage}: about {readable(plan.total)} of memory{' a process' * (processes > 1)}, "
+        f"{readable(plan.weights)} of them the weights"
         for plan in plans
     ]
 
@@ -101,25 +109,29 @@ def _length(stage: PolicyStage, layout: Layout, sources: bool) -> int:
     return PROMPT_TOKENS + text + (sources + draws) * layout.grid.length
 
 
-def _plan(name: str, stage: PolicyStage, make: Make, sources: bool) -> MemoryPlan:
+def _plan(name: str, stage: PolicyStage, make: Make, sources: bool, processes: int) -> MemoryPlan:
     with torch.device("meta"):
         policy = make()
     layout, length = policy.layout, _length(stage, policy.layout, sources)
-    held = dry_run(partial(_adapted, make, stage), _law(stage, layout), _update(stage, layout, length))
+    held = dry_run(partial(_adapted, make, stage), _law(stage, layout), _update(stage, layout, length, processes))
+    share = shared(held, read_sharing(stage.deepspeed, processes, policy.sizes.hidden_size))
     total = sum(weight.numel() for weight in policy.model.parameters())
-    sampling = _sampling(stage, policy, length) if isinstance(stage, GrpoStage) else 0
+    sampling = _sampling(stage, policy, length, processes) if isinstance(stage, GrpoStage) else 0
     ahead = isinstance(stage, GrpoStage) and stage.max_staleness > 0
     still = held.weights if stage.lora is None else held.gradients
+    gradients = share.gradients * _gradients(stage)
     return MemoryPlan(
         stage=name,
-        weights=held.weights,
-        gradients=held.gradients * _gradients(stage),
-        optimizer=held.optimizer,
+        weights=share.weights,
+        gradients=gradients,
+        optimizer=share.optimizer,
         reference=held.weights if _holds_reference(stage, layout) else 0,
-        working=held.working,
-        sampling=sampling if ahead else max(0, sampling - held.gradients * _gradients(stage)),
+        working=share.working,
+        sampling=sampling if ahead else max(0, sampling - gradients),
         engine=(_engine_copy(stage, total) if isinstance(stage, GrpoStage) else 0) + still * ahead,
         at_once=ahead,
+        exchange=share.exchange,
+        offloaded=share.offloaded,
     )
 
 
@@ -135,9 +147,9 @@ def _law(stage: PolicyStage, layout: Layout) -> Law:
     return stage.sampling.law(layout.image) if isinstance(stage, GrpoStage) else Law(layout.image)
 
 
-def _update(stage: PolicyStage, layout: Layout, length: int) -> Update:
+def _update(stage: PolicyStage, layout: Layout, length: int, processes: int) -> Update:
     streams = len(_law(stage, layout).streams(replay=True))
-    accumulated = _rows(stage) > stage.micro_batch_size
+    accumulated = _rows(stage) > stage.micro_batch_size * processes
     return Update(
         rows=stage.micro_batch_size * streams * _sequences(stage, layout),
         streams=streams,
@@ -197,13 +209,13 @@ def _engine_copy(stage: GrpoStage, total: int) -> int:
     return total * FLOAT_BYTES * 3 // 2 if both else total * FLOAT_BYTES
 
 
-def _sampling(stage: GrpoStage, policy: TransformerPolicy, length: int) -> int:
+def _sampling(stage: GrpoStage, policy: TransformerPolicy, length: int, processes: int) -> int:
     """Keys and values of the torch engine's widest batch, or what vLLM reserves; of a masked policy, a forward's."""
     if isinstance(stage.engine, VllmSizes):
         servers = stage.engine.started if isinstance(stage.engine, VllmServerConfig) else 1
         return servers * (stage.engine.kv_megabytes << 20)
     sizes, streams = policy.sizes, len(_law(stage, policy.layout).streams())
-    rows = min(stage.rollouts * streams, stage.engine.max_rows)
+    rows = min(stage.rollouts // processes * streams, stage.engine.max_rows)
     heads = getattr(sizes, "num_key_value_heads", None) or sizes.num_attention_heads
     width = getattr(sizes, "head_dim", None) or sizes.hidden_size // sizes.num_attention_heads
     position = sizes.num_hidden_layers * 2 * heads * width * FLOAT_BYTES

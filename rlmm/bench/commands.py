@@ -89,6 +89,7 @@ def scale(
     rows: Annotated[str, typer.Option(help="Rows an update; of each list the first is the base")] = "8,2,32",
     tokens: Annotated[str, typer.Option(help="Image tokens a row")] = "256,1024,4096",
     processes: Annotated[str, typer.Option(help="That share an update's rows")] = "1,2",
+    zero: Annotated[str, typer.Option(help="Stages of DeepSpeed's ZeRO; 0: without DeepSpeed")] = "0",
     lora: Annotated[bool, typer.Option(help="Train an adapter")] = False,
     precision: Annotated[str, typer.Option(help="Of the body's products: float32 or bfloat16")] = "float32",
     weights: Annotated[str, typer.Option(help="What a checkpoint's weights are held in")] = "float32",
@@ -103,7 +104,7 @@ def scale(
     """How seconds and memory of a rollout and an update grow with rows, image tokens, the model and processes."""
     from rlmm.bench.scale import bench_scale, scale_plan
 
-    lists = {"model": models, "rows": rows, "tokens": tokens, "processes": processes}
+    lists = {"model": models, "rows": rows, "tokens": tokens, "processes": processes, "zero": zero}
     fixed = {"precision": precision, "weights": weights, "guidance_scale": guidance_scale, "lora": lora}
     fixed |= {"checkpointing": checkpointing, "micro": micro, "drawn": drawn}
     bench_scale(scale_plan(lists, fixed, steps=steps, repeats=repeats, threads=threads), json_file, plot)

@@ -54,8 +54,8 @@ class ScalePlan:
 
 @dataclass(frozen=True)
 class ScaleRow:
-    """Medians over repeats and counted updates. Bytes of one process: `peak` above the loaded trainer, what the dry run
-    `planned` for it, and the model's `weights`. `share`: of a decode step's time, what reading its weights and cache
+    """Medians over repeats and counted updates. Bytes of one process: `peak` above the loaded policy, what is
+    `planned` for it, and the whole `weights`. `share`: of a decode step's time, what reading its weights and cache
     once would take at the speed of a copy."""
 
     point: Point
@@ -75,7 +75,7 @@ def scale_plan(lists: Mapping[str, str], fixed: Mapping[str, Any], **settings: i
     """A plan of comma-separated values a field, the first of each the base's. Raises ValueError where one is no number,
     or a model is neither known nor a checkpoint at hand."""
     values: dict[str, tuple[Any, ...]] = {"model": tuple(lists["model"].split(","))}
-    for name in ("rows", "tokens", "processes"):
+    for name in ("rows", "tokens", "processes", "zero"):
         try:
             values[name] = tuple(int(one) for one in lists[name].split(","))
         except ValueError as error:
@@ -93,7 +93,10 @@ def scale_plan(lists: Mapping[str, str], fixed: Mapping[str, Any], **settings: i
 
 
 def bench_scale(plan: ScalePlan, json_file: Path | None, plot_file: Path | None) -> list[ScaleRow]:
-    """Measure, show, and write what is asked for, after every point, so that a kill loses one."""
+    """Measure, show, and write what is asked for, after every point, so that a kill loses one. Raises ValueError where
+    a plot is asked for and nothing grows."""
+    if plot_file is not None and not any(values for name, values in plan.axes.items() if name in NAMES):
+        raise ValueError(f"a plot shows how cost grows; give one of {', '.join(NAMES)} two values or more")
     console, rows, points = Console(), [], plan.points()
     around = setting(plan.threads)
     bar = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -142,7 +145,9 @@ def run_point(point: Point, plan: ScalePlan) -> dict[str, Any]:
 def described(point: Point) -> str:
     """What differs from one point to the next."""
     name = Path(point.model).name
-    return f"{name}, {point.rows} x {point.tokens}, {point.processes} process{'es' * (point.processes > 1)}"
+    return f"{name}, {point.rows} x {point.tokens}, {point.processes} process{'es' * (point.processes > 1)}" + (
+        f", ZeRO-{point.zero}" * (point.zero > 0)
+    )
 
 
 def row_of(point: Point, made: Sequence[dict[str, Any]]) -> ScaleRow:
@@ -175,7 +180,7 @@ def along(rows: Sequence[ScaleRow], plan: ScalePlan, name: str) -> list[ScaleRow
 def growth(rows: Sequence[ScaleRow], plan: ScalePlan) -> dict[str, dict[str, float]]:
     """Exponents of the power laws that fit best (least squares of logarithms) along each axis of two points or more."""
     found: dict[str, dict[str, float]] = {}
-    for name in plan.axes:
+    for name in (axis for axis in plan.axes if axis in NAMES):
         chosen = along(rows, plan, name)
         if len(chosen) > 1:
             x = [row.parameters if name == "model" else getattr(row.point, name) for row in chosen]
@@ -191,7 +196,7 @@ def table(rows: Sequence[ScaleRow], threads: int) -> Table:
     """A line a point."""
     shown = Table(title=f"A rollout and an update ({threads} thread(s) a process)")
     columns = (
-        "model", "rows", "tokens", "processes", "rollout s", "tokens/s", "of bandwidth", "update s", "tokens/s",
+        "model", "rows", "tokens", "processes", "ZeRO", "rollout s", "tokens/s", "of bandwidth", "update s", "tokens/s",
         "peak", "planned",
     )  # fmt: skip
     for column in columns:
@@ -199,7 +204,7 @@ def table(rows: Sequence[ScaleRow], threads: int) -> Table:
     for row in rows:
         point = row.point
         shown.add_row(
-            Path(point.model).name, str(point.rows), str(point.tokens), str(point.processes),
+            Path(point.model).name, str(point.rows), str(point.tokens), str(point.processes), str(point.zero or "-"),
             f"{row.rollout_s:.3g}", f"{row.tokens_a_second:.0f}", f"{row.share:.2f}", f"{row.update_s:.3g}",
             f"{row.trained_tokens_a_second:.0f}", readable(int(row.peak)), readable(int(row.planned)),
         )  # fmt: skip

@@ -19,8 +19,9 @@ from rlmm.bench.scale_problem import (
     planned,
     requests,
     stage,
+    zero_file,
 )
-from rlmm.bench.step_child import Measure
+from rlmm.bench.step_child import Measure, reset_peak
 from rlmm.bench.step_rlmm import FixedSource
 from rlmm.config.engines import TorchEngineConfig
 from rlmm.policies.transformer import TransformerPolicy
@@ -53,9 +54,9 @@ def roll_out(point: Point, policy: TransformerPolicy) -> dict[str, float]:
     return {"rollout_s": seconds, "bytes_a_step": bytes_a_step(point, policy)}
 
 
-def update(point: Point, policy: TransformerPolicy, steps: int) -> dict[str, Any]:
-    """Seconds of each update, and bytes of its peak above the loaded trainer."""
-    config, measure = stage(point, steps), Measure()
+def update(point: Point, policy: TransformerPolicy, steps: int, deepspeed: str | None) -> dict[str, Any]:
+    """Seconds of each update, and bytes of its peak above the loaded policy."""
+    config, measure = stage(point, steps, deepspeed), Measure()
     if rows_alone(config):
         policy.train_image_rows()
     batches = micro_batches(point, policy, config)
@@ -69,6 +70,7 @@ def update(point: Point, policy: TransformerPolicy, steps: int) -> dict[str, Any
             name="bench",
         )
         arguments.set_save("no")
+        loaded = reset_peak()
         trainer = StageTrainer(
             policy.model,
             arguments,
@@ -79,29 +81,30 @@ def update(point: Point, policy: TransformerPolicy, steps: int) -> dict[str, Any
             [measure],
         )
         trainer.train()
-    return {"update_s": measure.seconds, "peak": measure.peak, "baseline": measure.baseline}
+    return {"update_s": measure.seconds, "peak": measure.baseline + measure.peak - loaded}
 
 
-def measured(point: Point, steps: int) -> dict[str, Any]:
+def measured(point: Point, steps: int, deepspeed: str | None) -> dict[str, Any]:
     """All figures of a point, of this process."""
     copied = copied_bytes_a_second()
     # Before anything is loaded: a dry run holds no memory, and what is loaded would be counted twice.
-    held = planned(point) if world()[0] == 0 else None
+    weights, beside = planned(point, deepspeed) if world()[0] == 0 else (None, None)
     with device():
         policy = make_policy(point)
     policy.model.eval()
     parameters = sum(one.numel() for one in policy.base.parameters())
-    figures = {"parameters": parameters, "planned": held and held.peak, "weights": held and held.weights}
+    figures = {"parameters": parameters, "planned": beside, "weights": weights}
     with torch.no_grad():
         figures |= roll_out(point, policy) | {"copied_bytes_a_second": copied}
-    return figures | update(point, policy, steps)
+    return figures | update(point, policy, steps, deepspeed)
 
 
 def main(order: Path, result: Path) -> None:
     given = json.loads(order.read_text())
     torch.set_num_threads(given["threads"])
-    with processes(deepspeed=False):
-        figures = measured(Point(**given["point"]), given["steps"])
+    point = Point(**given["point"])
+    with processes(deepspeed=point.zero > 0), tempfile.TemporaryDirectory() as folder:
+        figures = measured(point, given["steps"], zero_file(point, Path(folder)))
         if world()[0] == 0:
             result.write_text(json.dumps(figures))
 

@@ -11,6 +11,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 NAMES = {"rows": "rows", "tokens": "image tokens a row", "model": "parameters", "processes": "processes"}
+"""The axes that something can grow along."""
 GIB = 1 << 30
 
 
@@ -18,7 +19,7 @@ def write_plot(
     rows: Sequence[Mapping[str, Any]], axes: Mapping[str, Sequence[Any]], base: Mapping[str, Any], file: Path
 ) -> None:
     """Both scales logarithmic, so that a power is a straight line; dotted, what would grow as the axis does."""
-    names = [name for name, values in axes.items() if set(values) - {base[name]}]
+    names = [name for name, values in axes.items() if name in NAMES and set(values) - {base[name]}]
     figure, drawn = plt.subplots(2, len(names), figsize=(3.3 * len(names), 5.2), layout="constrained", squeeze=False)
     for column, name in enumerate(names):
         chosen = [row for row in rows if {**row["point"], name: base[name]} == base]

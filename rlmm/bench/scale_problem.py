@@ -3,7 +3,9 @@
 Shapes: B rows, P prompt positions, S image positions.
 """
 
+import json
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -13,11 +15,12 @@ from rlmm.bench.rollout_problem import PROMPT, SIZES
 from rlmm.bench.step_problem import images_as_drawn
 from rlmm.config.policy import CheckpointPolicy, Lora
 from rlmm.config.stages import GrpoStage
-from rlmm.dry_run import Held, Update, dry_run
+from rlmm.dry_run import Update, dry_run
 from rlmm.objectives.weights import count_totals, token_weights
 from rlmm.policies.families.llama import build
 from rlmm.policies.families.loading import outline
 from rlmm.policies.transformer import TransformerPolicy
+from rlmm.sharing import read_sharing, shared
 from rlmm.train.grpo import rows_alone
 from rlmm.train.grpo_batch import GrpoBatch
 from rlmm.train.processes import world
@@ -32,7 +35,8 @@ Precision = Literal["float32", "bfloat16"]
 class Point:
     """One measurement. `model`: a name of `SIZES`, or the folder or hub id of a checkpoint, of which the configuration
     alone is read and the weights are random. `rows` of `tokens` image tokens are updated from in micro-batches of
-    `micro` rows a process (0: all at once); of them `drawn` tokens are sampled in the rollout (0: all)."""
+    `micro` rows a process (0: all at once); of them `drawn` tokens are sampled in the rollout (0: all). `zero`: the
+    stage of DeepSpeed's ZeRO that the update is made under; 0: without DeepSpeed."""
 
     model: str = "5m"
     rows: int = 8
@@ -45,10 +49,13 @@ class Point:
     checkpointing: bool = False
     micro: int = 0
     drawn: int = 0
+    zero: int = 0
 
     def __post_init__(self) -> None:
         if min(self.rows, self.tokens, self.processes) < 1:
             raise ValueError(f"rows, tokens and processes must be at least 1, and the point is {self}")
+        if self.zero not in (0, 1, 2, 3):
+            raise ValueError(f"zero {self.zero}: it is 0 (without DeepSpeed), 1, 2 or 3")
         if self.rows % self.processes or (self.rows // self.processes) % (self.micro or 1):
             raise ValueError(
                 f"{self.rows} rows over {self.processes} process(es) in micro-batches of {self.micro or 'all'} do not "
@@ -101,7 +108,7 @@ def requests(point: Point, policy: TransformerPolicy) -> list[Request]:
     return [Request(str(row), prefixes(policy), (row,), (str(row),)) for row in rows]
 
 
-def update_of(point: Point, length: int, streams: int) -> Update:
+def update_of(point: Point, length: int, streams: int, deepspeed: str | None = None) -> Update:
     """What the dry run makes of the point, sequences of `length` positions."""
     return Update(
         rows=point.micro_rows * streams,
@@ -111,20 +118,41 @@ def update_of(point: Point, length: int, streams: int) -> Update:
         again=point.rows_each > point.micro_rows,
         precision=point.precision,
         checkpointing=point.checkpointing,
-        image_rows=rows_alone(stage(point, 1)),
+        image_rows=rows_alone(stage(point, 1, deepspeed)),
     )
 
 
-def planned(point: Point) -> Held:
-    """Bytes that an update of one process is predicted to hold."""
+def planned(point: Point, deepspeed: str | None) -> tuple[int, int]:
+    """Bytes: of the whole weights, and what one process's update is predicted to hold beside them (or in their place:
+    ZeRO-3 leaves it a part of them)."""
     with torch.device("meta"):
         outlined = make_policy(point)
     streams = len(law(point, outlined).streams())
     length = max(map(len, prefixes(outlined).values())) + point.tokens
-    return dry_run(lambda: make_policy(point), law(point, outlined), update_of(point, length, streams))
+    held = dry_run(lambda: make_policy(point), law(point, outlined), update_of(point, length, streams, deepspeed))
+    share = shared(held, read_sharing(deepspeed, point.processes, outlined.sizes.hidden_size))
+    total = share.weights + share.gradients + share.optimizer + share.working + share.exchange
+    return held.weights, total - held.weights
 
 
-def stage(point: Point, steps: int) -> GrpoStage:
+def zero_file(point: Point, folder: Path) -> str | None:
+    """A DeepSpeed file that asks for the point's stage of ZeRO, laid out as those in configs/deepspeed."""
+    if not point.zero:
+        return None
+    auto = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    sized = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold")
+    zero = {"stage": point.zero, "overlap_comm": False, "contiguous_gradients": True} | dict.fromkeys(sized, "auto")
+    path = folder / "deepspeed.json"
+    path.write_text(
+        json.dumps(
+            dict.fromkeys(auto, "auto")
+            | {"zero_allow_untested_optimizer": True, "bf16": {"enabled": "auto"}, "zero_optimization": zero}
+        )
+    )
+    return str(path)
+
+
+def stage(point: Point, steps: int, deepspeed: str | None = None) -> GrpoStage:
     return GrpoStage.model_validate(
         {
             "steps": steps,
@@ -135,6 +163,7 @@ def stage(point: Point, steps: int) -> GrpoStage:
             "precision": point.precision,
             "gradient_checkpointing": point.checkpointing,
             "lora": {} if point.lora else None,
+            "deepspeed": deepspeed,
         }
     )
 

@@ -1,4 +1,5 @@
-"""GRPO of many steps in a process of its own: what it holds as it goes on. `RUN_DIR STEPS`, prints JSON rows."""
+"""GRPO of many steps in a process of its own: what it holds as it goes on. `RUN_DIR STEPS [DEEPSPEED_JSON]`, prints the
+first process's as JSON rows."""
 
 import gc
 import json
@@ -10,6 +11,8 @@ from typing import Any
 
 from rlmm.config.recipe import read_recipe
 from rlmm.pipeline import run_recipe
+from rlmm.train.launch import processes
+from rlmm.train.processes import world
 from rlmm.train.trainer import StageTrainer
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "tiny.yaml"
@@ -28,7 +31,7 @@ def held(folder: Path) -> dict[str, int]:
     }
 
 
-def main(folder: Path, steps: int) -> None:
+def main(folder: Path, steps: int, deepspeed: str | None = None) -> None:
     rows: list[dict[str, int]] = []
     logged = StageTrainer.log
 
@@ -40,9 +43,13 @@ def main(folder: Path, steps: int) -> None:
     StageTrainer.log = log
     settings: list[Any] = [f"run_dir={folder}", f"stages.grpo.steps={steps}", f"stages.grpo.store_every={steps}"]
     settings += ["stages.grpo.checkpoint_every=20", "stages.grpo.learning_rate=1.0e-5"]
-    run_recipe(read_recipe(RECIPE, settings), lambda line: None)
-    print(json.dumps(rows))
+    if deepspeed is not None:
+        settings += [f"stages.grpo.deepspeed={deepspeed}", "stages.grpo.lora=null"]
+    with processes(deepspeed=deepspeed is not None):
+        run_recipe(read_recipe(RECIPE, settings), lambda line: None)
+        if world()[0] == 0:
+            print(json.dumps(rows), flush=True)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])

@@ -21,6 +21,11 @@ CODEC = json.dumps({"kind": "codec", "steps": 2, "batch_size": 8, "learning_rate
 SFT = {
     "kind": "sft", "steps": 2, "batch_size": 8, "micro_batch_size": 4, "learning_rate": 3e-3, "checkpoint_every": 2,
 }  # fmt: skip
+GRPO = {
+    "kind": "grpo", "steps": 2, "prompts_per_step": 2, "samples_per_prompt": 4, "micro_batch_size": 2,
+    "learning_rate": 1e-3, "checkpoint_every": 2, "lora": {"rank": 4, "alpha": 4},
+    "objective": {"name": "grpo", "kl": {"kind": "k3", "coefficient": 0.01}},
+}  # fmt: skip
 # What ssh and srun are to the examples: they run a command on a node, which here is this machine.
 SSH = '#!/bin/bash\nexec bash -c "$2"\n'
 SRUN = """#!/bin/bash
@@ -107,9 +112,10 @@ def figures_of(run: Path, stage: str) -> list[dict[str, float]]:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("zero", [False, True], ids=["plain", "zero2"])
+@pytest.mark.parametrize("zero", [False, True], ids=["plain", "zero3"])
 def test_accelerate_launch_starts_what_nproc_does(tmp_path: Path, zero: bool) -> None:
-    stages = {"codec": json.loads(CODEC), "sft": SFT | ({"deepspeed": "configs/deepspeed/zero2.json"} if zero else {})}
+    parts = {"deepspeed": "configs/deepspeed/zero3.json"} if zero else {}
+    stages = {"codec": json.loads(CODEC), "sft": SFT | parts, "grpo": GRPO | parts}
     accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     accelerate += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "rlmm.cli", "run"]
     commands = {"accelerate": accelerate, "nproc": [sys.executable, "-m", "rlmm.cli", "run", "--nproc", "2"]}
@@ -118,9 +124,10 @@ def test_accelerate_launch_starts_what_nproc_does(tmp_path: Path, zero: bool) ->
         (tmp_path / name).mkdir()
         runs.append(ran(command, tmp_path / name, json.dumps(stages)))
     assert [processes_of(run) for run in runs] == [2, 2]
-    one, two = ((run / "stages" / "02-sft" / "model" / "model.safetensors").read_bytes() for run in runs)
-    assert figures_of(runs[0], "02-sft") == figures_of(runs[1], "02-sft")
-    assert one == two
+    for stage in ("02-sft", "03-grpo"):
+        one, two = ((run / "stages" / stage / "model" / "model.safetensors").read_bytes() for run in runs)
+        assert figures_of(runs[0], stage) == figures_of(runs[1], stage)
+        assert one == two
 
 
 @pytest.mark.parametrize(

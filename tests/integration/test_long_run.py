@@ -12,8 +12,12 @@ STEPS, SETTLED = 500, 250
 
 
 @pytest.mark.long
-def test_500_steps_hold_no_more_memory_files_or_threads(tmp_path: Path) -> None:
+@pytest.mark.parametrize("processes", [1, 2], ids=["one process", "two under ZeRO-3"])
+def test_500_steps_hold_no_more_memory_files_or_threads(tmp_path: Path, processes: int) -> None:
     command = [sys.executable, "-m", "tests.integration.long_run_program", str(tmp_path / "run"), str(STEPS)]
+    if processes > 1:
+        command[1:1] = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        command.append("configs/deepspeed/zero3.json")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_TRIM_THRESHOLD_": "1000000"}
     done = subprocess.run(
         command, cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True, timeout=3000

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from rlmm.bench import scale_problem
-from rlmm.bench.scale import ScalePlan, ScaleRow, along, growth, scale_plan, table
+from rlmm.bench.scale import ScalePlan, ScaleRow, along, bench_scale, growth, scale_plan, table
 from rlmm.bench.scale_child import measured
 from rlmm.bench.scale_plot import write_plot
 from rlmm.bench.scale_problem import Point, bytes_a_step, make_policy, micro_batches, stage
 
-LISTS = {"model": "tiny,quickstart", "rows": "8,2,32", "tokens": "16", "processes": "1,2"}
+LISTS = {"model": "tiny,quickstart", "rows": "8,2,32", "tokens": "16", "processes": "1,2", "zero": "0"}
 FIXED = {"precision": "float32", "weights": "float32"}
 BASE = Point("tiny", rows=8, tokens=16)
 
@@ -38,22 +38,30 @@ def test_one_axis_is_changed_at_a_time_from_the_first_of_each_list() -> None:
         ({}, {"precision": "float16"}, "one of float32, bfloat16"),
         ({"processes": "3"}, {}, "do not come out even"),
         ({}, {"micro": 3}, "do not come out even"),
+        ({"zero": "0,4"}, {}, "zero 4: it is 0"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(lists: dict[str, str], fixed: dict[str, object], said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        scale_plan(LISTS | lists, FIXED | fixed)
+        scale_plan(LISTS | lists, FIXED | fixed).points()
+
+
+def test_a_plot_of_nothing_that_grows_is_refused(tmp_path: Path) -> None:
+    plan = scale_plan(LISTS | {"model": "tiny", "rows": "8", "processes": "1", "zero": "0,1"}, FIXED)
+    with pytest.raises(ValueError, match="give one of rows, tokens, model, processes two values"):
+        bench_scale(plan, None, tmp_path / "plot.png")
 
 
 def test_powers_are_those_of_the_costs() -> None:
-    plan = ScalePlan(BASE, {"rows": (2, 32), "tokens": (64,), "model": ("quickstart",), "processes": ()})
+    axes = {"rows": (2, 32), "tokens": (64,), "model": ("quickstart",), "processes": (), "zero": (1,)}
+    plan = ScalePlan(BASE, axes)
     rows = [row(point, 900 if point.model == "quickstart" else 100) for point in plan.points()]
     assert [one.point.rows for one in along(rows, plan, "rows")] == [2, 8, 32]
     found = growth(rows, plan)
     assert found["rows"] == pytest.approx({"rollout": 0, "update": 1.5, "update's memory": 0}, abs=1e-9)
     assert found["tokens"] == pytest.approx({"rollout": 1, "update": 0, "update's memory": 2}, abs=1e-9)
     assert found["model"]["update"] == pytest.approx(0.5)
-    assert "processes" not in found
+    assert found.keys() == {"rows", "tokens", "model"}
     assert table(rows, 1).row_count == len(rows)
 
 
@@ -88,7 +96,7 @@ def test_processes_share_out_the_rows_of_one_step(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_point_is_measured() -> None:
-    found = measured(replace(BASE, rows=2, lora=True, guidance_scale=2.0, drawn=8), steps=2)
+    found = measured(replace(BASE, rows=2, lora=True, guidance_scale=2.0, drawn=8), steps=2, deepspeed=None)
     assert len(found["update_s"]) == 2 and min(found["update_s"]) > 0
     assert found["rollout_s"] > 0 and found["planned"] > 0 and found["weights"] == 4 * found["parameters"]
     assert not torch.is_autocast_enabled("cpu")

@@ -1,0 +1,88 @@
+"""What each of several processes holds of an update, plain data parallel or under DeepSpeed's ZeRO.
+
+The shares are those of ZeRO (Rajbhandari et al. 2020, figure 1), with what DeepSpeed's own optimizer holds beside them:
+a flat copy of the trained weights, gradients laid flat for a step, and buckets that gradients are summed in.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlmm.dry_run import Held
+
+BUCKET = 500_000_000
+"""DeepSpeed's `reduce_bucket_size` where a file names none."""
+LIVE = 1_000_000_000
+"""DeepSpeed's `stage3_max_live_parameters` where a file names none."""
+FLOAT_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """Among how many processes, and how. zero: ZeRO's stage; 0 is plain data parallel, where each holds everything.
+    bucket, live: bytes of the buckets, and of the gathered weights at most."""
+
+    processes: int = 1
+    zero: int = 0
+    bucket: int = 0
+    live: int = 0
+    offloads_optimizer: bool = False
+    offloads_weights: bool = False
+
+
+@dataclass(frozen=True)
+class Share:
+    """Bytes of one process. exchange: what passes between the processes. offloaded: of the CPU's memory."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    working: int
+    exchange: int
+    offloaded: int
+
+
+def read_sharing(path: str | None, processes: int, hidden_size: int) -> Sharing:
+    """From a DeepSpeed file, or None. `auto` is what transformers fills in from the model's `hidden_size`."""
+    if path is None:
+        return Sharing(processes)
+    zero: dict[str, Any] = json.loads(Path(path).read_text())["zero_optimization"]
+    bucket = zero.get("reduce_bucket_size", BUCKET)
+    elements = hidden_size**2 if bucket == "auto" else int(bucket)
+    return Sharing(
+        processes,
+        zero["stage"],
+        elements * FLOAT_BYTES * (2 if zero.get("overlap_comm") else 1),
+        int(zero.get("stage3_max_live_parameters", LIVE)) * FLOAT_BYTES,
+        _offloads(zero.get("offload_optimizer")),
+        _offloads(zero.get("offload_param")),
+    )
+
+
+def _offloads(part: dict[str, Any] | None) -> bool:
+    return (part or {}).get("device", "none") != "none"
+
+
+def shared(held: Held, sharing: Sharing) -> Share:
+    """What one process holds of `held`, which is all of it."""
+    trained, each = held.gradients, sharing.processes
+    if not sharing.zero:
+        # DistributedDataParallel sums gradients in buckets, which are a second copy of them.
+        return Share(held.weights, trained, held.optimizer, held.working, trained if each > 1 else 0, 0)
+    part = trained // each
+    weights = held.weights // each if sharing.zero == 3 else held.weights
+    optimizer = held.optimizer // each + part
+    gradients = trained if sharing.zero == 1 else part
+    # The part that a process steps with is laid flat beside the one that was summed, where ZeRO-3 keeps it flat.
+    flat = 0 if sharing.zero == 3 else max(0, 2 * part - gradients)
+    gathered = min(held.weights, sharing.live) if sharing.zero == 3 else 0
+    offloaded = sharing.offloads_optimizer * (optimizer + part) + sharing.offloads_weights * weights
+    return Share(
+        weights=0 if sharing.offloads_weights else weights,
+        gradients=0 if sharing.offloads_optimizer and sharing.zero > 1 else gradients,
+        optimizer=0 if sharing.offloads_optimizer else optimizer,
+        working=max(held.working, flat),
+        exchange=sharing.bucket + gathered,
+        offloaded=offloaded,
+    )
