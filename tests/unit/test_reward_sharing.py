@@ -47,8 +47,8 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def become(patch: pytest.MonkeyPatch, rank: int, *answers: Sequence[Any]) -> None:
-    """This process is `rank` of two; in each collective the other one answers what stands in its place."""
-    left = list(answers)
+    """This process is `rank` of those that answer; in each collective the others answer what stands in their place."""
+    left, size = list(answers), max([2, *(len(one) for one in answers)])
 
     def gather(value: Any) -> list[Any]:
         told = list(left.pop(0))
@@ -57,7 +57,7 @@ def become(patch: pytest.MonkeyPatch, rank: int, *answers: Sequence[Any]) -> Non
 
     for module in (reward_process, "rlmm.train.processes"):
         name = module if isinstance(module, str) else module.__name__
-        patch.setattr(f"{name}.world", lambda: (rank, 2))
+        patch.setattr(f"{name}.world", lambda: (rank, size))
         patch.setattr(f"{name}.gather", gather)
 
 
@@ -83,6 +83,13 @@ def test_the_others_of_the_machine_are_told_where_it_listens(monkeypatch: pytest
     assert served_reward(TERM) == STARTED and not Started.made
     reward_process.stop_served()
     assert not reward_process._SHARED
+
+
+def test_who_is_told_of_several_takes_that_of_its_own_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    key, other = reward_process._key(TERM), Address("http://127.0.0.1:2", "another machine's")
+    become(monkeypatch, 2, ["here", "elsewhere", "here"], [*DONE, DONE[0]], [{key: STARTED}, {key: other}, {}])
+    share_served(REWARDS)
+    assert served_reward(TERM) == STARTED and not Started.made
 
 
 def test_another_machine_has_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
