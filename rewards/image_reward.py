@@ -36,14 +36,15 @@ class ImageRewardConfig(BlipConfig):
 class ImageRewardModel(BlipPreTrainedModel):
     """The network. Between its linear layers there was dropout in training, and never anything else."""
 
-    config: ImageRewardConfig
     config_class = ImageRewardConfig
 
     def __init__(self, config: ImageRewardConfig) -> None:
         super().__init__(config)
         text: Any = config.text_config
-        self.vision_model = BlipVisionModel(config.vision_config)
+        vision: Any = config.vision_config
+        self.vision_model = BlipVisionModel(vision)
         self.text_encoder = BlipTextModel(text, add_pooling_layer=False)
+        self.mean, self.std = config.score_mean, config.score_std
         widths = [text.hidden_size, *config.head_widths, 1]
         self.head = nn.ModuleList(nn.Linear(*pair) for pair in zip(widths, widths[1:], strict=False))
         self.post_init()
@@ -54,8 +55,9 @@ class ImageRewardModel(BlipPreTrainedModel):
         read = self.text_encoder(input_ids=input_ids, attention_mask=attention_mask, encoder_hidden_states=seen)
         mark = read.last_hidden_state[:, 0].float()
         for linear in self.head:
-            mark = nn.functional.linear(mark, linear.weight.float(), linear.bias.float())
-        return (mark[:, 0] - self.config.score_mean) / self.config.score_std
+            weight, bias = linear.parameters()
+            mark = nn.functional.linear(mark, weight.float(), bias.float())
+        return (mark[:, 0] - self.mean) / self.std
 
 
 class ImageReward:
@@ -86,7 +88,7 @@ class ImageReward:
         self._model = loaded.eval().requires_grad_(False).to(self.device)
         self._tokenizer: Any = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
         self._pixels: Any = AutoImageProcessor.from_pretrained(model, backend="pil", trust_remote_code=False)
-        scale = f"{loaded.config.score_mean} {loaded.config.score_std}"
+        scale = f"{loaded.mean} {loaded.std}"
         pixels = hashlib.sha256(self._pixels.to_json_string().encode()).hexdigest()[:16]
         self._fingerprint = f"image_reward/1 {weights_digest(loaded)} {precision} {scale} pixels={pixels}"
 

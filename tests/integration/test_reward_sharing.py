@@ -36,12 +36,12 @@ GRPO = {
 EVAL = {"kind": "eval", "arms": ["sft", "grpo"], "prompts": 4, "sampling_seeds": 2}
 
 
-def run(folder: Path, options: dict[str, Any], count: int = 2, **served: Any) -> subprocess.CompletedProcess[str]:
-    """`rlmm run` in `count` processes, with the reward of NOTING."""
+def run(folder: Path, options: dict[str, Any], term: dict[str, Any]) -> subprocess.CompletedProcess[str]:
+    """`rlmm run` in two processes, with the reward of NOTING."""
     (folder / "own.py").write_text(NOTING)
-    terms = [{"function": f"{folder}/own.py:noted", "options": {"folder": str(folder), **options}, **served}]
+    terms = [{"function": f"{folder}/own.py:noted", "options": {"folder": str(folder), **options}, **term}]
     stages = {"codec": CODEC, "sft": SFT, "grpo": GRPO, "evaluation": EVAL}
-    command = [sys.executable, "-m", "rlmm.cli", "run", *(["--nproc", str(count)] if count > 1 else []), str(RECIPE)]
+    command = [sys.executable, "-m", "rlmm.cli", "run", "--nproc", "2", str(RECIPE)]
     command += [f"run_dir={folder / 'run'}", f"stages={json.dumps(stages)}", f"rewards={json.dumps({'terms': terms})}"]
     given = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
@@ -58,17 +58,17 @@ def test_two_processes_share_one_and_a_resumed_run_starts_another(tmp_path: Path
     folders = {name: tmp_path / name for name in ("here", "served", "killed")}
     for folder in folders.values():
         folder.mkdir()
-    for name, served in (("here", {}), ("served", {"serve": {}})):
-        done = run(folders[name], {}, **served)
+    for name, term in (("here", {}), ("served", {"serve": {}})):
+        done = run(folders[name], {}, term)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert figures(folders["served"]) == figures(folders["here"]) and len(figures(folders["here"])) == 4
     calls = [line.split() for line in (folders["served"] / "calls").read_text().splitlines()]
     assert {tuple(place) for _, *place in calls} == {("None", "None")}, "it is none of the run's processes"
     assert len({pid for pid, *_ in calls}) == 1 and gone(int(calls[0][0]))
 
-    died = run(folders["killed"], {"dies_at": 6}, serve={})  # and takes the process that started it along
+    died = run(folders["killed"], {"dies_at": 6}, {"serve": {}})  # and takes the process that started it along
     assert died.returncode != 0 and len(figures(folders["killed"])) < 4
-    done = run(folders["killed"], {"dies_at": 6}, serve={})
+    done = run(folders["killed"], {"dies_at": 6}, {"serve": {}})
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     pids = [line.split()[0] for line in (folders["killed"] / "calls").read_text().splitlines()]
     assert len(set(pids)) == 2 and all(gone(int(pid)) for pid in set(pids))
@@ -76,7 +76,7 @@ def test_two_processes_share_one_and_a_resumed_run_starts_another(tmp_path: Path
 
 
 def test_a_process_that_does_not_come_up_is_an_error_in_both(tmp_path: Path) -> None:
-    done = run(tmp_path, {}, serve={"environment": {"RLMM_REWARD_TOKEN": "short"}, "python": "/nowhere/python"})
+    done = run(tmp_path, {}, {"serve": {"python": "/nowhere/python"}})
     told = done.stdout + done.stderr
     assert done.returncode not in (0, 70, -9), told[-4000:]
     assert "cannot be served by serve.python /nowhere/python" in told

@@ -5,7 +5,7 @@ tests/fixtures/preference.json.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +40,9 @@ def random_weights(kind: str, sizes: Mapping[int, int], layers: int = 2, seed: i
     return found
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, heads: int, hidden: Tensor | None = None) -> Tensor:
+def attend(query_key_value: Iterable[Tensor], heads: int, hidden: Tensor | None = None) -> Tensor:
     """Of sequences [S, D]; what is `hidden` [S, S] is not seen."""
-    split = [one.unflatten(-1, (heads, -1)).transpose(0, 1) for one in (query, key, value)]
+    split = [one.unflatten(-1, (heads, -1)).transpose(0, 1) for one in query_key_value]
     scores = split[0] @ split[1].transpose(1, 2) / split[0].shape[-1] ** 0.5
     if hidden is not None:
         scores = scores.masked_fill(hidden, -torch.inf)
@@ -67,7 +67,7 @@ def open_clip_blocks(weights: Weights, prefix: str, x: Tensor, heads: int, hidde
     while f"{(block := f'{prefix}.resblocks.{number}')}.ln_1.weight" in weights:
         inner = norm(weights, f"{block}.ln_1", x, 1e-5)
         mixed = F.linear(inner, weights[f"{block}.attn.in_proj_weight"], weights[f"{block}.attn.in_proj_bias"])
-        x = x + linear(weights, f"{block}.attn.out_proj", attend(*mixed.chunk(3, -1), heads, hidden))
+        x = x + linear(weights, f"{block}.attn.out_proj", attend(mixed.chunk(3, -1), heads, hidden))
         wide = F.gelu(linear(weights, f"{block}.mlp.c_fc", norm(weights, f"{block}.ln_2", x, 1e-5)))
         x, number = x + linear(weights, f"{block}.mlp.c_proj", wide), number + 1
     return x
@@ -98,7 +98,7 @@ def image_reward(weights: Weights, picture: Tensor, tokens: Tensor) -> float:
     while f"{(block := f'{vision}.blocks.{number}')}.norm1.weight" in weights:
         mixed = linear(weights, f"{block}.attn.qkv", norm(weights, f"{block}.norm1", x, eps))
         heads = x.shape[-1] // facts["head_width"]
-        x = x + linear(weights, f"{block}.attn.proj", attend(*mixed.chunk(3, -1), heads))
+        x = x + linear(weights, f"{block}.attn.proj", attend(mixed.chunk(3, -1), heads))
         wide = F.gelu(linear(weights, f"{block}.mlp.fc1", norm(weights, f"{block}.norm2", x, eps)))
         x, number = x + linear(weights, f"{block}.mlp.fc2", wide), number + 1
     x = norm(weights, f"{vision}.norm", x, eps)
@@ -108,8 +108,8 @@ def image_reward(weights: Weights, picture: Tensor, tokens: Tensor) -> float:
     while f"{(layer := f'{text}.encoder.layer.{number}')}.output.dense.weight" in weights:
         heads = y.shape[-1] // facts["head_width"]
         for part, other in (("attention", y), ("crossattention", x)):
-            given = (linear(weights, f"{layer}.{part}.self.{what}", other) for what in ("key", "value"))
-            found = attend(linear(weights, f"{layer}.{part}.self.query", y), *given, heads)
+            given = {"query": y, "key": other, "value": other}
+            found = attend([linear(weights, f"{layer}.{part}.self.{what}", one) for what, one in given.items()], heads)
             found = linear(weights, f"{layer}.{part}.output.dense", found)
             y = norm(weights, f"{layer}.{part}.output.LayerNorm", y + found, eps)
         wide = F.gelu(linear(weights, f"{layer}.intermediate.dense", y))
