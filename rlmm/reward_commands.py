@@ -62,8 +62,7 @@ def reward_serve(
     """Serve one reward over HTTP, for terms `name: remote` of runs in other environments."""
     from rlmm.reward_server import serve_reward
 
-    say(f"serving {name} on http://{host}:{port}; interrupt to stop")
-    serve_reward(name, options or [], host, port, token_env, concurrency, max_megabytes)
+    serve_reward(name, options or [], host, port, token_env, concurrency, max_megabytes, say)
 
 
 @reward_app.command("train-clip")
