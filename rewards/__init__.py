@@ -25,6 +25,7 @@ REWARDS: dict[str, Callable[..., Reward]] = {
     "siglip": models.siglip,
     "pickscore": models.pickscore,
     "hpsv2": models.hpsv2,
+    "image_reward": models.image_reward,
     "aesthetic": models.aesthetic,
     "objects": models.objects,
     "yes_no": judges.yes_no,

@@ -1,7 +1,12 @@
 """Published models as all of the project loads them: no code of theirs is run, and weights are safetensors alone."""
 
+import pickle
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def load_model(kind: Any, source: str, **options: Any) -> Any:
@@ -22,3 +27,19 @@ def load_model(kind: Any, source: str, **options: Any) -> Any:
             "read: take a revision that has model.safetensors, or load it where that does no harm and write it anew "
             "with save_pretrained"
         ) from error
+
+
+def read_tensors(file: Path, plain: Sequence[type] = ()) -> "dict[str, Tensor]":
+    """The tensors of a published pickle, by name; no code of it is run. `plain`: classes of settings that it may hold
+    beside them. Raises ValueError where it holds none, or more than tensors and plain settings."""
+    import torch
+
+    try:
+        with torch.serialization.safe_globals(list(plain)):
+            found = torch.load(file, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{file} cannot be read as tensors ({error}); give a published checkpoint") from error
+    if isinstance(found, Mapping):
+        found = next((found[key] for key in ("model", "module", "state_dict") if key in found), found)
+        return {name: tensor for name, tensor in found.items() if isinstance(tensor, torch.Tensor)}
+    raise ValueError(f"{file} holds a {type(found).__name__} and no weights by name; give a published checkpoint")

@@ -40,7 +40,7 @@ class ClipReward:
 
     def score(self, samples: Sequence[Sample]) -> list[Score]:
         """One Score a sample, in order; each different prompt goes through the text tower once."""
-        loaded = [_load(sample) for sample in samples]
+        loaded = [loaded_pictures(sample) for sample in samples]
         shown = [(sample.prompt, item) for sample, item in zip(samples, loaded, strict=True) if isinstance(item, list)]
         if not shown:
             return [item for item in loaded if isinstance(item, Score)]
@@ -61,18 +61,24 @@ class ClipReward:
 
     def gold(self) -> Sequence[GoldPair]:
         """A red disc and a blue square, each against the other's prompt."""
-        disc, square = (
-            scene_image({(1, 1): (shape, color)}).resize((336, 336), Image.Resampling.NEAREST)
-            for shape, color in (("circle", "red"), ("square", "blue"))
-        )
-        pairs = (("a red circle on a white background", disc, square), ("a blue square on white", square, disc))
-        return [
-            GoldPair(Sample("good", "gold", prompt, (good,)), Sample("bad", "gold", prompt, (bad,)), prompt)
-            for prompt, good, bad in pairs
-        ]
+        return matching_pairs()
 
 
-def _load(sample: Sample) -> list[Image.Image] | Score:
+def matching_pairs() -> list[GoldPair]:
+    """Pictures that fit their prompt, and as bad ones those that fit the other's."""
+    disc, square = (
+        scene_image({(1, 1): (shape, color)}).resize((336, 336), Image.Resampling.NEAREST)
+        for shape, color in (("circle", "red"), ("square", "blue"))
+    )
+    pairs = (("a red circle on a white background", disc, square), ("a blue square on white", square, disc))
+    return [
+        GoldPair(Sample("good", "gold", prompt, (good,)), Sample("bad", "gold", prompt, (bad,)), prompt)
+        for prompt, good, bad in pairs
+    ]
+
+
+def loaded_pictures(sample: Sample) -> list[Image.Image] | Score:
+    """The sample's images, or why there is nothing to compare a prompt with."""
     if not sample.prompt.strip():
         return Score.unavailable("the prompt is empty, so there is nothing to compare the image with")
     return load_or_invalid(sample)

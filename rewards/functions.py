@@ -18,6 +18,9 @@ from rewards.gold import GoldPair
 from rewards.names import nearest
 from rewards.runner import RewardContractError
 
+GIVEN = ("samples", "prompts", "completions")
+"""Arguments of a reward function that are no options."""
+
 
 class RewardLoadError(ValueError):
     """A reward function that cannot be found or called; the text says what was given and what to do."""
@@ -103,7 +106,9 @@ class _Signature:
         }
         takes_any = any(item.kind is kinds.VAR_KEYWORD for item in signature.parameters.values())
         if not takes_any and (unknown := [option for option in options if option not in named]):
-            raise RewardLoadError(f"{target} takes no option {unknown[0]!r}. {nearest(unknown[0], named)}")
+            known = [key for key in named if key not in GIVEN]
+            hint = nearest(unknown[0], known) if known else "It takes none."
+            raise RewardLoadError(f"{target} takes no option {unknown[0]!r}. {hint}")
         required = {key for key, item in named.items() if item.default is item.empty} - set(options)
         trl = "completions" in named
         if not trl and len(required) != 1:

@@ -40,9 +40,20 @@ def weights_digest(model: torch.nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
+def fitted(image: Image.Image, side: int) -> Image.Image:
+    """The whole picture in a black square, its longer side as long as the square's, as HPSv2 prepares it."""
+    longest = max(image.size)
+    width, height = (round(length * side / longest) for length in image.size)
+    square = Image.new("RGB", (side, side))
+    resized = image.convert("RGB").resize((max(1, width), max(1, height)), Image.Resampling.BICUBIC)
+    square.paste(resized, ((side - width) // 2, (side - height) // 2))
+    return square
+
+
 class TwoTowers:
     """A model with a picture and a text tower. `model` is a folder or hub id with a CLIPModel, SiglipModel or
-    Siglip2Model; `processor` is one with its tokenizer and image processor, the model's own by default. Raises what
+    Siglip2Model; `processor` is one with its tokenizer and image processor, the model's own by default. `whole`:
+    pictures are fitted into the model's square, where the image processor alone may crop them. Raises what
     transformers raises for a model that cannot be had, and ValueError for one that has no two towers.
     """
 
@@ -54,6 +65,7 @@ class TwoTowers:
         device: str = "cpu",
         precision: Precision = "float32",
         batch_size: int = 32,
+        whole: bool = False,
     ) -> None:
         check_device(device, precision)
         if batch_size < 1:
@@ -74,9 +86,10 @@ class TwoTowers:
         # SigLIP was trained on texts filled up to its full length, and sees the filling; CLIP masks it.
         self._filled = config.model_type.startswith("siglip")
         self.max_tokens: int = config.max_position_embeddings
+        self._side: int | None = loaded.config.vision_config.image_size if whole else None
         self._fingerprint = (
             f"{type(loaded).__name__} {weights_digest(loaded)} {precision} tokens={self.max_tokens} "
-            f"pixels={hashlib.sha256(self._pixels.to_json_string().encode()).hexdigest()[:16]}"
+            f"pixels={hashlib.sha256(self._pixels.to_json_string().encode()).hexdigest()[:16]}{' whole' * whole}"
         )
 
     def fingerprint(self) -> str:
@@ -97,7 +110,9 @@ class TwoTowers:
         """float32 [B, D] on the CPU, of length 1, of RGB images."""
         rows = []
         for start in range(0, len(images), self.batch_size):
-            pixels = self._pixels(images=list(images[start : start + self.batch_size]), return_tensors="pt")
+            batch = images[start : start + self.batch_size]
+            shown = [image if self._side is None else fitted(image, self._side) for image in batch]
+            pixels = self._pixels(images=shown, return_tensors="pt")
             given = pixels.to(self.device)  # Siglip2 has a mask and shapes beside the pixels
             given["pixel_values"] = given["pixel_values"].to(self._model.dtype)
             with torch.inference_mode():

@@ -1,7 +1,7 @@
 """`rlmm reward`: the rewards there are, a check of a recipe's, one as a service, and a weak one to be trained."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 import yaml
@@ -62,8 +62,7 @@ def reward_serve(
     """Serve one reward over HTTP, for terms `name: remote` of runs in other environments."""
     from rlmm.reward_server import serve_reward
 
-    say(f"serving {name} on http://{host}:{port}; interrupt to stop")
-    serve_reward(name, options or [], host, port, token_env, concurrency, max_megabytes)
+    serve_reward(name, options or [], host, port, token_env, concurrency, max_megabytes, say)
 
 
 @reward_app.command("train-clip")
@@ -83,3 +82,18 @@ def reward_train_clip(
     data = read_settings(ScenesData, scenes or [], "train_images=2000")
     found = train_clip(data, ClipPlan(steps, batch_size, width=width, seed=seed), out, say)
     say(f"wrote {out}: {found:.0%} of held-out pictures find their prompt among eight")
+
+
+@reward_app.command("convert")
+def reward_convert(
+    kind: Annotated[Literal["hpsv2", "image_reward"], typer.Argument(help="What the file holds")],
+    file: Annotated[Path, typer.Argument(help="HPS_v2_compressed.pt, HPS_v2.1_compressed.pt or ImageReward.pt")],
+    out: Annotated[Path, typer.Argument(help="The folder to write; `model` of a term of that name")],
+    tokenizer: Annotated[str, typer.Option(help="Folder or hub id of its tokenizer, where not the published one")] = "",
+) -> None:
+    """A preference model's published pickle as a folder that its reward reads. Of the pickle tensors alone are read."""
+    from importlib import import_module
+
+    given = {"tokenizer": tokenizer} if tokenizer else {}
+    import_module(f"rewards.conversions.{kind}").convert(file, out, **given)
+    say(f"wrote {out}")

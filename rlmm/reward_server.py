@@ -1,6 +1,6 @@
 """`rlmm reward serve`: one reward as an HTTP service, in whatever environment it needs."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import yaml
@@ -22,11 +22,20 @@ def term_of(name: str, settings: Sequence[str]) -> RewardTerm:
 
 
 def serve_reward(
-    name: str, settings: Sequence[str], host: str, port: int, token_env: str, concurrency: int, max_megabytes: int
+    name: str,
+    settings: Sequence[str],
+    host: str,
+    port: int,
+    token_env: str,
+    concurrency: int,
+    max_megabytes: int,
+    say: Callable[[str], None],
 ) -> None:
-    """Build the reward and serve it until interrupted. Raises what building it raises, and ValueError without token."""
+    """Build the reward, say so, and serve it until interrupted. Raises what building it raises, and ValueError without
+    token."""
     from rewards.service import serve
 
     token = read_token(token_env)
     reward = build_reward(term_of(name, settings))
+    say(f"serving {name} on http://{host}:{port}; interrupt to stop")
     serve(reward, token, host=host, port=port, concurrency=concurrency, max_megabytes=max_megabytes)

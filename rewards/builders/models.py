@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from rewards.detection import Colours, Detector
 
 Precision = Literal["float32", "bfloat16", "float16"]
+HPSV2 = "adams-story/HPSv2-hf"
 LAION_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
 
@@ -65,18 +66,28 @@ def pickscore(
 
 def hpsv2(
     *,
-    model: str = "adams-story/HPSv2-hf",
-    processor: str = "openai/clip-vit-base-patch32",
+    model: str = HPSV2,
+    processor: str = "",
     device: str = "cpu",
     precision: Precision = "float32",
     batch_size: int = 32,
 ) -> Reward:
-    """HPSv2, the cosine of a CLIP that was trained on people's choices, as a transformers model."""
+    """HPSv2, the cosine of a CLIP that was trained on people's choices; whole pictures in a black square."""
     from rewards.clip import ClipReward
     from rewards.two_towers import TwoTowers
 
-    towers = TwoTowers(model, processor=processor, device=device, precision=precision, batch_size=batch_size)
+    processor = processor or ("openai/clip-vit-base-patch32" if model == HPSV2 else "")  # that conversion has none
+    towers = TwoTowers(
+        model, processor=processor, device=device, precision=precision, batch_size=batch_size, whole=True
+    )
     return ClipReward(towers, "cosine", name="hpsv2")
+
+
+def image_reward(*, model: str, device: str = "cpu", precision: Precision = "float32", batch_size: int = 16) -> Reward:
+    """ImageReward, the mark of a BLIP that was trained on people's choices, from `rlmm reward convert image_reward`."""
+    from rewards.image_reward import ImageReward
+
+    return ImageReward(model, device=device, precision=precision, batch_size=batch_size)
 
 
 def aesthetic(

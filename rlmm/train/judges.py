@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 from rewards.compose import CompositeReward
 from rlmm.config.rewards import Rewards
+from rlmm.reward_process import share_served
 from rlmm.rewarding import gold_results
 from rlmm.train.checkpoint import write_json_atomically
 from rlmm.train.context import StageContext
@@ -29,9 +30,11 @@ def bind_judges(context: StageContext, judges: dict[str, CompositeReward]) -> No
 
 
 def check_gold(context: StageContext, judges: Mapping[str, Rewards] | None = None) -> None:
-    """Before training, every reward that brings a known good and a known bad sample ranks them rightly. `judges`: by
-    default the recipe's rewards and held-out judges."""
+    """Before training, every reward that brings a known good and a known bad sample ranks them rightly; those in
+    processes of their own are started for all of the run. `judges`: by default the recipe's rewards and held-out
+    judges."""
     every = {"rewards": context.recipe.rewards, "held_out": context.recipe.held_out} if judges is None else judges
+    share_served(every.values())
     for part, rewards in every.items():
         for term, result in gold_results(rewards).items():
             if result is not None and not result.passed:

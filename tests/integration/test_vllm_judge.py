@@ -1,9 +1,11 @@
 """A real judge in the loop: vLLM's OpenAI server with a tiny multimodal model, asked over a socket by the rewards."""
 
 import importlib.util
+import json
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -17,13 +19,15 @@ from transformers import AutoProcessor, Idefics3ForConditionalGeneration
 from rewards import build
 from rewards.base import Sample, Score
 from rewards.runner import RewardRunner
+from rewards.verifier.answers import Answer
+from rewards.verifier.client import Client
 from rewards.verifier.errors import JudgeError
 from rlmm.config.recipe import Recipe
 from rlmm.pipeline import run_recipe
 from rlmm.train.metrics import MetricsFile
 from rollouts.store import read_trajectory
 from rollouts.vllm_engine.launch import Server, ServerPlan
-from tests.integration.tiny_judge import VOCABULARY, write_judge
+from tests.integration.tiny_judge import VOCABULARY, WRITING, write_judge
 from tests.unit.test_verifier_stub import pictures, serving, tokens
 
 pytestmark = [
@@ -52,8 +56,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_judge(tmp_path_factory.mktemp("judge"))
 
 
-@pytest.fixture(scope="module")
-def url(folder: str) -> Iterator[str]:
+@contextmanager
+def judging(folder: str) -> Iterator[str]:
+    """The address of a server of the model in a folder; its key is in the environment."""
     server = Server(JudgePlan(Path(folder), 1024, max_rows=4, kv_bytes=1 << 24))
     try:
         server.wait(600)
@@ -62,6 +67,12 @@ def url(folder: str) -> Iterator[str]:
             yield server.url
     finally:
         server.stop()
+
+
+@pytest.fixture(scope="module")
+def url(folder: str) -> Iterator[str]:
+    with judging(folder) as found:
+        yield found
 
 
 def samples() -> list[Sample]:
@@ -153,3 +164,31 @@ def test_the_server_says_what_it_serves_and_refuses_what_it_cannot(url: str) -> 
         build("yes_no", url=url, model=MODEL, check=True)
     (score,) = build("yes_no", url=url, model="org/other", api_key_env=KEY, retries=0, check=False).score(samples()[:1])
     assert score.status == "unavailable" and "404" in score.reason
+
+
+def test_marks_as_json_by_a_schema_are_what_the_judge_wrote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A random model under the schema's grammar ends its object, or writes until it is cut off."""
+    answers: list[Answer] = []
+    chat = Client.chat
+
+    def noted(self: Client, *given: Any, **options: Any) -> Answer:
+        answers.append(chat(self, *given, **options))
+        return answers[-1]
+
+    monkeypatch.setattr(Client, "chat", noted)
+    seen: list[str] = []
+    with judging(write_judge(tmp_path, 0, WRITING)) as url:
+        for name in ("success", "faithful", "dull"):
+            only = {"name": name} if name == "success" else {"name": name, "low": "it is not", "high": "it is"}
+            options = {"criteria": [only], "max_tokens": 64, "reasks": 0, "concurrency": 1}
+            for score, answer in zip(scores("rubric", url, **options), answers[-5:], strict=True):
+                seen.append(score.status)
+                assert answer.text.startswith("{"), "the grammar lets nothing else begin"
+                if answer.finish_reason == "stop":
+                    said = json.loads(answer.text)
+                    assert list(said) == ["reasoning", name] and 0 <= said[name] <= 10
+                    assert (score.status, score.value) == ("ok", pytest.approx(said[name] / 10))
+                else:
+                    assert (answer.finish_reason, score.value) == ("length", None)
+                    assert score.status == "unavailable" and "finish_reason 'length'" in score.reason
+    assert set(seen) == {"ok", "unavailable"} and len(answers) == 15, seen

@@ -1,12 +1,13 @@
 """Two-tower rewards on the real classes at tiny random size: what transformers itself computes, batches, failures."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, CLIPProcessor, SiglipModel
@@ -17,7 +18,7 @@ from rewards.base import Sample, Score
 from rewards.gold import HasGold
 from rewards.runner import RewardRunner
 from rewards.two_towers import TwoTowers
-from tests.unit.tiny_towers import TOKENS, write_clip, write_siglip
+from tests.unit.tiny_towers import SIDE, TOKENS, write_clip, write_siglip
 
 NOISE = np.random.default_rng(0).integers(0, 256, (6, 20, 30, 3), dtype=np.uint8)
 IMAGES = [Image.fromarray(pixels) for pixels in NOISE]
@@ -58,7 +59,10 @@ def test_clip_scores_are_those_of_transformers(clip: str, batch_size: int) -> No
     options: dict[str, Any] = {"model": clip, "batch_size": batch_size}
     pick = build("pickscore", processor=clip, **options).score(SAMPLES)
     assert values(pick) == pytest.approx(logits, abs=1e-4)
-    assert values(build("hpsv2", processor=clip, **options).score(SAMPLES)) == pytest.approx(cosines, abs=1e-5)
+    whole = [replace(sample, images=(ImageOps.pad(sample.images[0], (SIDE, SIDE)),)) for sample in SAMPLES]
+    hps = build("hpsv2", processor=clip, **options).score(SAMPLES)
+    assert [one.parts["cosine"] for one in build("clip_score", **options).score(whole)] == pytest.approx(values(hps))
+    assert abs(np.array(values(hps)) - cosines).max() > 1e-3, "a CLIP sees the middle alone"
     score = build("clip_score", **options).score(SAMPLES)
     assert values(score) == pytest.approx(2.5 * np.maximum(cosines, 0), abs=1e-5)
     assert [one.parts["cosine"] for one in score] == pytest.approx(cosines, abs=1e-5)

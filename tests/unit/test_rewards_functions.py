@@ -191,3 +191,12 @@ def test_a_class_of_ones_own_may_see_groups(tmp_path: Path) -> None:
         build("function", target=f"{tmp_path / 'own.py'}:Ranks", scael=1)
     with pytest.raises(RewardLoadError, match="no score and no fingerprint"):
         build("function", target=f"{tmp_path / 'own.py'}:Half")
+
+
+def test_what_a_function_is_given_is_no_option_of_it(write: Write) -> None:
+    for source, hint in (
+        ("def f(samples, scale=1):\n    return [1.0]\n", "'scael'. Nearest: scale"),
+        ("def f(samples):\n    return [1.0]\n", "'scael'. It takes none."),
+    ):
+        with pytest.raises(RewardLoadError, match=hint):
+            build("function", target=write(source), scael=2)

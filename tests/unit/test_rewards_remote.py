@@ -309,7 +309,7 @@ def test_weak_tokens_and_scores_that_contradict_themselves_are_refused() -> None
 
 def awaited(process: "subprocess.Popen[bytes]", url: str) -> RemoteReward:
     """The reward that a process serves, as soon as it does."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     while True:
         try:
             return remote(url)

@@ -6,7 +6,6 @@ published sizes, the grid from the images that the checkpoint draws.
 """
 
 import argparse
-import pickle
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,10 +16,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, T5EncoderModel
 
-from rewards.checkpoints import load_model
+from rewards.checkpoints import load_model, read_tensors
 from rlmm.policies.families.llamagen import class_tokenizer, text_tokenizer
 from rlmm.policies.models.llamagen import LlamaGenConfig, LlamaGenForImageGeneration
 
+SETTINGS = (argparse.Namespace,)
+"""What the pickles hold beside tensors: the arguments of their training."""
 HEADS = {768: 12, 1024: 16, 1280: 20, 1536: 24, 2048: 32, 2560: 40, 3200: 32, 4096: 32}
 """Hidden size -> attention heads of the published models B, L, XL, XXL, 1B, XXXL, 3B, 7B."""
 LAYER = {
@@ -62,7 +63,7 @@ def convert(
     Raises:
         ValueError: a file is no such checkpoint, or the two do not go together.
     """
-    body, network = _read(transformer), _read(tokenizer)
+    body, network = (read_tensors(file, SETTINGS) for file in (transformer, tokenizer))
     for name, where in (("tok_embeddings.weight", body), ("quantize.embedding.weight", network)):
         if name not in where:
             raise ValueError(
@@ -189,16 +190,3 @@ def _network(network: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         for old, new in NETWORK:
             name = re.sub(old, new.replace("LEVEL", "down" if name.startswith("encoder.") else "up"), name)
         yield name, F.normalize(tensor.float(), dim=-1) if name == "quantize.embedding.weight" else tensor
-
-
-def _read(file: Path) -> dict[str, Tensor]:
-    """Tensors by name. Raises ValueError where the file holds none, or more than tensors and plain settings."""
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # the arguments of its training
-            found = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{file} cannot be read as tensors ({error}); give a published checkpoint") from error
-    if isinstance(found, Mapping):
-        found = next((found[key] for key in ("model", "module", "state_dict") if key in found), found)
-        return {name: tensor for name, tensor in found.items() if isinstance(tensor, Tensor)}
-    raise ValueError(f"{file} holds a {type(found).__name__} and no weights by name; give a published checkpoint")

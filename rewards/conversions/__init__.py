@@ -1,0 +1,1 @@
+"""Preference models that are published as pickles, made into folders that rewards read (`rlmm reward convert`)."""
