@@ -48,12 +48,15 @@ class Update:
 @dataclass(frozen=True)
 class Held:
     """Bytes: of all weights, of the trained ones' gradients and of the optimizer's state; `peak`: the most that an
-    update holds beside the weights, those two among it."""
+    update holds beside the weights, those two among it; `passing`: the most beside the optimizer's state; `activations`:
+    the most beside both."""
 
     weights: int
     gradients: int
     optimizer: int
     peak: int
+    passing: int
+    activations: int
 
     @property
     def working(self) -> int:
@@ -62,11 +65,14 @@ class Held:
 
 
 class Live(TorchDispatchMode):
-    """Counts the bytes of storages that operations make."""
+    """Counts the bytes of storages that operations make. `left_out`: name -> bytes that the `most` of that name leaves
+    out from now on; no name, no count."""
 
     def __init__(self) -> None:
         super().__init__()
         self.peak = 0
+        self.left_out: dict[str, int] = {}
+        self.most: dict[str, int] = {}
         self._held: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def __torch_dispatch__(
@@ -82,8 +88,12 @@ class Live(TorchDispatchMode):
                 if storage.cdata not in given or storage.cdata in self._held:
                     self._held[storage.cdata] = (storage, leaf.untyped_storage().nbytes())
         # What has been let go of is looked for only where it could matter.
-        if sum(size for _, size in self._held.values()) > self.peak:
+        bound = sum(size for _, size in self._held.values())
+        if bound > self.peak:
             self.peak = max(self.peak, self.live)
+        for name, left_out in self.left_out.items():
+            if bound - left_out > self.most.get(name, 0):
+                self.most[name] = max(self.most.get(name, 0), self.live - left_out)
         return made
 
     @property
@@ -121,12 +131,33 @@ def dry_run(make: Callable[[], TransformerPolicy], law: Law, update: Update) -> 
         with Live() as live:
             for _ in range(2):
                 for _ in range(1 + update.again):
-                    _loss(policy, law, update).backward()
+                    _pass(policy, law, update, live, trained, _state(optimizer))
+                live.left_out.clear()
                 torch.nn.utils.clip_grad_norm_(trained, 1.0)
                 optimizer.step()
                 optimizer.zero_grad()
-        state = [leaf for leaf in tree_leaves(dict(optimizer.state)) if isinstance(leaf, Tensor)]
-        return Held(weights, _bytes(trained), _bytes(state), live.peak)
+        return Held(weights, _bytes(trained), _state(optimizer), live.peak, **live.most)
+
+
+def _pass(
+    policy: TransformerPolicy, law: Law, update: Update, live: Live, trained: Sequence[Tensor], state: int
+) -> None:
+    """A micro-batch forth and back. A gradient counts as one from when it is its weight's own."""
+    live.left_out |= {"passing": state, "activations": state}
+
+    def count(weight: Tensor) -> None:
+        live.left_out["activations"] += _bytes([weight])
+
+    fresh = [weight for weight in trained if weight.grad is None]
+    live.left_out["activations"] += _bytes([weight for weight in trained if weight.grad is not None])
+    hooks = [weight.register_post_accumulate_grad_hook(count) for weight in fresh]
+    _loss(policy, law, update).backward()
+    for hook in hooks:
+        hook.remove()
+
+
+def _state(optimizer: torch.optim.Optimizer) -> int:
+    return _bytes([leaf for leaf in tree_leaves(dict(optimizer.state)) if isinstance(leaf, Tensor)])
 
 
 def _onto_cpu(model: nn.Module) -> None:

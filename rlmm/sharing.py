@@ -74,15 +74,16 @@ def shared(held: Held, sharing: Sharing) -> Share:
     weights = held.weights // each if sharing.zero == 3 else held.weights
     optimizer = held.optimizer // each + part
     gradients = trained if sharing.zero == 1 else part
-    # The part that a process steps with is laid flat beside the one that was summed, where ZeRO-3 keeps it flat.
+    # The part that a process steps with is laid flat beside the one that was summed; ZeRO-3 keeps it flat.
     flat = 0 if sharing.zero == 3 else max(0, 2 * part - gradients)
+    passing = max(0, held.passing - trained) if sharing.zero == 1 else held.activations
     gathered = min(held.weights, sharing.live) if sharing.zero == 3 else 0
     offloaded = sharing.offloads_optimizer * (optimizer + part) + sharing.offloads_weights * weights
     return Share(
         weights=0 if sharing.offloads_weights else weights,
         gradients=0 if sharing.offloads_optimizer and sharing.zero > 1 else gradients,
         optimizer=0 if sharing.offloads_optimizer else optimizer,
-        working=max(held.working, flat),
+        working=max(passing, flat),
         exchange=sharing.bucket + gathered,
         offloaded=offloaded,
     )

@@ -35,7 +35,7 @@ from rollouts.contract import Grid
 from rollouts.trajectory import Span
 
 WARM_UP = 4
-"""Image tokens drawn before the rollout that is timed."""
+"""Image tokens drawn before the rollout that is timed, and trained on before the updates that are."""
 
 
 def roll_out(point: Point, policy: TransformerPolicy) -> dict[str, float]:
@@ -87,7 +87,10 @@ def update(point: Point, policy: TransformerPolicy, steps: int, deepspeed: str |
 def measured(point: Point, steps: int, deepspeed: str | None) -> dict[str, Any]:
     """All figures of a point, of this process."""
     copied = copied_bytes_a_second()
-    # Before anything is loaded: a dry run holds no memory, and what is loaded would be counted twice.
+    with device():
+        # What libraries hold from their first use on is not the update's.
+        small = replace(point, model="tiny", rows=point.processes, micro=0, tokens=WARM_UP, drawn=0)
+        update(small, make_policy(small), 2, deepspeed)
     weights, beside = planned(point, deepspeed) if world()[0] == 0 else (None, None)
     with device():
         policy = make_policy(point)

@@ -10,7 +10,7 @@ from rlmm.bench.step import StepPlan, measure
 from rlmm.bench.step_problem import Side, StepProblem, build_policy
 from rlmm.config.policy import CheckpointPolicy, Lora
 from rlmm.config.recipe import read_recipe
-from rlmm.dry_run import Live, Update, dry_run
+from rlmm.dry_run import Held, Live, Update, dry_run
 from rlmm.memory import MemoryPlan, memory_plans
 from rlmm.policies.tokenizer import character_tokenizer
 from rlmm.policies.transformer import TransformerPolicy
@@ -71,6 +71,35 @@ def test_storages_count_from_when_they_are_made_to_when_nothing_refers_to_them()
         assert (live.live, live.peak) == (4 << 20, 8 << 20)
         del second
         assert live.live == 0
+
+
+def test_what_is_left_out_and_what_is_not_named_does_not_count() -> None:
+    with FakeTensorMode(), Live() as live:
+        live.left_out = {"some": 1 << 20, "all": 0}
+        first = torch.zeros(1 << 20)
+        live.left_out = {"some": 3 << 20}
+        second = torch.zeros(1 << 19)
+        live.left_out.clear()
+        del first, second
+        third = torch.zeros(1 << 21)
+    assert (live.most, live.peak) == ({"some": 3 << 20, "all": 4 << 20}, 8 << 20)
+    del third
+
+
+def test_activations_are_what_is_neither_state_nor_gradients() -> None:
+    """An update of one row holds gradients and moments and little else; of many rows each holds the same again."""
+
+    def held(rows: int, again: bool = False) -> Held:
+        problem = StepProblem("plan", vocabulary=4096, codes=2048)
+        update = Update(rows, 1, 64, 32, again, "float32", False, image_rows=True)
+        return dry_run(lambda: build_policy(problem), Law(problem.layout.image, mode="none"), update)
+
+    one, four, twice = held(1), held(4), held(1, again=True)
+    assert four.activations == pytest.approx(4 * one.activations, rel=0.2)
+    assert one.activations <= one.passing <= one.activations + one.gradients
+    # In the second of two micro-batches the gradients of the first are there from the beginning.
+    assert twice.passing == twice.activations + twice.gradients and twice.activations == one.activations
+    assert four.peak == four.passing + four.optimizer
 
 
 CASES = [
