@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rollouts.vllm_engine.drawn import KEY, Drawn
-from rollouts.vllm_engine.host import BLOCK, Room, Row
+from rollouts.vllm_engine.host import BLOCK, Room, Row, room_of_model
 
 
 class LocalHost:
@@ -51,8 +51,8 @@ class LocalHost:
         )  # fmt: skip
         # Block 0 stands for "none".
         blocks = self.llm.llm_engine.vllm_config.cache_config.num_gpu_blocks - 1
-        (streams,) = self.llm.apply_model(lambda model: getattr(model, "streams", 1))
-        self.room = Room(max_rows, max_prompt_tokens, blocks, max_length, streams, dtype)
+        (of_model,) = self.llm.apply_model(room_of_model)
+        self.room = Room(max_rows, max_prompt_tokens, blocks, max_length, dtype=dtype, **of_model)
         self.sleep, self._asleep = sleep, False
 
     def run(self, rows: Sequence[Row], samples: Sequence[str]) -> tuple[list[list[int]], list[Drawn]]:
@@ -67,6 +67,7 @@ class LocalHost:
             SamplingParams(
                 temperature=0.0, max_tokens=row.length, ignore_eos=True, detokenize=False,
                 stop_token_ids=list(row.stop), extra_args={KEY: row.arguments},
+                skip_reading_prefix_cache=self.room.whole_prompts,
             )
             for row in rows
         ]  # fmt: skip
