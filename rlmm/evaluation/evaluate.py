@@ -193,7 +193,7 @@ def sample_held_out(
     """`count` samples of every held-out prompt, prompt-major; a sample's seed depends on its prompt's place and its own
     number alone."""
     engine = build_engine(TorchEngineConfig(max_rows=config.batch_prompts * config.sampling_seeds), policy)
-    response, tokens = response_of(policy, config.sampling(temperature)), image_tokens(context, codec)
+    response, tokens = response_of(policy, config.sampling(temperature)), image_tokens(context, codec, policy)
     seed = derive(context.recipe.seed, "evaluation")
     requests = [
         phases.request_for(response, tokens, example, f"eval/{p:05d}", _seeds(seed, p, count))

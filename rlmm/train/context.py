@@ -70,11 +70,11 @@ def run_codec(context: StageContext) -> Codec:
     raise ValueError("the recipe has no codec stage and a new policy; add a stage of kind 'codec' before the others")
 
 
-def image_tokens(context: StageContext, codec: Codec) -> ImageTokens:
+def image_tokens(context: StageContext, codec: Codec, policy: TransformerPolicy) -> ImageTokens:
     """The codec with the codes that were made before: by this run, or in the folder that the data names."""
     data = context.recipe.data
     shared = data.token_cache if isinstance(data, RowsData) else None
-    return ImageTokens(codec, context.run.path / "tokens" if shared is None else Path(shared))
+    return ImageTokens(codec, context.run.path / "tokens" if shared is None else Path(shared), policy.pictures)
 
 
 def starting_policy(context: StageContext, codec: Codec) -> TransformerPolicy:

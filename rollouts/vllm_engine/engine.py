@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rollouts.assembly import one_span, refuse_given, request_stream, span_forced, span_length, span_trajectory
-from rollouts.contract import Layout, Request
+from rollouts.contract import SEEN, Layout, Request
 from rollouts.law import Law
 from rollouts.trajectory import Span, Trajectory, pad_left
 from rollouts.vllm_engine.arguments import row_arguments
@@ -52,6 +52,11 @@ class VllmEngine:
         if span.law.vocabulary[1] > self.layout.vocab_size:
             raise ValueError(
                 f"the law's slice {span.law.vocabulary} ends past the vocabulary, {self.layout.vocab_size}"
+            )
+        if any(max(ids) >= SEEN for request in requests for ids in request.streams.values()):
+            raise ValueError(
+                "prompts are about images that the policy sees through an encoder of its own, and vLLM serves its "
+                "language model alone; set engine.kind: torch"
             )
         samples = self._samples(requests, span.law)
         drawn = self._draw(samples, span)

@@ -139,14 +139,15 @@ def _step(checkpoint: Checkpoint) -> int:
 
 
 def tiny(folder: Path, image_size: tuple[int, int]) -> None:
-    """See `Family`. The published vocabulary; patches of 4 pixels, two layers of 64, and where diffusers is installed a
+    """See `Family`. The published vocabulary; patches of 4 pixels, two layers of 32, and where diffusers is installed a
     decoder of one layer."""
     codes = {f"<|dit_token_{code}|>": code for code in range(CODES)}
     tokenizer = published_tokenizer(SPECIAL, codes, bos=BEGIN, eos=END, pad="<|endoftext|>", first=20000)
     config = GlmImageConfig(
         text_config={
-            "vocab_size": VOCABULARY, "vision_vocab_size": HEAD_ROWS, "hidden_size": 64, "intermediate_size": 64,
-            "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 512,
+            "vocab_size": VOCABULARY, "vision_vocab_size": HEAD_ROWS, "hidden_size": 32, "intermediate_size": 64,
+            "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32,
+            "max_position_embeddings": 512,
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5,
                                 "mrope_section": [2, 2, 4]},
         },
