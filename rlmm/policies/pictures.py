@@ -21,11 +21,11 @@ from rollouts.contract import SEEN
 PLACES = 12
 """Bits of an id that hold the position."""
 DIGITS = 12
-"""Hexadecimal digits of the hash, 48 bits: of a million pictures two are alike in 1 of 500 runs."""
+"""Hexadecimal digits of the hash, 48 bits: of a million pictures two are taken for one in 1 of 500 runs."""
 
 
 class Pictures:
-    """Pixels by the number that ids hold: in memory, and in `folder`, where there is one, as safetensors files.
+    """Pixels by the number that ids hold: safetensors files in `folder`, or in memory while there is none.
 
     `length`: the ids of one picture.
     """
@@ -35,7 +35,7 @@ class Pictures:
             raise ValueError(f"a picture of {length} positions; an id has room for {1 << PLACES}")
         self.length = length
         self.folder: Path | None = None
-        self._pixels: dict[int, Tensor] = {}
+        self._held: dict[int, Tensor] = {}
 
     def spell(self, images: Sequence[Image.Image]) -> list[list[int]]:
         """Ids of each picture. Of several processes each may write the same file."""
@@ -43,28 +43,28 @@ class Pictures:
 
     def pixels(self, number: int) -> Tensor:
         """uint8 [3, height, width]. ValueError where they were never spelled here."""
-        if number not in self._pixels:
-            path = None if self.folder is None else self._path(self.folder, number)
-            try:
-                if path is None:
-                    raise FileNotFoundError("there is no folder of pictures")
-                self._pixels[number] = load_file(path)["pixels"]
-            except (OSError, SafetensorError, KeyError) as error:
-                raise ValueError(
-                    f"a prompt is about picture {number:012x}, and its pixels cannot be read ({error}); they are kept "
-                    "beside the codes of images (tokens/, or data.token_cache): bring the folder back, or start anew"
-                ) from error
-        return self._pixels[number]
+        if number in self._held:
+            return self._held[number]
+        try:
+            if self.folder is None:
+                raise FileNotFoundError("there is no folder of pictures")
+            return load_file(self._path(self.folder, number))["pixels"]
+        except (OSError, SafetensorError, KeyError) as error:
+            raise ValueError(
+                f"a prompt is about picture {number:012x}, and its pixels cannot be read ({error}); they are kept "
+                "beside the codes of images (tokens/, or data.token_cache): bring the folder back, or start anew"
+            ) from error
 
     def _spelled(self, pixels_HWC: np.ndarray) -> list[int]:
         number = int(hashlib.sha256(f"{pixels_HWC.shape}".encode() + pixels_HWC.tobytes()).hexdigest()[:DIGITS], 16)
-        if number not in self._pixels:
-            self._pixels[number] = torch.from_numpy(pixels_HWC).permute(2, 0, 1).contiguous()
-        if self.folder is not None and not (path := self._path(self.folder, number)).is_file():
+        pixels_CHW = torch.from_numpy(pixels_HWC).permute(2, 0, 1).contiguous()
+        if self.folder is None:
+            self._held[number] = pixels_CHW
+        elif not (path := self._path(self.folder, number)).is_file():
             self.folder.mkdir(parents=True, exist_ok=True)
             partial = path.with_suffix(f".{os.getpid()}.partial")
-            save_file({"pixels": self._pixels[number]}, partial)
-            os.replace(partial, path)
+            save_file({"pixels": pixels_CHW}, partial)
+            partial.replace(path)
         first = SEEN + (number << PLACES)
         return list(range(first, first + self.length))
 

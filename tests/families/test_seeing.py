@@ -1,16 +1,19 @@
 """Janus answers about what its own vision encoder sees, as transformers' class does."""
 
+import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from transformers import JanusForConditionalGeneration, JanusImageProcessorPil
 
+from rlmm.config.recipe import validate_recipe
 from rlmm.config.sampling import Sampling, Written
 from rlmm.config.stages import GrpoStage
 from rlmm.data import Example
+from rlmm.pipeline import run_recipe
 from rlmm.policies.families.loading import checkpoint_codec, load_policy
 from rlmm.policies.layout_io import supervised_batch
 from rlmm.policies.pictures import Features, Pictures
@@ -93,7 +96,7 @@ def test_a_stored_answer_is_read_by_a_policy_that_never_saw_the_picture(
     janus: TransformerPolicy, tmp_path: Path
 ) -> None:
     assert janus.pictures is not None
-    ImageTokens(checkpoint_codec(tiny("janus")), tmp_path, janus.pictures)
+    janus.pictures.folder = tmp_path / "seen"
     made = answers(janus, Sampling(answer=Written(length_limit=5)), 4, count=2)
     janus.pictures.folder = None
     write_trajectory(tmp_path / "a.parquet", made, {})
@@ -130,7 +133,7 @@ def test_a_question_is_spelled_as_published_and_a_template_of_ones_own_after_the
     own = said(Written(length_limit=3, template="Q: {prompt} A:"))
     assert own.endswith(f"{seen}Q:whatisshownA:") and "helpful" not in own
     drawn = response_of(janus, Sampling()).streams("a", [[*range(102400, 102409)]])["cond"]
-    assert max(drawn) < SEEN and "helpful" not in str(janus.tokenizer.decode(drawn[:8]))
+    assert max(drawn) < SEEN and "helpful" not in str(janus.tokenizer.decode(list(drawn[:8])))
 
 
 def test_answers_are_learnt_from_what_is_seen(janus: TransformerPolicy) -> None:
@@ -140,7 +143,7 @@ def test_answers_are_learnt_from_what_is_seen(janus: TransformerPolicy) -> None:
     written = stage.sampling.written
     assert written is not None
     asked = [Example(QUESTION, sources=(picture(seed),), texts=("a ship",)) for seed in (6, 7)]
-    rows, left_out = encode_rows(tokens, janus.spelling, written, asked)
+    rows, left_out = encode_rows(tokens, janus.spelling, written, cast(Any, asked))
     assert not left_out
     batch = supervised_batch(janus.layout, rows)
     said = writing_spelling(janus.spelling, Written(length_limit=1, template="{prompt}"), 0, True).encode("a ship")
@@ -177,3 +180,38 @@ def test_what_does_not_say_how_pixels_are_normed_draws_and_is_asked_about_nothin
     policy = load_policy(folder, options)
     with pytest.raises(ValueError, match=r"preprocessor_config\.json"):
         answers(policy, Sampling(answer=Written(length_limit=3)), 8)
+
+
+@pytest.mark.slow
+def test_a_run_answers_about_what_is_seen_and_its_understanding_is_measured(tmp_path: Path) -> None:
+    questions = {"kind": "scenes", "variant": "describe", "train_images": 4, "held_out": 4, "prompts": 4,
+                 "colors": ["red", "blue"], "shapes": ["circle", "square"]}  # fmt: skip
+    exact = {"terms": [{"name": "exact_match"}]}
+    step = {"steps": 2, "learning_rate": 1e-3, "micro_batch_size": 2, "warmup_steps": 0}
+    answer = {"length_limit": 4, "top_k": 20}
+    made = validate_recipe(
+        {
+            "name": "seen", "run_dir": str(tmp_path / "run"), "data": questions,
+            "policy": tiny("janus").model_dump(), "rewards": exact,
+            "held_out": {"terms": [{"function": "tests/recipes/rewards.py:left_darkness", "label": "dark"}]},
+            "understanding": {"data": questions, "answer": answer, "rewards": exact, "prompts": 2},
+            "stages": {
+                "sft": {"kind": "sft", **step, "batch_size": 2, "text_weight": 1.0, "understanding_share": 0.5},
+                "grpo": {"kind": "grpo", **step, "prompts_per_step": 2, "samples_per_prompt": 2,
+                         "lora": {"rank": 2, "alpha": 2}, "sampling": {"answer": answer},
+                         "gates": {"duplicate_share": 1.0, "flat_share": 1.0}},
+                "evaluation": {"kind": "eval", "arms": ["sft"], "prompts": 2, "temperatures": [1.0]},
+            },
+        },
+        "seen",
+    )  # fmt: skip
+    run = run_recipe(made, lambda line: None)
+    stored = sorted(run.path.glob("stages/*grpo*/rollouts/*.parquet"))
+    read, _ = read_trajectory(stored[0])
+    assert int((read.streams["cond"].ids_BP >= SEEN).sum()) == 9 * len(read)
+    assert len(list((run.path / "tokens" / "seen").glob("*.safetensors"))) > 1
+    lines = [json.loads(line) for line in (run.stage("grpo") / "metrics.jsonl").read_text().splitlines()]
+    assert all(line["mismatch/max"] < 1e-4 for line in lines if "mismatch/max" in line)
+    assert any("mismatch/max" in line for line in lines)
+    found = json.loads((run.stage("evaluation") / "eval.json").read_text())["understanding"]
+    assert [row["n"] for row in found] == [2]
