@@ -37,12 +37,14 @@ def room_of_model(model: Any) -> dict[str, Any]:
 @dataclass(frozen=True)
 class Row:
     """One request: a stream of a sample, or all of them. `arguments`: what the processor needs of it, as plain data.
-    It ends after `length` tokens, or after one of `stop`."""
+    It ends after `length` tokens, or after one of `stop`. `embeds` [P, H]: what stands for the prefix, where not all of
+    its ids are of the vocabulary."""
 
     prefix: tuple[int, ...]
     arguments: dict[str, Any]
     length: int
     stop: tuple[int, ...] = ()
+    embeds: Tensor | None = None
 
 
 class Host(Protocol):

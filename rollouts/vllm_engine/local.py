@@ -18,7 +18,8 @@ class LocalHost:
 
     `overrides` lay over the checkpoint's config.json (`plugin.two_stream_overrides`). With `chunked_prefill` long
     prompts are read in parts; requests that must keep step cannot be. With `sleep` (GPUs only) a rollout ends by giving
-    the device's memory back: weights go to this machine's memory, keys and values are dropped.
+    the device's memory back: weights go to this machine's memory, keys and values are dropped. With `embeds` a prompt
+    may be embeddings.
 
     Raises:
         ImportError: vLLM is not installed.
@@ -38,6 +39,7 @@ class LocalHost:
         overrides: Mapping[str, Any] | None = None,
         chunked_prefill: bool = False,
         sleep: bool = False,
+        embeds: bool = False,
     ) -> None:
         _refuse_several_processes()
         self._owns_group = not torch.distributed.is_initialized()
@@ -47,7 +49,7 @@ class LocalHost:
             model=str(folder), dtype=dtype, max_model_len=max_length, max_num_seqs=max_rows,
             max_num_batched_tokens=budget, kv_cache_memory_bytes=kv_bytes, block_size=BLOCK,
             hf_overrides=dict(overrides or {}), enable_chunked_prefill=chunked_prefill,
-            enable_sleep_mode=sleep,
+            enable_sleep_mode=sleep, enable_prompt_embeds=embeds,
         )  # fmt: skip
         # Block 0 stands for "none".
         blocks = self.llm.llm_engine.vllm_config.cache_config.num_gpu_blocks - 1
@@ -61,7 +63,10 @@ class LocalHost:
         from rollouts.vllm_engine.processor import on_processor
 
         self._wake()
-        prompts = [{"prompt_token_ids": list(row.prefix)} for row in rows]
+        prompts = [
+            {"prompt_token_ids": list(row.prefix)} if row.embeds is None else {"prompt_embeds": row.embeds}
+            for row in rows
+        ]
         parameters = [
             # Greedy: the processor leaves one token to take.
             SamplingParams(

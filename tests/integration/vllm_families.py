@@ -16,6 +16,7 @@ from rollouts.law import Law
 from rollouts.torch_engine.causal import TorchEngine
 from rollouts.trajectory import Span
 from tests.families.checkpoints import PROMPTS, WRITERS, peaked, requests
+from tests.families.test_answers import picture
 from tests.integration.vllm_requests import LAWS, agrees, change, gap
 
 TEXTS = ["a", "two red circles and a very long blue line between them", 'render "HELLO"']
@@ -50,6 +51,8 @@ def thought(engine: Any, policy: TransformerPolicy) -> dict[str, Any]:
     """A text and the guided image after it, about a source image."""
     spans = response_of(policy, Sampling(guidance_scale=2.0, thought=Written(length_limit=6, top_k=30)))
     source = [*policy.layout.grid.forced().values()]
+    if policy.pictures is not None:
+        (source,) = policy.pictures.spell([picture(0)])
     asked = [
         Request(text, spans.streams(text, [source]), (7, 8, 9), tuple(f"{text}/{i}" for i in range(3)))
         for text in TEXTS

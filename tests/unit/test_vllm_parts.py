@@ -121,7 +121,7 @@ def ask(engine: Any, guided: bool = True, seeds: int = 5) -> Trajectory:
 
 def test_a_prompt_about_a_picture_to_be_seen_is_refused() -> None:
     request = Request("a", {"cond": (0, SEEN + 5, 2)}, (1,), ("a/0",))
-    with pytest.raises(ValueError, match=r"sees through an encoder.*engine\.kind: torch"):
+    with pytest.raises(ValueError, match=r"sees through an encoder.*engine\.kind: vllm or torch"):
         engine_of(FakeHost()).generate([request], [Span("image", Law(LAYOUT.image), 2)])
 
 
