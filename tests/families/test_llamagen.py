@@ -22,6 +22,7 @@ from rlmm.policies.models.llamagen import GridRotary, LlamaGenConfig
 from rlmm.policies.responses import response_of
 from rlmm.policies.spelling import UnusablePrompt
 from rlmm.train.sft import SftSource
+from rollouts.vllm_engine import configs
 from tests.families import llamagen_original as original
 from tests.families.checkpoints import facts, peaked, tiny
 
@@ -218,3 +219,14 @@ def test_what_a_text_conditional_model_cannot_do_is_refused() -> None:
     policy = load_policy(tiny("llamagen_text").path, tiny("llamagen_text"))
     with pytest.raises(NotImplementedError, match="sample with rlmm"):
         policy.base.generate(torch.tensor([[21, 1]]))  # pyrefly: ignore
+
+
+@pytest.mark.parametrize("caption", [None, {"vocab_size": 300, "d_model": 16, "pad_token_id": 0}])
+def test_a_vllm_process_reads_the_configuration_without_the_trainers_class(caption: Any, tmp_path: Path) -> None:
+    LlamaGenConfig(vocab_size=64, grid_size=4, caption_config=caption, caption_tokens=9).save_pretrained(tmp_path)
+    ours, theirs = LlamaGenConfig.from_pretrained(tmp_path), configs.LlamaGenConfig.from_pretrained(tmp_path)
+    for name in ("vocab_size", "grid_size", "first_code", "condition_tokens", "caption_tokens", "rope_parameters"):
+        assert getattr(ours, name) == getattr(theirs, name), name
+    assert (theirs.caption_config is None) == (caption is None)
+    if caption is not None:
+        assert theirs.caption_config.to_dict() == ours.caption_config.to_dict() and theirs.first_code == 300

@@ -79,9 +79,10 @@ def test_greedy_answers_are_those_of_transformers_own_generate(
     assert len(set(made.ids[0, :length].tolist())) > 2
 
 
-def test_log_probs_are_those_of_transformers_own_forward(janus: TransformerPolicy) -> None:
-    made = answers(janus, Sampling(answer=Written(length_limit=6, stop=("<begin_of_image>",))), 3)
-    inputs, model = theirs(janus, made, 3), janus.base
+@pytest.mark.parametrize("seeds", [(3,), (1, 2)])
+def test_log_probs_are_those_of_transformers_own_forward(janus: TransformerPolicy, seeds: tuple[int, ...]) -> None:
+    made = answers(janus, Sampling(answer=Written(length_limit=6, stop=("<begin_of_image>",))), *seeds)
+    inputs, model = theirs(janus, made, *seeds), janus.base
     assert isinstance(model, JanusForConditionalGeneration)
     inputs["input_ids"] = torch.cat([inputs["input_ids"], made.ids], 1)
     with torch.no_grad():
