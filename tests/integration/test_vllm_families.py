@@ -23,7 +23,7 @@ pytestmark = [
 def found() -> dict[str, Any]:
     done = subprocess.run(
         [sys.executable, "-m", "tests.integration.vllm_families", *SIZES], cwd=Path(__file__).parents[2],
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600,
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=900,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
