@@ -65,7 +65,8 @@ class JanusPolicy(CausalPolicy):
         text_BTH = model.get_input_embeddings()(ids_BT.clamp_max(first - 1))
         codes_BTD = model.generation_embeddings((ids_BT - first).clamp(0, end - first - 1))
         embedded_BTH = torch.where(image_BT1, model.generation_aligner(codes_BTD), text_BTH)
-        if ids_BT.shape[1] > 1 and (seen_BT := ids_BT >= SEEN).any():  # one token at a time is drawn, never given
+        # One token at a time is drawn, never given; and without memory (a memory plan) there is nothing to look at.
+        if ids_BT.shape[1] > 1 and not ids_BT.is_meta and (seen_BT := ids_BT >= SEEN).any():
             seen_NH = self._seen(ids_BT[seen_BT]).to(embedded_BTH)
             embedded_BTH = embedded_BTH.masked_scatter(seen_BT.unsqueeze(-1), seen_NH)
         return {"inputs_embeds": embedded_BTH}
