@@ -87,7 +87,10 @@ class Drawer:
         empty = [i for i, prompt in enumerate(prompts) if not prompt.strip()]
         if empty or not prompts:
             raise ValueError(f"prompt {empty[0] + 1 if empty else 1} is empty; give each prompt some text")
-        tokens, shown = ImageTokens(self.codec), tuple(_fitted(image, self.codec) for image in sources)
+        tokens, shown = (
+            ImageTokens(self.codec, pictures=self.policy.pictures),
+            tuple(_fitted(image, self.codec) for image in sources),
+        )
         requests = [
             phases.request_for(
                 self.response,

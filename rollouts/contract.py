@@ -13,6 +13,24 @@ from torch import Tensor
 
 from rollouts.trajectory import Span, Trajectory
 
+SEEN = 1 << 61
+"""Ids from here on are no tokens of a vocabulary: they refer to a source image that the policy sees by an encoder."""
+
+
+@dataclass(frozen=True)
+class Seeing:
+    """How a question about images is spelled that the policy sees through an encoder of its own, and not as codes.
+
+    `length`: positions of an image. `lead`: ids between `bos` and the images, `template`: the question after them.
+    `mean` and `std`: what pixels in [0, 1] are normed by, a number a channel; None where the checkpoint does not say.
+    """
+
+    length: int
+    lead: tuple[int, ...] = ()
+    template: str = "{prompt}"
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -92,6 +110,10 @@ class Layout:
     """Whether the policy has a head for text; without one a prompt is a condition alone, and is not learned."""
     text_end: int | None = None
     """What ends a text that the policy writes; None: the tokenizer's end of sequence."""
+    seeing: Seeing | None = None
+    """How source images enter before a text that the policy writes; None: as codes, as before an image."""
+    lead: tuple[int, ...] = ()
+    """What stands between `bos` and source images."""
 
     def prefix(self, prompt_ids: Sequence[int], sources: Sequence[Sequence[int]] = ()) -> tuple[int, ...]:
         """The conditioning ids before an image span: `question`, begin-of-image."""
@@ -99,10 +121,10 @@ class Layout:
 
     def question(self, prompt_ids: Sequence[int], sources: Sequence[Sequence[int]] = ()) -> tuple[int, ...]:
         """The conditioning ids before a text span: bos, source images (each with what stands before and after one),
-        prompt. `sources` are spelled images: token ids, forced ones included."""
+        prompt. `sources` are spelled images: token ids, forced ones included, or ids from `SEEN` on."""
         before = self.boi if self.before_source is None else self.before_source
         images = [token for source in sources for token in (*before, *source, *self.after_source)]
-        return (*self._first, *images, *prompt_ids)
+        return (*self._first, *(self.lead if sources else ()), *images, *prompt_ids)
 
     @property
     def _first(self) -> tuple[int, ...]:
@@ -133,8 +155,10 @@ class Layout:
     @staticmethod
     def from_dict(record: Mapping[str, Any]) -> "Layout":
         grid = Grid(**_tuples(record["grid"], ("ending", "preview")))
-        tuples = _tuples(record, ("text", "image", "boi", "null_prompt", "before_source", "after_source"))
-        return Layout(**(tuples | {"grid": grid}))
+        tuples = _tuples(record, ("text", "image", "boi", "null_prompt", "before_source", "after_source", "lead"))
+        told = record.get("seeing")
+        seeing = None if told is None else Seeing(**_tuples(told, ("lead", "mean", "std")))
+        return Layout(**(tuples | {"grid": grid, "seeing": seeing}))
 
 
 def _tuples(record: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from rlmm.evaluation.compute import compute, compute_lines
 from rlmm.evaluation.reference import write_reference
 from rlmm.evaluation.statistics import bootstrap_mean, diversity, paired_difference
 from rlmm.evaluation.understanding import Answers, understanding, understanding_lines
-from rlmm.policies.families.loading import load_policy, load_spelling
+from rlmm.policies.families.loading import load_spelling
 from rlmm.policies.responses import response_of, texts_of, writing_spelling
 from rlmm.policies.spelling import Spelling
 from rlmm.policies.transformer import TransformerPolicy
@@ -31,10 +31,9 @@ from rlmm.rewarding import build_composite
 from rlmm.seeds import derive
 from rlmm.train import experience as phases
 from rlmm.train.checkpoint import write_json_atomically
-from rlmm.train.context import StageContext, image_tokens, load_split, run_codec
+from rlmm.train.context import StageContext, image_tokens, load_split, placed, run_codec, stage_policy
 from rlmm.train.drawing import decode_images
 from rlmm.train.engines import build_engine
-from rlmm.train.processes import device
 from rollouts.trajectory import Trajectory
 
 BEST = "best"
@@ -126,12 +125,10 @@ def _cells(
     codec = run_codec(context)
     codec.eval()
     for arm in config.arms:
-        policy = load_policy(context.run.stage(arm) / "model")
-        policy.model.eval()
-        policy.to(device())
         stage = context.recipe.stages[arm]
         assert isinstance(stage, PolicyStage), "the recipe lets nothing else be an arm"
-        policy.precision = stage.precision
+        policy = placed(context, stage_policy(context, arm), stage.precision)
+        policy.model.eval()
         answers.append(understanding(context, arm, policy, codec, config.batch_prompts))
         for temperature in config.temperatures:
             context.say(f"evaluating {arm} at temperature {temperature:g} on {config.prompts} held-out prompts")
@@ -193,7 +190,7 @@ def sample_held_out(
     """`count` samples of every held-out prompt, prompt-major; a sample's seed depends on its prompt's place and its own
     number alone."""
     engine = build_engine(TorchEngineConfig(max_rows=config.batch_prompts * config.sampling_seeds), policy)
-    response, tokens = response_of(policy, config.sampling(temperature)), image_tokens(context, codec)
+    response, tokens = response_of(policy, config.sampling(temperature)), image_tokens(context, codec, policy)
     seed = derive(context.recipe.seed, "evaluation")
     requests = [
         phases.request_for(response, tokens, example, f"eval/{p:05d}", _seeds(seed, p, count))

@@ -60,7 +60,7 @@ def _answers(
         raise ValueError(
             f"understanding has {len(data)} held-out rows and asks for {asked.prompts}; lower understanding.prompts"
         )
-    examples, tokens = [data[i] for i in range(asked.prompts)], image_tokens(context, codec)
+    examples, tokens = [data[i] for i in range(asked.prompts)], image_tokens(context, codec, policy)
     seed = derive(context.recipe.seed, "understanding")
     requests = [
         phases.request_for(response, tokens, example, f"understanding/{p:05d}", [derive(seed, p)])

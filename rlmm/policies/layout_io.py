@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -56,12 +56,14 @@ def read_codes(layout: Layout, ids_BS: Tensor) -> Tensor:
 @dataclass(frozen=True)
 class Supervised:
     """A row to learn from: ids of its prompt, of its spelled source images, and of the text it leads to (its stop token
-    included), and the codes of the image after that. Without text and without image there is nothing to learn."""
+    included), and the codes of the image after that. Without text and without image there is nothing to learn. `lead`:
+    what stands between `bos` and source images."""
 
     prompt: Sequence[int]
     image: Sequence[int] | None = None
     sources: Sequence[Sequence[int]] = ()
     text: Sequence[int] = ()
+    lead: tuple[int, ...] = ()
 
 
 def supervised_batch(layout: Layout, rows: Sequence[Supervised]) -> SequenceBatch:
@@ -75,7 +77,7 @@ def supervised_batch(layout: Layout, rows: Sequence[Supervised]) -> SequenceBatc
 
 def _spelled(layout: Layout, row: Supervised) -> tuple[list[int], list[bool], list[int]]:
     """Ids, targets and modalities of a row."""
-    asked = layout.question(row.prompt, row.sources)
+    asked = replace(layout, lead=row.lead).question(row.prompt, row.sources)
     ids, kinds = [*asked, *row.text], [TEXT] * (len(asked) + len(row.text))
     taught = (len(row.text) or len(row.prompt)) if layout.decides_text else 0
     low, high = layout.text

@@ -38,9 +38,10 @@ class Response:
     def streams(self, prompt: str, sources: Sequence[Sequence[int]]) -> dict[str, tuple[int, ...]]:
         """What stands before the first span in each stream that a law reads: `cond` sees prompt and sources, `source`
         the sources alone, `uncond` neither. Raises UnusablePrompt."""
-        layout = self.layout
+        spelling = self.spelling.about(len(sources))
+        layout = spelling.layout
         before = layout.prefix if self.spans[0].kind == "image" else layout.question
-        prompt_ids = self.spelling.encode(prompt)
+        prompt_ids = spelling.encode(prompt)
         null = layout.null(prompt_ids)
         streams = {COND: before(prompt_ids, sources), UNCOND: before(null), SOURCE: before(null, sources)}
         return {name: streams[name] for name in self.law.streams()}
@@ -58,10 +59,15 @@ def response_of(policy: TransformerPolicy, sampling: Sampling) -> Response:
 
 
 def writing_spelling(spelling: Spelling, writing: Writing, length: int, draws: bool) -> Spelling:
-    """How prompts are spelled before text of at most `length` tokens, and whether an image follows it."""
+    """How prompts are spelled before text of at most `length` tokens, and whether an image follows it.
+
+    A template of the recipe's own stands after the images, whichever way they enter.
+    """
     layout = spelling.layout
     if writing.template is not None:
-        layout = replace(layout, template=writing.template)
+        seeing = layout.seeing
+        own = None if seeing is None else replace(seeing, lead=(), template=writing.template)
+        layout = replace(layout, template=writing.template, seeing=own)
     return replace(spelling, layout=layout, text=length, draws=draws)
 
 

@@ -1,7 +1,7 @@
 """How a policy spells a prompt, and which prompts it cannot take."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from transformers import PreTrainedTokenizerBase
@@ -64,10 +64,26 @@ class Spelling:
         text = piece.replace("{prompt}", prompt)
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
 
+    @property
+    def sees(self) -> bool:
+        """Whether source images are seen through an encoder: before a text, by families that have one."""
+        return self.layout.seeing is not None and self.text > 0
+
+    def about(self, sources: int) -> "Spelling":
+        """How a prompt with that many source images is spelled."""
+        return self._about_seen if sources and self.sees else self
+
+    @cached_property
+    def _about_seen(self) -> "Spelling":
+        seeing = self.layout.seeing
+        assert seeing is not None, "asked for where images are seen"
+        return replace(self, layout=replace(self.layout, template=seeing.template, lead=seeing.lead))
+
     def fault(self, prompt: str, sources: int) -> UnusablePrompt | None:
         """Why the policy cannot answer this prompt with that many source images; None where it can."""
+        asked, seeing = self.about(sources), self.layout.seeing
         try:
-            ids = self.encode(prompt)
+            ids = asked.encode(prompt)
         except UnusablePrompt as error:
             return error
         if sources and not self.layout.takes_sources:
@@ -78,7 +94,8 @@ class Spelling:
                 "glm_image_edit)",
             )
         image, what = self.layout.grid.length, "the image" if self.draws else "the answer"
-        length = len(self.layout.prefix(ids, [[self.layout.pad] * image] * sources)) + self.text + self.draws * image
+        source = [self.layout.pad] * (seeing.length if seeing is not None and self.sees else image)
+        length = len(asked.layout.prefix(ids, [source] * sources)) + self.text + self.draws * image
         if length <= self.positions:
             return None
         return UnusablePrompt(

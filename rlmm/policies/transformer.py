@@ -27,6 +27,7 @@ from rlmm.policies.head import OutputHead, decision_log_probs, sliced_head
 from rlmm.policies.head_rows import ROWS, train_rows
 from rlmm.policies.layout_io import save_layout
 from rlmm.policies.parts import gathered, in_parts, settle, whole
+from rlmm.policies.pictures import Pictures
 from rlmm.policies.spelling import Spelling
 from rollouts.contract import Layout
 from rollouts.law import Law
@@ -46,6 +47,8 @@ class TransformerPolicy(ABC):
     """Of those that sampling may need and that no image token depends on."""
     projections: Mapping[str, str] = MappingProxyType({})
     """What the model calls the projections of a Llama that `lora.target_modules` names, where it has other names."""
+    pictures: Pictures | None = None
+    """Source images that it sees through an encoder of its own; None where they are codes to it."""
 
     def __init__(self, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, layout: Layout) -> None:
         self.model, self.tokenizer, self.layout = model, tokenizer, layout
@@ -227,8 +230,10 @@ class TransformerPolicy(ABC):
             self._frozen = copy.deepcopy(self.model).eval().requires_grad_(False)
 
     def copied(self, shared: Iterable[nn.Parameter]) -> Self:
-        """A copy with weights of its own but for these, which it shares; and it has the same reference."""
+        """A copy with weights of its own but for these, which it shares; and it has the same reference and pictures."""
         memo: dict[int, Any] = {id(one): one for one in shared}
+        if self.pictures is not None:
+            memo[id(self.pictures)] = self.pictures
         if self._frozen is not None:
             memo[id(self._frozen)] = self._frozen
         return copy.deepcopy(self, memo)

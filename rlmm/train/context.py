@@ -70,11 +70,15 @@ def run_codec(context: StageContext) -> Codec:
     raise ValueError("the recipe has no codec stage and a new policy; add a stage of kind 'codec' before the others")
 
 
-def image_tokens(context: StageContext, codec: Codec) -> ImageTokens:
+def image_tokens(context: StageContext, codec: Codec, policy: TransformerPolicy) -> ImageTokens:
     """The codec with the codes that were made before: by this run, or in the folder that the data names."""
+    return ImageTokens(codec, _tokens_folder(context), policy.pictures)
+
+
+def _tokens_folder(context: StageContext) -> Path:
     data = context.recipe.data
     shared = data.token_cache if isinstance(data, RowsData) else None
-    return ImageTokens(codec, context.run.path / "tokens" if shared is None else Path(shared))
+    return context.run.path / "tokens" if shared is None else Path(shared)
 
 
 def starting_policy(context: StageContext, codec: Codec) -> TransformerPolicy:
@@ -89,9 +93,21 @@ def starting_policy(context: StageContext, codec: Codec) -> TransformerPolicy:
 def sampled_policy(context: StageContext, codec: Codec) -> TransformerPolicy:
     """The policy a stage starts from, without what the stage would add to train it."""
     start = parent(context)
-    policy = own_policy(context, codec) if start is None else load_policy(context.run.stage(start) / "model")
-    policy.precision = context.config.precision
+    policy = own_policy(context, codec) if start is None else stage_policy(context, start)
+    return placed(context, policy, context.config.precision)
+
+
+def stage_policy(context: StageContext, stage: str) -> TransformerPolicy:
+    """The policy that a stage left."""
+    return load_policy(context.run.stage(stage) / "model")
+
+
+def placed(context: StageContext, policy: TransformerPolicy, precision: str) -> TransformerPolicy:
+    """The same policy, as a stage runs it: its precision, its device, and where the pictures are that it sees."""
+    policy.precision = precision
     policy.to(device())
+    if policy.pictures is not None:
+        policy.pictures.folder = _tokens_folder(context) / "seen"
     return policy
 
 

@@ -18,9 +18,8 @@ from torch import Tensor
 from rlmm.config.preference import DpoStage
 from rlmm.config.recipe import OWN_POLICY
 from rlmm.policies.base import Policy
-from rlmm.policies.families.loading import load_policy
 from rlmm.policies.transformer import TransformerPolicy
-from rlmm.train.context import StageContext, own_policy, parent, run_codec
+from rlmm.train.context import StageContext, own_policy, parent, placed, run_codec, stage_policy
 from rlmm.train.dpo_source import Item
 from rlmm.train.preferences import Preference, preference_batch, sequence_log_probs
 from rlmm.train.processes import device, wait, world
@@ -37,12 +36,8 @@ def other_reference(context: StageContext) -> TransformerPolicy | None:
     named = None if config.reference == OWN_POLICY else config.reference
     if config.reference is None or named == parent(context):
         return None
-    policy = (
-        own_policy(context, run_codec(context)) if named is None else load_policy(context.run.stage(named) / "model")
-    )
-    policy.precision = config.precision
-    policy.to(device())
-    return policy
+    policy = own_policy(context, run_codec(context)) if named is None else stage_policy(context, named)
+    return placed(context, policy, config.precision)
 
 
 def keep_reference(context: StageContext, policy: TransformerPolicy) -> None:

@@ -4,10 +4,12 @@ import logging
 import os
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from rlmm.config.engines import EngineConfig, TorchEngineConfig, VllmEngineConfig, VllmServerConfig, VllmSizes
 from rlmm.policies.masked import MaskedPolicy
@@ -62,8 +64,15 @@ def _vllm(config: VllmEngineConfig, policy: TransformerPolicy, law: Law | None) 
 
     with tempfile.TemporaryDirectory() as folder:
         policy.save(Path(folder))
-        host = LocalHost(Path(folder), sleep=config.sleep, **_served(config, policy, law))
-        return VllmEngine(policy.layout, [host], host.load)
+        sees = policy.pictures is not None
+        host = LocalHost(Path(folder), sleep=config.sleep, embeds=sees, **_served(config, policy, law))
+        return VllmEngine(policy.layout, [host], host.load, partial(_embedded, policy) if sees else None)
+
+
+def _embedded(policy: TransformerPolicy, prefix: tuple[int, ...]) -> Tensor:
+    """What the policy's own embeddings and encoder make of a prefix [P, H], under its present weights."""
+    ids_BT = torch.tensor([prefix], device=policy.base.device)
+    return policy.embedded(ids_BT)["inputs_embeds"][0].cpu()
 
 
 def _vllm_server(config: VllmServerConfig, policy: TransformerPolicy, law: Law | None) -> Engine:

@@ -24,12 +24,13 @@ from rlmm.evaluation.statistics import diversity, duplicate_share
 from rlmm.objectives.advantages import AdvantageResult
 from rlmm.policies.layout_io import spell_image
 from rlmm.policies.responses import Response
+from rlmm.policies.spelling import Spelling
 from rlmm.seeds import derive, epoch_indices
 from rlmm.train.faults import storing
 from rlmm.train.heart import phase
 from rlmm.train.processes import gather, share, world
 from rlmm.train.tokens import ImageTokens, image_hash
-from rollouts.contract import Engine, Layout, Request
+from rollouts.contract import Engine, Request
 from rollouts.interleaved import generate_spans
 from rollouts.store import read_trajectory, write_trajectory
 from rollouts.trajectory import Trajectory
@@ -48,16 +49,20 @@ class Experience:
     reference_draws_Bn: Tensor | None = None
 
 
-def spell_sources(tokens: ImageTokens, layout: Layout, images: Sequence[Image.Image]) -> list[list[int]]:
-    """Token ids of source images."""
-    return [spell_image(layout, row) for row in tokens.codes(images).tolist()] if images else []
+def spell_sources(tokens: ImageTokens, spelling: Spelling, images: Sequence[Image.Image]) -> list[list[int]]:
+    """Ids of source images: their codes, or what refers to them where the policy sees them through an encoder."""
+    if not images:
+        return []
+    if spelling.sees and tokens.pictures is not None:
+        return tokens.pictures.spell(images)
+    return [spell_image(spelling.layout, row) for row in tokens.codes(images).tolist()]
 
 
 def request_for(response: Response, tokens: ImageTokens, example: Example, group: str, seeds: Sequence[int]) -> Request:
     """A prompt's request: the streams its laws read, and one id a seed."""
     return Request(
         group_id=group,
-        streams=response.streams(example.prompt, spell_sources(tokens, response.layout, example.sources)),
+        streams=response.streams(example.prompt, spell_sources(tokens, response.spelling, example.sources)),
         seeds=tuple(seeds),
         sample_ids=tuple(f"{group}/{i}" for i in range(len(seeds))),
         sources=tuple(image_hash(image) for image in example.sources),

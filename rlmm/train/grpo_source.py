@@ -53,7 +53,7 @@ class GrpoSource:
             self.config,
             data,
             sampled,
-            image_tokens(context, codec),
+            image_tokens(context, codec, policy),
             build_engine(self.config.engine, sampled, response.law),
             response,
             build_composite(context.recipe.rewards),

@@ -122,7 +122,7 @@ def draw(context: StageContext, policy: TransformerPolicy, codec: Codec, what: D
     rank, processes = world()
     missing = [number for number in range(rank, len(starts), processes) if not paths[number].is_file()]
     engine = build_engine(config.engine, policy, what.response.law) if missing else None
-    tokens = image_tokens(context, codec)
+    tokens = image_tokens(context, codec, policy)
     for number in missing:
         if asked():
             break

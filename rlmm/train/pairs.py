@@ -82,7 +82,7 @@ def _scorer(context: StageContext, policy: TransformerPolicy, codec: Codec) -> S
     bind_judges(context, built)
     if config.judge is None:
         return scored_by(built["rewards"])
-    return OwnJudge(policy, image_tokens(context, codec), config.judge, context.seed("judge"))
+    return OwnJudge(policy, image_tokens(context, codec, policy), config.judge, context.seed("judge"))
 
 
 def by_group(found: Found) -> dict[str, list[Paired]]:

@@ -92,8 +92,9 @@ class Speller:
             spelling = writing_spelling(spelling, self.writing, len(text), draws)
         if (fault := spelling.fault(row.prompt, len(row.sources))) is not None:
             raise fault
-        sources = [array("i", ids) for ids in spell_sources(self.tokens, spelling.layout, row.sources)]
-        return Supervised(spelling.encode(row.prompt), sources=sources, text=text)
+        sources = [array("q", ids) for ids in spell_sources(self.tokens, spelling, row.sources)]
+        asked = spelling.about(len(sources))
+        return Supervised(asked.encode(row.prompt), sources=sources, text=text, lead=asked.layout.lead)
 
     def _written(self, text: str) -> list[int]:
         try:
@@ -109,7 +110,7 @@ def load_items(context: StageContext, policy: TransformerPolicy, codec: Codec) -
     """
     config: DpoStage = context.config
     raw, columns, what = _source(context, config)
-    speller = Speller(image_tokens(context, codec), policy.spelling, config.writing, _asking(context, config))
+    speller = Speller(image_tokens(context, codec, policy), policy.spelling, config.writing, _asking(context, config))
     found = read_preferences(raw, columns, speller)
     record = {"rows": len(raw), "kept": len(found.items), "excluded": dict(found.excluded), "named": found.named}
     record |= {"unread_turns": found.unread_turns}

@@ -140,7 +140,7 @@ def run_sft(context: StageContext) -> None:
     codec = run_codec(context)
     policy = starting_policy(context, codec)
     data = first_rows(load_split(context, config.pairs, policy.spelling), config.images)
-    tokens = image_tokens(context, codec)
+    tokens = image_tokens(context, codec, policy)
     rows, left_out = encode_rows(tokens, policy.spelling, config.writing, data)
     if left_out:
         context.say(

@@ -102,5 +102,6 @@ def _spelled(tokens: ImageTokens, spelling: Spelling, writing: Writing, row: Exa
         raise UnusablePrompt(NOTHING, f"prompt {row.prompt!r:.200} leads to nothing")
     if (fault := spelling.fault(row.prompt, len(row.sources))) is not None:
         raise fault
-    sources = [array("i", ids) for ids in spell_sources(tokens, spelling.layout, row.sources)]
-    return Supervised(spelling.encode(row.prompt), sources=sources, text=text)
+    sources = [array("q", ids) for ids in spell_sources(tokens, spelling, row.sources)]
+    asked = spelling.about(len(sources))
+    return Supervised(asked.encode(row.prompt), sources=sources, text=text, lead=asked.layout.lead)

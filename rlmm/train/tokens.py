@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from rlmm.codecs import Codec, codec_hash, images_to_tensor
+from rlmm.policies.pictures import Pictures
 
 BATCH = 256
 """Images encoded at once."""
@@ -26,12 +27,13 @@ def image_hash(image: Image.Image) -> str:
 class ImageTokens:
     """From images to codes by a codec. With a `folder`, what was encoded before is read from there, and `save` adds
     what was new: parquet files of columns `image` (hash) and `codes`, in a folder named by the codec's hash.
+    `pictures` are of the policy, where it sees source images through an encoder of its own.
 
     Raises ValueError where a file there cannot be read.
     """
 
-    def __init__(self, codec: Codec, folder: Path | None = None) -> None:
-        self.codec = codec
+    def __init__(self, codec: Codec, folder: Path | None = None, pictures: Pictures | None = None) -> None:
+        self.codec, self.pictures = codec, pictures
         self.folder = None if folder is None else folder / codec_hash(codec)
         self._known: dict[str, Tensor] = {}
         self._new: list[str] = []

@@ -1,12 +1,35 @@
 """Configurations of checkpoints whose class is the trainer's own, for vLLM's processes, which do not load it."""
 
-from transformers import CONFIG_MAPPING, AutoConfig, LlamaConfig
+from typing import Any
+
+from transformers import CONFIG_MAPPING, AutoConfig, LlamaConfig, T5Config
 
 
 class LlamaGenConfig(LlamaConfig):
     """What config.json says, as attributes."""
 
     model_type = "llamagen"
+    sub_configs = {"caption_config": T5Config}  # noqa: RUF012 (transformers' own attribute)
+
+    num_classes: int = 1000
+    grid_size: int = 16
+    caption_config: Any = None
+    caption_tokens: int = 120
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if isinstance(self.caption_config, dict):
+            self.caption_config = T5Config(**self.caption_config)
+        super().__post_init__(**kwargs)
+
+    @property
+    def condition_tokens(self) -> int:
+        """Positions in front of the codes."""
+        return 1 if self.caption_config is None else self.caption_tokens
+
+    @property
+    def first_code(self) -> int:
+        """The token id of code 0."""
+        return self.num_classes + 1 if self.caption_config is None else self.caption_config.vocab_size
 
 
 def register_configs() -> None:

@@ -1,7 +1,7 @@
 """Rollouts by stock vLLM: the torch engine's contract, and for the same seeds its tokens."""
 
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rollouts.assembly import one_span, refuse_given, request_stream, span_forced, span_length, span_trajectory
-from rollouts.contract import Layout, Request
+from rollouts.contract import SEEN, Layout, Request
 from rollouts.law import Law
 from rollouts.trajectory import Span, Trajectory, pad_left
 from rollouts.vllm_engine.arguments import row_arguments
@@ -17,19 +17,24 @@ from rollouts.vllm_engine.drawn import Drawn
 from rollouts.vllm_engine.host import Host, Load, Row
 from rollouts.vllm_engine.waves import Sample, check_room, plan_waves
 
+Embed = Callable[[tuple[int, ...]], Tensor]
+"""Embeddings [P, H] of a prefix."""
+
 
 class VllmEngine:
     """Samples from copies of the policy that vLLM holds, one a host; each host draws an equal part of the samples.
 
     Law, draws and supports are the torch engine's (`processor.LawProcessor`). Under guidance a sample's streams are
     separate requests that must take every step together; they are handed over in waves that fit the scheduler, and a
-    sample whose streams parted nevertheless is an error.
+    sample whose streams parted nevertheless is an error. `embed`: what the policy makes of a prefix about images that
+    it sees through an encoder of its own; vLLM has its language model alone, and gets the embeddings.
     """
 
-    def __init__(self, layout: Layout, hosts: Sequence[Host], load: Load) -> None:
+    def __init__(self, layout: Layout, hosts: Sequence[Host], load: Load, embed: Embed | None = None) -> None:
         if not hosts:
             raise ValueError("a vllm engine without a vLLM; give it at least one host")
         self.layout, self.hosts, self.load, self.weights_version = layout, list(hosts), load, 0
+        self.embed = embed
         self._name, self._next = uuid.uuid4().hex[:12], 0  # a server may still know samples of an engine before
 
     @property
@@ -52,6 +57,11 @@ class VllmEngine:
         if span.law.vocabulary[1] > self.layout.vocab_size:
             raise ValueError(
                 f"the law's slice {span.law.vocabulary} ends past the vocabulary, {self.layout.vocab_size}"
+            )
+        if self.embed is None and any(max(ids) >= SEEN for one in requests for ids in one.streams.values()):
+            raise ValueError(
+                "prompts are about images that the policy sees through an encoder of its own, and vLLM servers have "
+                "its language model alone; set engine.kind: vllm or torch"
             )
         samples = self._samples(requests, span.law)
         drawn = self._draw(samples, span)
@@ -128,13 +138,22 @@ class VllmEngine:
             for sample in samples:
                 check_room(sample.prefixes[0], room, length)
         forced, rows = span_forced(self.layout, span), []
+        embeds = self._embedded(samples)
         for wave in [samples] if alone else plan_waves(samples, room, length):
             around = None if alone else (wave[0].name, len(wave) * len(carried))
             for sample in wave:
                 for names in carried:
                     arguments = row_arguments(sample.name, names, law, forced, sample.seed, length, around)
-                    rows.append(Row(sample.prefixes[streams.index(names[0])], arguments, length, span.stop))
+                    prefix = sample.prefixes[streams.index(names[0])]
+                    rows.append(Row(prefix, arguments, length, span.stop, embeds.get(prefix)))
         return rows
+
+    def _embedded(self, samples: Sequence[Sample]) -> dict[tuple[int, ...], Tensor]:
+        """Embeddings of the prefixes that have some, each once."""
+        if self.embed is None:
+            return {}
+        about = {prefix for sample in samples for prefix in sample.prefixes if max(prefix) >= SEEN}
+        return {prefix: self.embed(prefix) for prefix in about}
 
 
 def _check(sample: Sample, span: Span, drawn: Drawn, taken: list[list[int]]) -> None:

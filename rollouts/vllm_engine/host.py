@@ -17,7 +17,8 @@ BLOCK = 32
 @dataclass(frozen=True)
 class Room:
     """What a vLLM can hold at once. `blocks`: KV blocks that requests can have; `length`: positions of a request;
-    `streams`: what one request carries, 2 where the model is one of `two_streams`; `dtype` of the weights."""
+    `streams`: what one request carries, 2 where the model is one of `two_streams`; `dtype` of the weights;
+    `whole_prompts`: the model reads a prompt at once, and no keys of another one stand in for its beginning."""
 
     rows: int
     prompt_tokens: int
@@ -25,17 +26,25 @@ class Room:
     length: int
     streams: int = 1
     dtype: str = "float32"
+    whole_prompts: bool = False
+
+
+def room_of_model(model: Any) -> dict[str, Any]:
+    """What of a `Room` vLLM's model decides."""
+    return {"streams": getattr(model, "streams", 1), "whole_prompts": getattr(model, "whole_prompts", False)}
 
 
 @dataclass(frozen=True)
 class Row:
     """One request: a stream of a sample, or all of them. `arguments`: what the processor needs of it, as plain data.
-    It ends after `length` tokens, or after one of `stop`."""
+    It ends after `length` tokens, or after one of `stop`. `embeds` [P, H]: what stands for the prefix, where not all of
+    its ids are of the vocabulary."""
 
     prefix: tuple[int, ...]
     arguments: dict[str, Any]
     length: int
     stop: tuple[int, ...] = ()
+    embeds: Tensor | None = None
 
 
 class Host(Protocol):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rollouts.vllm_engine.drawn import KEY, Drawn
-from rollouts.vllm_engine.host import BLOCK, Room, Row
+from rollouts.vllm_engine.host import BLOCK, Room, Row, room_of_model
 
 
 class LocalHost:
@@ -18,7 +18,8 @@ class LocalHost:
 
     `overrides` lay over the checkpoint's config.json (`plugin.two_stream_overrides`). With `chunked_prefill` long
     prompts are read in parts; requests that must keep step cannot be. With `sleep` (GPUs only) a rollout ends by giving
-    the device's memory back: weights go to this machine's memory, keys and values are dropped.
+    the device's memory back: weights go to this machine's memory, keys and values are dropped. With `embeds` a prompt
+    may be embeddings.
 
     Raises:
         ImportError: vLLM is not installed.
@@ -38,6 +39,7 @@ class LocalHost:
         overrides: Mapping[str, Any] | None = None,
         chunked_prefill: bool = False,
         sleep: bool = False,
+        embeds: bool = False,
     ) -> None:
         _refuse_several_processes()
         self._owns_group = not torch.distributed.is_initialized()
@@ -47,12 +49,12 @@ class LocalHost:
             model=str(folder), dtype=dtype, max_model_len=max_length, max_num_seqs=max_rows,
             max_num_batched_tokens=budget, kv_cache_memory_bytes=kv_bytes, block_size=BLOCK,
             hf_overrides=dict(overrides or {}), enable_chunked_prefill=chunked_prefill,
-            enable_sleep_mode=sleep,
+            enable_sleep_mode=sleep, enable_prompt_embeds=embeds,
         )  # fmt: skip
         # Block 0 stands for "none".
         blocks = self.llm.llm_engine.vllm_config.cache_config.num_gpu_blocks - 1
-        (streams,) = self.llm.apply_model(lambda model: getattr(model, "streams", 1))
-        self.room = Room(max_rows, max_prompt_tokens, blocks, max_length, streams, dtype)
+        (of_model,) = self.llm.apply_model(room_of_model)
+        self.room = Room(max_rows, max_prompt_tokens, blocks, max_length, dtype=dtype, **of_model)
         self.sleep, self._asleep = sleep, False
 
     def run(self, rows: Sequence[Row], samples: Sequence[str]) -> tuple[list[list[int]], list[Drawn]]:
@@ -61,12 +63,16 @@ class LocalHost:
         from rollouts.vllm_engine.processor import on_processor
 
         self._wake()
-        prompts = [{"prompt_token_ids": list(row.prefix)} for row in rows]
+        prompts = [
+            {"prompt_token_ids": list(row.prefix)} if row.embeds is None else {"prompt_embeds": row.embeds}
+            for row in rows
+        ]
         parameters = [
             # Greedy: the processor leaves one token to take.
             SamplingParams(
                 temperature=0.0, max_tokens=row.length, ignore_eos=True, detokenize=False,
                 stop_token_ids=list(row.stop), extra_args={KEY: row.arguments},
+                skip_reading_prefix_cache=self.room.whole_prompts,
             )
             for row in rows
         ]  # fmt: skip

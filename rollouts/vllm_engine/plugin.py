@@ -7,19 +7,18 @@ from rollouts.contract import Layout
 STREAMS = 2
 """What one request of the two-stream model carries."""
 TWO_STREAMS = "RlmmTwoStreamLlama"
+LLAMAGEN_TEXT = "RlmmLlamaGenText"
+"""LlamaGen of text: its class in transformers is that of LlamaGen of classes."""
 MODELS: dict[str, str] = {
     TWO_STREAMS: "rollouts.vllm_engine.two_streams:TwoStreamLlama",
     "Emu3ForConditionalGeneration": "rollouts.vllm_engine.families:Emu3",
     "ChameleonForConditionalGeneration": "rollouts.vllm_engine.families:Chameleon",
     "JanusForConditionalGeneration": "rollouts.vllm_engine.families:Janus",
     "LlamaGenForImageGeneration": "rollouts.vllm_engine.llamagen:LlamaGen",
+    LLAMAGEN_TEXT: "rollouts.vllm_engine.llamagen:LlamaGenText",
+    "GlmImageForConditionalGeneration": "rollouts.vllm_engine.glm_image:GlmImage",
 }
 """Architectures that stock vLLM lacks: the name in a checkpoint's config.json -> "module:Class"."""
-
-UNSERVED: dict[str, str] = {
-    "GlmImageForConditionalGeneration": "a code's position follows from its row and column, and vLLM counts tokens",
-}
-"""Architectures that vLLM cannot serve, and why."""
 
 
 def register() -> None:
@@ -40,21 +39,24 @@ def served_overrides(layout: Layout, config: Any, architecture: str, *, together
         config: the checkpoint's, as transformers reads it.
         architecture: the model's class.
         together: serve the model that carries both streams of a guided sample, where there is one.
-
-    Raises ValueError where vLLM cannot serve it.
     """
-    why = UNSERVED.get(architecture)
-    if getattr(config, "caption_config", None) is not None:
-        why = "its prompts are read by a T5 encoder, and a code's position does not depend on how long they are"
-    if why is not None:
-        raise ValueError(f"vLLM cannot sample from a {architecture}: {why}; set engine.kind: torch")
     if together and layout.null_token is not None and architecture == "LlamaForCausalLM":
         return two_stream_overrides(layout)
+    found: dict[str, Any] = {}
     text = config.get_text_config()
     if text.vocab_size < layout.vocab_size:  # codes that the text's vocabulary does not hold, or the other way round
-        whole = {"vocab_size": layout.vocab_size}
-        return whole if text is config else {"text_config": whole}
-    return {}
+        whole: dict[str, Any] = {"vocab_size": layout.vocab_size}
+        found = whole if text is config else {"text_config": whole}
+    if getattr(config, "caption_config", None) is not None:
+        # M-RoPE's sections are how vLLM knows to ask the model for positions.
+        rope = {**config.rope_parameters, "mrope_section": [1, 1, 1]}
+        found |= {"architectures": [LLAMAGEN_TEXT], "rope_parameters": rope}
+    if architecture == "GlmImageForConditionalGeneration":
+        grid = layout.grid
+        found["rollouts_grid"] = {
+            "rows": grid.rows, "cols": grid.cols, "preview": grid.preview, "image": list(layout.image),
+        }  # fmt: skip
+    return found
 
 
 def two_stream_overrides(layout: Layout) -> dict[str, Any]:

@@ -70,6 +70,7 @@ class ServerHost:
                 # Greedy: the processor leaves one token to take.
                 "temperature": 0.0, "max_tokens": row.length, "ignore_eos": True, "detokenize": False,
                 "stop_token_ids": list(row.stop), "extra_args": {KEY: row.arguments},
+                "skip_reading_prefix_cache": self.room.whole_prompts,
             },
         }  # fmt: skip
         try:

@@ -31,9 +31,12 @@ def refresh_tied_head(model: Any) -> None:
 
 
 def running_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
-    """One weight at a time, whole. Raises NotImplementedError on a layer that cannot be read so."""
-    named = getattr(model, "checkpoint_name", str)
-    return ((named(name), weight) for name, weight in _own_weights(model))
+    """One weight at a time, whole, of those that a sync brings (not the model's `kept`).
+
+    Raises NotImplementedError on a layer that cannot be read so.
+    """
+    named, kept = getattr(model, "checkpoint_name", str), getattr(model, "kept", ())
+    return ((named(name), weight) for name, weight in _own_weights(model) if not name.startswith(kept))
 
 
 def _own_weights(model: Any) -> Iterator[tuple[str, Tensor]]:

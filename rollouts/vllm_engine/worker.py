@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rollouts.vllm_engine.broadcast import Group, join
+from rollouts.vllm_engine.host import room_of_model
 from rollouts.vllm_engine.processor import on_processor
 from rollouts.vllm_engine.transfer import read_shards
 from rollouts.vllm_engine.weights import refresh_tied_head, running_fingerprint
@@ -34,8 +35,8 @@ class RolloutWorker:
             "prompt_tokens": scheduler.max_num_batched_tokens,
             "blocks": self.vllm_config.cache_config.num_gpu_blocks - 1,  # block 0 stands for "none"
             "length": self.vllm_config.model_config.max_model_len,
-            "streams": getattr(self.model_runner.get_model(), "streams", 1),
             "dtype": str(self.vllm_config.model_config.dtype).removeprefix("torch."),
+            **room_of_model(self.model_runner.get_model()),
         }
 
     def rollouts_collect(self, names: str) -> list[dict[str, Any]]:

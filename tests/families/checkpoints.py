@@ -74,17 +74,21 @@ def prompts(name: str) -> list[str]:
     return PROMPTS.get(name, ["a red circle", "two blue squares", "a"])
 
 
-def requests(policy: TransformerPolicy, prompts: list[str], samples: int = 2) -> list[Request]:
+def requests(
+    policy: TransformerPolicy, prompts: list[str], samples: int = 2, source: list[int] | None = None
+) -> list[Request]:
+    """`source`: a spelled image; None: what a picture without codes would be, for who takes sources."""
     layout = policy.layout
-    source = [[*layout.grid.forced().values()]] if layout.takes_sources else []
+    source = [*layout.grid.forced().values()] if source is None else source
+    sources = [source] if layout.takes_sources else []
     made = []
     for number, prompt in enumerate(prompts):
         ids = policy.encode_prompt(prompt)
         null = layout.null(ids)
         streams = {
-            "cond": layout.prefix(ids, source),
+            "cond": layout.prefix(ids, sources),
             "uncond": layout.prefix(null),
-            "source": layout.prefix(null, source),
+            "source": layout.prefix(null, sources),
         }
         seeds = tuple(100 * number + sample for sample in range(samples))
         made.append(Request(prompt, streams, seeds, tuple(f"{prompt}/{seed}" for seed in seeds)))

@@ -1,7 +1,9 @@
 """Image-to-text on the published classes: answers about a source image are sampled, and trained."""
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from rlmm.config.policy import Lora
 from rlmm.config.sampling import Sampling, Written
@@ -21,12 +23,19 @@ STEP = GrpoStage(steps=1, learning_rate=1e-2, sampling=Sampling(answer=Written(l
 
 
 def source(policy: TransformerPolicy, seed: int) -> list[int]:
-    """A picture of random codes, spelled as one that is drawn."""
+    """A picture of random codes, spelled as one that is drawn; for who sees pictures, one of random pixels."""
     grid, (low, high) = policy.layout.grid, policy.layout.image
+    if policy.pictures is not None:
+        return policy.pictures.spell([picture(seed)])[0]
     ids = torch.randint(low, high, (grid.length,), generator=torch.Generator().manual_seed(seed))
     for place, token in grid.forced().items():
         ids[place] = token
     return ids.tolist()
+
+
+def picture(seed: int) -> Image.Image:
+    """[48, 48] pixels of noise."""
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (48, 48, 3), dtype=np.uint8))
 
 
 def answers(policy: TransformerPolicy, image: list[int]) -> Trajectory:

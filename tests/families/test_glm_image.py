@@ -11,12 +11,10 @@ from PIL import Image
 from transformers import GlmImageForConditionalGeneration, GlmImageImageProcessorPil, GlmImageProcessor
 
 from rlmm.codecs import codec_hash, images_to_tensor, load_codec, save_codec
-from rlmm.config.engines import VllmEngineConfig
 from rlmm.policies.families.base import Checkpoint
 from rlmm.policies.families.glm_image import GlmImagePolicy, edit_layout, layout, preview_grid
 from rlmm.policies.families.loading import checkpoint_codec, layout_of, load_policy
 from rlmm.policies.layout_io import read_codes, spell_image
-from rlmm.train.engines import build_engine
 from rollouts.contract import Layout
 from rollouts.law import Law
 from rollouts.torch_engine.causal import TorchEngine
@@ -194,12 +192,6 @@ def test_the_decoder_is_not_copied_along(tmp_path: Path) -> None:
     save_codec(codec, tmp_path)
     assert not any("pipeline" in name or "decoder" in name for name in codec.state_dict())
     assert codec_hash(load_codec(tmp_path)) == codec_hash(codec)
-
-
-def test_vllm_is_refused() -> None:
-    policy = load_policy(tiny("glm_image").path, tiny("glm_image"))
-    with pytest.raises(ValueError, match=r"cannot sample from a GlmImage.*engine\.kind: torch"):
-        build_engine(VllmEngineConfig(), policy)
 
 
 def test_a_null_prompt_and_a_size_are_settings() -> None:

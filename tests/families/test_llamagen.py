@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
-from rlmm.config.engines import VllmEngineConfig
 from rlmm.config.policy import CheckpointPolicy
 from rlmm.config.sampling import Sampling, Written
 from rlmm.config.stages import SftStage
@@ -22,8 +21,8 @@ from rlmm.policies.layout_io import Supervised
 from rlmm.policies.models.llamagen import GridRotary, LlamaGenConfig
 from rlmm.policies.responses import response_of
 from rlmm.policies.spelling import UnusablePrompt
-from rlmm.train.engines import build_engine
 from rlmm.train.sft import SftSource
+from rollouts.vllm_engine import configs
 from tests.families import llamagen_original as original
 from tests.families.checkpoints import facts, peaked, tiny
 
@@ -218,7 +217,16 @@ def test_text_goes_through_the_whole_of_a_t5_that_nothing_trains(tmp_path: Path)
 
 def test_what_a_text_conditional_model_cannot_do_is_refused() -> None:
     policy = load_policy(tiny("llamagen_text").path, tiny("llamagen_text"))
-    with pytest.raises(ValueError, match=r"T5 encoder.*engine\.kind: torch"):
-        build_engine(VllmEngineConfig(), policy)
     with pytest.raises(NotImplementedError, match="sample with rlmm"):
         policy.base.generate(torch.tensor([[21, 1]]))  # pyrefly: ignore
+
+
+@pytest.mark.parametrize("caption", [None, {"vocab_size": 300, "d_model": 16, "pad_token_id": 0}])
+def test_a_vllm_process_reads_the_configuration_without_the_trainers_class(caption: Any, tmp_path: Path) -> None:
+    LlamaGenConfig(vocab_size=64, grid_size=4, caption_config=caption, caption_tokens=9).save_pretrained(tmp_path)
+    ours, theirs = LlamaGenConfig.from_pretrained(tmp_path), configs.LlamaGenConfig.from_pretrained(tmp_path)
+    for name in ("vocab_size", "grid_size", "first_code", "condition_tokens", "caption_tokens", "rope_parameters"):
+        assert getattr(ours, name) == getattr(theirs, name), name
+    assert (theirs.caption_config is None) == (caption is None)
+    if caption is not None:
+        assert theirs.caption_config.to_dict() == ours.caption_config.to_dict() and theirs.first_code == 300

@@ -1,5 +1,6 @@
 """What a family states of its checkpoints, against what was published of them (tests/fixtures/families)."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import Emu3Config
 
 from rlmm.config.policy import CheckpointPolicy
@@ -168,3 +170,40 @@ def test_weights_that_are_missing_are_named(tmp_path: Path) -> None:
     options = options.model_copy(update={"decoder": str(tmp_path / "other.ckpt")})
     with pytest.raises(ValueError, match=r"no weights named decoder"):
         FAMILIES["chameleon"].codec(Checkpoint(options.path, options))
+
+
+def lumina_as_published(folder: Path, groups: int) -> dict[str, Tensor]:
+    """A tiny Lumina-mGPT with its authors' class name and its norms once a group of heads; those norms."""
+    shutil.copytree(tiny("lumina_mgpt").path, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"architectures": ["ChameleonXLLMXForConditionalGeneration"], "model_parallel_size": groups}
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = load_file(folder / "model.safetensors")
+    norms = {n: torch.randn(groups, w.shape[1]) for n, w in weights.items() if ".q_norm." in n or ".k_norm." in n}
+    save_file(weights | norms, folder / "model.safetensors", metadata={"format": "pt"})
+    return norms
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_lumina_is_known_by_its_authors_class_and_each_head_has_its_groups_norms(groups: int, tmp_path: Path) -> None:
+    norms = lumina_as_published(tmp_path / "lumina", groups)
+    assert len(norms) == 2 * 2 * 2  # layers, queries and keys, weights and biases
+    options = CheckpointPolicy(path=str(tmp_path / "lumina"), image_size=(64, 64))
+    policy = load_policy(options.path, options)
+    assert policy.layout.family == "lumina_mgpt" and type(policy.base).__name__ == "ChameleonForConditionalGeneration"
+    for name, weight in norms.items():
+        found = policy.base.get_parameter(name)
+        assert found.shape[0] == 2 and all(found[head].equal(weight[head * groups // 2]) for head in range(2))
+    assert checkpoint_codec(options).image_size == (64, 64)
+    untouched = load_policy(tiny("lumina_mgpt").path, tiny("lumina_mgpt")).base.get_parameter("lm_head.weight")
+    assert policy.base.get_parameter("lm_head.weight").equal(untouched)
+
+
+def test_a_lumina_with_other_shapes_is_refused(tmp_path: Path) -> None:
+    lumina_as_published(tmp_path / "lumina", 1)
+    file = tmp_path / "lumina" / "model.safetensors"
+    weights = load_file(file)
+    name = "model.layers.0.mlp.up_proj.weight"
+    save_file(weights | {name: weights[name][:8].clone()}, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"up_proj\.weight has another shape"):
+        load_policy(tmp_path / "lumina", CheckpointPolicy(path=str(tmp_path / "lumina"), image_size=(64, 64)))

@@ -79,7 +79,7 @@ def test_answers_are_read_after_the_picture_and_the_question_as_it_was_asked(run
     codec.eval()
     row, writing = pairs(run, "pairs")[0], Writing(template="say: {prompt}")
     source = Image.open(io.BytesIO(row["picture"]["bytes"]))
-    sources = spell_sources(image_tokens(context, codec), policy.layout, [source])
+    sources = spell_sources(image_tokens(context, codec, policy), policy.spelling, [source])
     asked = writing_spelling(policy.spelling, writing, 1, False).encode(row["question"])
     stored = load_file(run.folder.stage("dpo") / "reference" / "000000.safetensors")["log_probs"]
     for side, answer in enumerate((row["chosen_answer"], row["rejected_answer"])):

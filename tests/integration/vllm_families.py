@@ -7,6 +7,7 @@ from typing import Any
 from rlmm.config.engines import VllmEngineConfig
 from rlmm.config.policy import Lora
 from rlmm.config.sampling import Sampling, Written
+from rlmm.policies.layout_io import spell_image
 from rlmm.policies.responses import response_of
 from rlmm.policies.transformer import TransformerPolicy
 from rlmm.train.engines import build_engine
@@ -16,6 +17,7 @@ from rollouts.law import Law
 from rollouts.torch_engine.causal import TorchEngine
 from rollouts.trajectory import Span
 from tests.families.checkpoints import PROMPTS, WRITERS, peaked, requests
+from tests.families.test_answers import picture
 from tests.integration.vllm_requests import LAWS, agrees, change, gap
 
 TEXTS = ["a", "two red circles and a very long blue line between them", 'render "HELLO"']
@@ -32,12 +34,12 @@ def family(name: str) -> dict[str, Any]:
     found["agrees"].append(agrees(engine, policy))
     engine.sync(policy.named_weights(), 1)
     found["agrees"].append(agrees(engine, policy))
-    asked = PROMPTS.get(name, TEXTS)
+    asked = requests(policy, PROMPTS.get(name, TEXTS), source=source(policy))
     reference = TorchEngine(policy, num_layers=policy.sizes.num_hidden_layers)
     for law, settings in LAWS.items():
         span = Span("image", Law(policy.layout.image, **settings), policy.layout.grid.length)
-        made = engine.generate(requests(policy, asked), [span])
-        wanted = reference.generate(requests(policy, asked), [span])
+        made = engine.generate(asked, [span])
+        wanted = reference.generate(asked, [span])
         same = (made.ids == wanted.ids).float().mean()
         found["laws"][law] = {"gap": gap(policy, made), "same": float(same), "decided": int(made.target_mask.sum())}
     if name in WRITERS:
@@ -46,13 +48,22 @@ def family(name: str) -> dict[str, Any]:
     return found
 
 
+def source(policy: TransformerPolicy) -> list[int] | None:
+    """A whole picture where its rows and columns are positions, too."""
+    layout = policy.layout
+    if not layout.family.startswith("glm_image"):
+        return None
+    return spell_image(layout, [11 * code for code in range(len(layout.grid.decided()))])
+
+
 def thought(engine: Any, policy: TransformerPolicy) -> dict[str, Any]:
     """A text and the guided image after it, about a source image."""
     spans = response_of(policy, Sampling(guidance_scale=2.0, thought=Written(length_limit=6, top_k=30)))
-    source = [*policy.layout.grid.forced().values()]
+    shown = [*policy.layout.grid.forced().values()]
+    if policy.pictures is not None:
+        (shown,) = policy.pictures.spell([picture(0)])
     asked = [
-        Request(text, spans.streams(text, [source]), (7, 8, 9), tuple(f"{text}/{i}" for i in range(3)))
-        for text in TEXTS
+        Request(text, spans.streams(text, [shown]), (7, 8, 9), tuple(f"{text}/{i}" for i in range(3))) for text in TEXTS
     ]
     made = generate_spans(engine, policy.layout, asked, spans.spans)
     reference = TorchEngine(policy, num_layers=policy.sizes.num_hidden_layers)

@@ -23,7 +23,7 @@ from rlmm.policies.causal import CausalPolicy
 from rlmm.rollout_server import serve_rollouts, server_config
 from rlmm.train.engines import build_engine
 from rlmm.train.recovery import Recovering
-from rollouts.contract import EngineLost, Grid, Layout, Request
+from rollouts.contract import SEEN, EngineLost, Grid, Layout, Request
 from rollouts.fingerprint import weights_fingerprint
 from rollouts.law import Law
 from rollouts.trajectory import Span, Trajectory
@@ -117,6 +117,12 @@ def ask(engine: Any, guided: bool = True, seeds: int = 5) -> Trajectory:
     streams = {"cond": (0, 3, 3, 2), "uncond": (0, 2)}
     request = Request("a", streams, tuple(range(seeds)), tuple(f"a/{i}" for i in range(seeds)))
     return engine.generate([request], [Span("image", law, 2)])
+
+
+def test_a_prompt_about_a_picture_to_be_seen_is_refused() -> None:
+    request = Request("a", {"cond": (0, SEEN + 5, 2)}, (1,), ("a/0",))
+    with pytest.raises(ValueError, match=r"sees through an encoder.*engine\.kind: vllm or torch"):
+        engine_of(FakeHost()).generate([request], [Span("image", Law(LAYOUT.image), 2)])
 
 
 def test_hosts_draw_equal_parts_in_order_and_forget_with_each_sync() -> None:

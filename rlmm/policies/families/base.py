@@ -1,7 +1,7 @@
 """What a checkpoint family states, and what it is handed: one record each."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import cast
@@ -123,6 +123,9 @@ class Family:
         tiny: writes a random instance of the real class with the published vocabulary, special tokens and grid rules,
             and a few thousand weights beside them: what tests and `model=tiny` run.
         named: read so only where a recipe names the family: its classes are those of plain language models too.
+        known_as: names in published config.json files -> the class of `architectures` that they stand for.
+        mend: fills in weights of the model, of these names, whose shapes in the checkpoint are others. None: that there
+            are some is an error.
     """
 
     name: str
@@ -134,3 +137,5 @@ class Family:
     settings: frozenset[str] = frozenset({"image_size", "template"})
     masked: bool = False
     named: bool = False
+    known_as: Mapping[str, str] = field(default_factory=dict)
+    mend: Callable[[PreTrainedModel, Checkpoint, Sequence[str]], None] | None = None

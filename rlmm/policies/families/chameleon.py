@@ -4,15 +4,16 @@
 transformers' forward forbids image tokens in the logits; a policy reads the hidden states and uses the head itself.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import ChameleonConfig, ChameleonForConditionalGeneration
+from transformers import ChameleonConfig, ChameleonForConditionalGeneration, PreTrainedModel
 
 from rlmm.codecs import NetworkCodec
-from rlmm.codecs.network_files import load_network, reversed_levels, vqgan_decoder
+from rlmm.codecs.network_files import load_network, reversed_levels, safetensors_of, vqgan_decoder
 from rlmm.config.codec import PretrainedCodec
 from rlmm.policies.causal import CausalPolicy
 from rlmm.policies.families.base import Checkpoint, Family
@@ -68,9 +69,34 @@ def lumina_layout(checkpoint: Checkpoint) -> Layout:
     )
 
 
+@torch.no_grad()
+def spread_norms(model: PreTrainedModel, checkpoint: Checkpoint, names: Sequence[str]) -> None:
+    """Lumina-mGPT keeps the norms of queries and keys once a group of heads, transformers' class once a head.
+
+    Raises ValueError for other weights of another shape.
+    """
+    kept = {name: weight for name, weight in safetensors_of(checkpoint.source, "_norm.") if name in names}
+    for name in names:
+        own, weight = model.get_parameter(name), kept.get(name)
+        if weight is None or weight.ndim != 2 or weight.shape[1] != own.shape[1] or own.shape[0] % weight.shape[0]:
+            raise ValueError(
+                f"{checkpoint.source}: {name} has another shape than the model's, {list(own.shape)}; config.json is of "
+                "another checkpoint"
+            )
+        own.copy_(weight.repeat_interleave(own.shape[0] // weight.shape[0], 0))
+
+
 def codec(checkpoint: Checkpoint) -> NetworkCodec:
     """The tokenizer inside of the checkpoint. Its decoder is in few of them: `policy.decoder` names another file."""
-    size = LUMINA_SIZE if checkpoint.options.family == LUMINA.name else _own(checkpoint)
+    return _codec(checkpoint, _own(checkpoint))
+
+
+def lumina_codec(checkpoint: Checkpoint) -> NetworkCodec:
+    """The same, of pictures of another size."""
+    return _codec(checkpoint, LUMINA_SIZE)
+
+
+def _codec(checkpoint: Checkpoint, size: tuple[int, int]) -> NetworkCodec:
     step, (height, width) = _step(checkpoint), checkpoint.size(size, _step(checkpoint))
     vq = checkpoint.config.vq_config
     settings = PretrainedCodec(
@@ -142,6 +168,7 @@ FAMILY = Family(
     "chameleon", ARCHITECTURES, policy=ChameleonPolicy, layout=layout, codec=codec, tiny=tiny, settings=OPTIONS
 )
 LUMINA = Family(
-    "lumina_mgpt", ARCHITECTURES, policy=ChameleonPolicy, layout=lumina_layout, codec=codec, tiny=tiny, settings=OPTIONS
-)
-"""Of the same class, so a recipe names it: policy.family: lumina_mgpt."""
+    "lumina_mgpt", ARCHITECTURES, policy=ChameleonPolicy, layout=lumina_layout, codec=lumina_codec, tiny=tiny,
+    settings=OPTIONS, known_as={"ChameleonXLLMXForConditionalGeneration": ARCHITECTURES[0]}, mend=spread_norms,
+)  # fmt: skip
+"""Of the same class: the published files name one of the authors', others need policy.family: lumina_mgpt."""

@@ -22,6 +22,7 @@ from rlmm.policies.families.base import Checkpoint, Family
 from rlmm.policies.families.glm_image_decoder import tiny_decoder
 from rlmm.policies.families.tiny import published_tokenizer
 from rollouts.contract import Grid, Layout
+from rollouts.grid_positions import grid_positions
 
 CODES, VOCABULARY, HEAD_ROWS = 16384, 168064, 16512
 BEGIN, END, GRID_BEGIN, GRID_END = "<|dit_token_16384|>", "<|dit_token_16385|>", "<sop>", "<eop>"
@@ -42,22 +43,8 @@ class GlmImagePolicy(CausalPolicy):
     projections = MappingProxyType({"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"})
 
     def positions(self, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
-        """[3, B, T]: of text the count of positions before, three times; of the code in row r and column c of a grid
-        that count, plus r, plus c. After a grid the count goes on by the grid's longer side."""
-        grid, (low, high) = self.layout.grid, self.layout.image
-        parts = [grid.preview] if grid.preview is not None else []
-        place = [(r, c) for rows, cols in [*parts, (grid.rows, grid.cols)] for r in range(rows) for c in range(cols)]
-        sides = torch.zeros(len(place), dtype=torch.long, device=ids_BT.device)
-        for end, (rows, cols) in ((grid.ahead - 1, grid.preview or (0, 0)), (-1, (grid.rows, grid.cols))):
-            sides[end] = max(rows, cols)
-        code_BT = (ids_BT >= low) & (ids_BT < high) & mask_BT
-        nth_BT = code_BT.long().cumsum(-1)
-        before_BT = nth_BT.masked_fill(code_BT, 0).cummax(-1).values  # codes before the run of codes
-        nth_BT = (nth_BT - before_BT - 1).clamp(0, len(place) - 1)
-        grows_BT = torch.where(code_BT, sides[nth_BT], mask_BT.long())
-        count_BT = grows_BT.cumsum(-1) - grows_BT
-        rows_BT, cols_BT = torch.tensor(place, device=ids_BT.device)[nth_BT].mul(code_BT.unsqueeze(-1)).unbind(-1)
-        return torch.stack([count_BT, count_BT + rows_BT, count_BT + cols_BT])
+        """[3, B, T]: see `grid_positions`."""
+        return grid_positions(self.layout.grid, self.layout.image, ids_BT, mask_BT)
 
 
 def layout(checkpoint: Checkpoint) -> Layout:
@@ -159,9 +146,10 @@ def tiny(folder: Path, image_size: tuple[int, int]) -> None:
     config = GlmImageConfig(
         text_config={
             "vocab_size": VOCABULARY, "vision_vocab_size": HEAD_ROWS, "hidden_size": 32, "intermediate_size": 64,
-            "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 512,
+            "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32,
+            "max_position_embeddings": 512,
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5,
-                                "mrope_section": [1, 1, 2]},
+                                "mrope_section": [2, 2, 4]},
         },
         vision_config={"depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "patch_size": 4,
                        "image_size": 64},

@@ -3,12 +3,21 @@
 Here both live in one vocabulary: text tokens first, then the codes.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor
-from transformers import GenerationConfig, JanusConfig, JanusForConditionalGeneration
+from transformers import (
+    GenerationConfig,
+    JanusConfig,
+    JanusForConditionalGeneration,
+    JanusImageProcessorPil,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from rlmm.codecs import NetworkCodec
 from rlmm.codecs.network_files import load_network
@@ -17,7 +26,8 @@ from rlmm.policies.causal import CausalPolicy
 from rlmm.policies.families.base import Checkpoint, Family
 from rlmm.policies.families.tiny import published_tokenizer
 from rlmm.policies.head import OutputHead
-from rollouts.contract import Grid, Layout
+from rlmm.policies.pictures import Features, Pictures, numbers_and_places
+from rollouts.contract import SEEN, Grid, Layout, Seeing
 
 BEGIN, END, PAD, USER, ASSISTANT = (
     "<begin_of_image>", "<end_of_image>", "<｜▁pad▁｜>", "<|User|>", "<|Assistant|>",
@@ -28,22 +38,62 @@ SPECIAL = {
     ASSISTANT: 100602,
 }  # fmt: skip
 VOCABULARY, CODES = 102400, 16384
+SYSTEM = (
+    "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
+    "provides, and assist the user with a variety of tasks using natural language."
+)
+"""What the published processor puts before a question."""
 
 
 class JanusPolicy(CausalPolicy):
-    """A `JanusForConditionalGeneration` that draws."""
+    """A `JanusForConditionalGeneration` that draws, and sees images that it writes about."""
 
     frozen_parts = ("model.vision_model.", "model.aligner.", "model.vqmodel.")
     untrained_parts = ("lm_head.",)
 
+    def __init__(self, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, layout: Layout) -> None:
+        super().__init__(model, tokenizer, layout)
+        seeing = layout.seeing
+        self.pictures, self._features = None if seeing is None else Pictures(seeing.length), Features()
+
     def embedded(self, ids_BT: Tensor) -> dict[str, Tensor]:
-        """Text through the language model's embedding, codes through the generation embedding and its aligner."""
+        """Text through the language model's embedding, codes through the generation embedding and its aligner, images
+        that are seen through the vision encoder and its aligner, which nothing trains."""
         model: Any = self.base.model
-        first = self.layout.image[0]
+        first, end = self.layout.image
         image_BT1 = (ids_BT >= first).unsqueeze(-1)
         text_BTH = model.get_input_embeddings()(ids_BT.clamp_max(first - 1))
-        codes_BTD = model.generation_embeddings((ids_BT - first).clamp_min(0))
-        return {"inputs_embeds": torch.where(image_BT1, model.generation_aligner(codes_BTD), text_BTH)}
+        codes_BTD = model.generation_embeddings((ids_BT - first).clamp(0, end - first - 1))
+        embedded_BTH = torch.where(image_BT1, model.generation_aligner(codes_BTD), text_BTH)
+        # One token at a time is drawn, never given; and without memory (a memory plan) there is nothing to look at.
+        if ids_BT.shape[1] > 1 and not ids_BT.is_meta and (seen_BT := ids_BT >= SEEN).any():
+            seen_NH = self._seen(ids_BT[seen_BT]).to(embedded_BTH)
+            embedded_BTH = embedded_BTH.masked_scatter(seen_BT.unsqueeze(-1), seen_NH)
+        return {"inputs_embeds": embedded_BTH}
+
+    @torch.no_grad()
+    def _seen(self, ids_N: Tensor) -> Tensor:
+        """[N, H]."""
+        numbers_N, places_N = numbers_and_places(ids_N)
+        different, which_N = numbers_N.unique(return_inverse=True)
+        return torch.stack(self._features.of(different.tolist(), self._encoded))[which_N, places_N]
+
+    def _encoded(self, numbers: list[int]) -> Tensor:
+        """Aligned features [n, L, H] of pictures; ValueError where the checkpoint does not say how pixels are
+        normed."""
+        seeing, pictures = self.layout.seeing, self.pictures
+        if seeing is None or pictures is None or seeing.mean is None or seeing.std is None:
+            raise ValueError(
+                "the checkpoint has no preprocessor_config.json, which says how the pixels of an image to be answered "
+                "about are normed: put the release's beside the model"
+            )
+        model: Any = self.base.model
+        side = model.config.vision_config.image_size
+        processor: Any = JanusImageProcessorPil(
+            size={"height": side, "width": side}, image_mean=list(seeing.mean), image_std=list(seeing.std)
+        )
+        pixels = processor([pictures.pixels(number) for number in numbers], return_tensors="pt").pixel_values
+        return model.get_image_features(pixels.to(self.base.device, self.base.dtype)).pooler_output
 
     def output_head(self, vocabulary: tuple[int, int]) -> OutputHead:
         """The generation head for codes: a layer and an activation, then the matrix that is sliced."""
@@ -73,8 +123,21 @@ def layout(checkpoint: Checkpoint) -> Layout:
         null_token=checkpoint.token(str(checkpoint.tokenizer.pad_token)),
         template=checkpoint.options.template or f"{USER}: {{prompt}}\n\n{ASSISTANT}:",
         after_source=(checkpoint.token(END),),
+        seeing=_seeing(checkpoint),
         family=FAMILY.name,
     )
+
+
+def _seeing(checkpoint: Checkpoint) -> Seeing:
+    """`<bos>` system prompt `<|User|>: <boi>` image `<eoi>` question `<|Assistant|>:`, as published."""
+    vision = checkpoint.config.vision_config
+    lead = (*checkpoint.text_ids(f"{SYSTEM}\n\n"), checkpoint.token(USER), *checkpoint.text_ids(": "))
+    made = Seeing((vision.image_size // vision.patch_size) ** 2, lead, f"\n{{prompt}}\n\n{ASSISTANT}:")
+    try:
+        pixels: Any = JanusImageProcessorPil.from_pretrained(checkpoint.source)
+    except (OSError, ValueError):  # only a question about an image needs it, and says so then
+        return made
+    return replace(made, mean=tuple(pixels.image_mean), std=tuple(pixels.image_std))
 
 
 def codec(checkpoint: Checkpoint) -> NetworkCodec:
@@ -120,6 +183,9 @@ def tiny(folder: Path, image_size: tuple[int, int]) -> None:
     model.generation_config = GenerationConfig(generation_kwargs={"boi_token_id": SPECIAL[BEGIN]})
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    half = [0.5, 0.5, 0.5]
+    size = {"height": image_size[0], "width": image_size[1]}
+    JanusImageProcessorPil(size=size, image_mean=half, image_std=half).save_pretrained(folder)
 
 
 FAMILY = Family("janus", ("JanusForConditionalGeneration",), policy=JanusPolicy, layout=layout, codec=codec, tiny=tiny)

@@ -77,7 +77,9 @@ def load_policy(source: Path | str, options: CheckpointPolicy | None = None) -> 
     named = None if options is None else options.dtype or (None if own_folder(source) else "float32")
     dtype = "auto" if named is None else getattr(torch, named)
     kind = _model_class(family, checkpoint.config)
-    known = {"config": checkpoint.config} if kind in (*CLASSES.values(), AutoModelForCausalLM) else {}
+    known: dict[str, Any] = {"config": checkpoint.config} if kind in (*CLASSES.values(), AutoModelForCausalLM) else {}
+    if family.mend is not None:
+        known["ignore_mismatched_sizes"] = True
     try:
         # Show-o was published as a pickle alone, of which transformers reads tensors and nothing else.
         load: Callable[..., Any] = kind.from_pretrained if kind is Showo else partial(load_model, kind)
@@ -86,6 +88,8 @@ def load_policy(source: Path | str, options: CheckpointPolicy | None = None) -> 
         raise ValueError(
             f"{source} is not a readable checkpoint ({error}); give a complete model folder or a hub id"
         ) from error
+    if family.mend is not None:
+        family.mend(cast(PreTrainedModel, model), checkpoint, sorted(name for name, *_ in report["mismatched_keys"]))
     policy = family.policy(cast(PreTrainedModel, model), cast(PreTrainedTokenizerBase, checkpoint.tokenizer), layout)
     idle = tuple(part for part in policy.frozen_parts if part not in policy.read_parts)
     missing = sorted(name for name in report["missing_keys"] if not name.startswith(idle))
@@ -227,7 +231,7 @@ def _checkpoint(source: Path | str, options: CheckpointPolicy | None) -> Checkpo
 
 def _named(name: str, checkpoint: Checkpoint) -> Family:
     family, classes = find_family(name), checkpoint.config.architectures or []
-    if family.architectures and not set(classes) & set(family.architectures):
+    if family.architectures and not set(classes) & {*family.architectures, *family.known_as}:
         raise ValueError(
             f"policy.family {name!r} reads {', '.join(family.architectures)}, and {checkpoint.source} is a "
             f"{', '.join(classes) or 'model of unknown class'}; leave family out, or name the right one"
@@ -237,12 +241,14 @@ def _named(name: str, checkpoint: Checkpoint) -> Family:
 
 def _by_class(config: PretrainedConfig) -> Family:
     names, unnamed = set(config.architectures or ()), [family for family in FAMILIES.values() if not family.named]
-    return next((family for family in unnamed if names & set(family.architectures)), llama.FAMILY)
+    fitting = (family for family in unnamed if names & {*family.architectures, *family.known_as})
+    return next(fitting, llama.FAMILY)
 
 
 def _model_class(family: Family, config: PretrainedConfig) -> Any:
     """The class that the checkpoint was saved from, where it is one of the family's."""
-    known = [name for name in config.architectures or () if name in family.architectures]
+    names = [family.known_as.get(name, name) for name in config.architectures or ()]
+    known = [name for name in names if name in family.architectures]
     if not known:
         return AutoModelForCausalLM
     return CLASSES[known[0]] if known[0] in CLASSES else getattr(transformers, known[0])
