@@ -1,0 +1,51 @@
+"""Cosines and variance of every estimate's gradient as a picture, a row a stage of rollouts."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+
+COSINES = {"trajectory": ("o", "exact trajectory"), "elbo": ("s", "ELBO"), "step": ("^", "expected reward, one step")}
+
+
+def write_plot(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
+    """Means over starts as marks, each start as a dot beside its mark."""
+    stages = list(dict.fromkeys(row["stage"] for row in rows))
+    most = max(len({row["estimator"] for row in rows if row["stage"] == stage}) for stage in stages)
+    figure, drawn = plt.subplots(
+        len(stages), 2, figsize=(10, 1.2 + 0.3 * most * len(stages)), layout="constrained", squeeze=False, sharey="row"
+    )
+    for line, stage in zip(drawn, stages, strict=True):
+        chosen = [row for row in rows if row["stage"] == stage]
+        names = list(dict.fromkeys(row["estimator"] for row in chosen))
+        for colour, (column, (mark, label)) in enumerate(COSINES.items()):
+            _marks(line[0], chosen, names, column, mark, label, f"C{colour}")
+        _marks(line[1], chosen, names, "variance", "o", "", "C3")
+        line[0].set_yticks(range(len(names)), names)
+        line[0].invert_yaxis()
+        line[0].set_title(f"rollouts of stage {stage}: cosine with the gradient of", fontsize=10)
+        line[1].set_title("variance over plans, of the squared expected gradient", fontsize=10)
+        line[1].set_xscale("symlog", linthresh=0.1)
+        for axes in line:
+            axes.grid(alpha=0.3)
+    drawn[0][0].legend(fontsize=8)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=140)
+    plt.close(figure)
+
+
+def _marks(
+    axes: Axes, rows: Sequence[Mapping[str, Any]], names: Sequence[str], column: str, mark: str, label: str, colour: str
+) -> None:
+    points = [(at, row[column]) for at, name in enumerate(names) for row in rows
+              if row["estimator"] == name and row[column] is not None]  # fmt: skip
+    places = sorted({at for at, _ in points})
+    means = [fmean(value for at, value in points if at == place) for place in places]
+    axes.plot(means, places, mark, color=colour, label=label)
+    axes.plot([value for _, value in points], [at for at, _ in points], ".", color=colour, alpha=0.4, markersize=4)
