@@ -11,11 +11,15 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-COSINES = {"trajectory": ("o", "exact trajectory"), "elbo": ("s", "ELBO"), "step": ("^", "expected reward, one step")}
+COSINES = {
+    "trajectory": ("o", "with the exact trajectory's"),
+    "elbo": ("s", "with the ELBO's"),
+    "step": ("^", "of one step with the expected reward's"),
+}
 
 
 def write_plot(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
-    """Means over starts as marks, each start as a dot beside its mark."""
+    """Means over starts as marks, each start as a dot."""
     stages = list(dict.fromkeys(row["stage"] for row in rows))
     most = max(len({row["estimator"] for row in rows if row["stage"] == stage}) for stage in stages)
     figure, drawn = plt.subplots(
@@ -29,12 +33,11 @@ def write_plot(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
         _marks(line[1], chosen, names, "variance", "o", "", "C3")
         line[0].set_yticks(range(len(names)), names)
         line[0].invert_yaxis()
-        line[0].set_title(f"rollouts of stage {stage}: cosine with the gradient of", fontsize=10)
-        line[1].set_title("variance over plans, of the squared expected gradient", fontsize=10)
-        line[1].set_xscale("symlog", linthresh=0.1)
+        line[0].set_title(f"rollouts of {stage}: cosine", fontsize=10)
+        line[1].set_title("variance over plans / squared mean", fontsize=10)
         for axes in line:
             axes.grid(alpha=0.3)
-    drawn[0][0].legend(fontsize=8)
+    figure.legend(*drawn[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=140)
     plt.close(figure)

@@ -73,18 +73,19 @@ class Row:
 def bench_gradients(
     runs: Sequence[Path], stages: Sequence[str], plan: GradientPlan, json_file: Path | None, plot: Path | None
 ) -> None:
-    """Print the table, of means over runs; write it and its picture where asked."""
-    contexts = [opened(run, stage) for stage in stages for run in runs]
-    with torch_threads(plan.threads):
-        rows = [row for context in contexts for row in measure(context, plan)]
+    """Print the table, of means over runs; write it and its picture where asked, and anew after each start."""
+    contexts, rows = [opened(run, stage) for stage in stages for run in runs], list[Row]()
+    for context in contexts:
+        with torch_threads(plan.threads):
+            rows += measure(context, plan)
+        kept = {"setting": setting(plan.threads), "plan": asdict(plan), "rows": [asdict(row) for row in rows]}
+        if json_file is not None:
+            write_json(json_file, kept)
+        if plot is not None:
+            write_plot(kept["rows"], plot)
     console = Console()
     for stage in stages:
         console.print(_table(stage, [row for row in rows if row.stage == stage]))
-    if json_file is not None:
-        kept = {"setting": setting(plan.threads), "plan": asdict(plan), "rows": [asdict(row) for row in rows]}
-        write_json(json_file, kept)
-    if plot is not None:
-        write_plot([asdict(row) for row in rows], plot)
 
 
 def estimators(forwards: int, steps: int, confident: bool) -> dict[str, EstimatorConfig]:
