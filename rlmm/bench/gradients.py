@@ -89,8 +89,8 @@ def bench_gradients(
 
 
 def estimators(forwards: int, steps: int, confident: bool) -> dict[str, EstimatorConfig]:
-    """What is compared at `forwards` a sample, or as near below it as a scheme can be had; mean field and whole
-    trajectories take what they take. `confident`: the order has a log-prob, which may be left out."""
+    """What is compared at `forwards` a sample, or as near it as a scheme can be had; mean field and whole trajectories
+    take what they take. `confident`: the order has a log-prob, which may be left out."""
     pairs, triples = max(1, forwards // 2), max(1, forwards // 3)
     found = {"trajectory, all steps": EXACT}
     if confident:
