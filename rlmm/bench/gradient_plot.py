@@ -19,7 +19,7 @@ COSINES = {
 
 
 def write_plot(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
-    """Means over starts as marks, each start as a dot."""
+    """Means over starts as marks, where every start has a value; each start as a dot."""
     stages = list(dict.fromkeys(row["stage"] for row in rows))
     most = max(len({row["estimator"] for row in rows if row["stage"] == stage}) for stage in stages)
     figure, drawn = plt.subplots(
@@ -46,9 +46,14 @@ def write_plot(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
 def _marks(
     axes: Axes, rows: Sequence[Mapping[str, Any]], names: Sequence[str], column: str, mark: str, label: str, colour: str
 ) -> None:
-    points = [(at, row[column]) for at, name in enumerate(names) for row in rows
-              if row["estimator"] == name and row[column] is not None]  # fmt: skip
-    places = sorted({at for at, _ in points})
+    points = [
+        (at, row[column])
+        for at, name in enumerate(names)
+        for row in rows
+        if row["estimator"] == name and row[column] is not None
+    ]
+    starts, told = len({row["run"] for row in rows}), [at for at, _ in points]
+    places = [at for at in range(len(names)) if told.count(at) == starts]
     means = [fmean(value for at, value in points if at == place) for place in places]
     axes.plot(means, places, mark, color=colour, label=label)
-    axes.plot([value for _, value in points], [at for at, _ in points], ".", color=colour, alpha=0.4, markersize=4)
+    axes.plot([value for _, value in points], told, ".", color=colour, alpha=0.4, markersize=4)
