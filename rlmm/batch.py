@@ -1,14 +1,16 @@
 """The batch equation: what a step is made of, printed before anything runs."""
 
+from collections.abc import Collection
+
 from rlmm.config.recipe import Recipe
 from rlmm.config.stages import CodecStage, DpoStage, GrpoStage, SftStage
 
 
-def batch_equations(recipe: Recipe, processes: int = 1) -> list[str]:
-    """One line a training stage. Raises ValueError where one cannot be shared out evenly among the processes."""
-    return [
-        f"{name}: {line}" for name, stage in recipe.stages.items() if (line := _equation(stage, processes)) is not None
-    ]
+def batch_equations(recipe: Recipe, processes: int = 1, done: Collection[str] = ()) -> list[str]:
+    """One line a training stage that is not `done`. Raises ValueError where one cannot be shared out evenly among the
+    processes."""
+    waiting = {name: stage for name, stage in recipe.stages.items() if name not in done}
+    return [f"{name}: {line}" for name, stage in waiting.items() if (line := _equation(stage, processes)) is not None]
 
 
 def _equation(stage: object, processes: int) -> str | None:

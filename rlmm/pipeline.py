@@ -86,7 +86,7 @@ def _run_stages(folder: RunFolder, recipe: Recipe, done: Sequence[str], say: Cal
     torch.set_num_threads(recipe.runtime.threads)
     hf_logging.disable_progress_bar()
     hf_logging.set_verbosity_error()
-    for line in batch_equations(recipe, world()[1]) if len(done) < len(recipe.stages) else []:
+    for line in batch_equations(recipe, world()[1], done):
         say(line)
     for name, stage in recipe.stages.items():
         if name in done:

@@ -60,6 +60,26 @@ def estimators(
     bench_estimators(policies, plans, json_file)
 
 
+@bench_app.command("gradients")
+def gradients(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders of a masked policy; a start each")],
+    stages: Annotated[str, typer.Option(help="GRPO stages whose start, sampling and prompts are used")] = "grpo",
+    json_file: JsonFile = None,
+    plot: Annotated[Path | None, typer.Option(help="A picture of the table")] = None,
+    sets: Annotated[int, typer.Option(min=1, help="Rollouts that every estimate is differentiated on")] = 4,
+    plans: Annotated[int, typer.Option(min=2, help="Noise plans an estimate and rollout")] = 4,
+    forwards: Annotated[int, typer.Option(min=1, help="A sample")] = 6,
+    bound_plans: Annotated[int, typer.Option(min=2, help="Of eight draws each, for the ELBO's own gradient")] = 8,
+    others: Annotated[int, typer.Option(min=2, help="Other rollouts, for the expected reward's gradient")] = 16,
+    threads: Threads = 1,
+) -> None:
+    """The policy gradient by every estimate of a masked policy's log-prob, on the same rollouts and advantages."""
+    from rlmm.bench.gradients import GradientPlan, bench_gradients
+
+    plan = GradientPlan(sets, plans, forwards, bound_plans, others, threads)
+    bench_gradients(runs, stages.split(","), plan, json_file, plot)
+
+
 @bench_app.command("unmasking")
 def unmasking(
     json_file: JsonFile = None,

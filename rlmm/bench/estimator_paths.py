@@ -21,7 +21,7 @@ from rlmm.bench.estimator_problem import (
     path_trajectory,
     similarity,
 )
-from rlmm.objectives.estimators import Upper, sandwiched, step_weights, upper_log_probs
+from rlmm.objectives.estimators import Estimator, Upper, sandwiched, step_weights, upper_log_probs
 from rlmm.objectives.noise import noise_plan
 from rollouts.unmasking import Unmasking
 
@@ -80,10 +80,10 @@ class _Ways:
             whole = path_trajectory(problem.policy, images_WS, step_WS, CONFIDENT)
             possible_W = problem.policy.log_probs(whole).logp_BS.sum(1).isfinite()
         self.problem, image_W = problem, torch.arange(len(IMAGES_NS)).repeat_interleave(len(STEP_OS))[possible_W]
-        ways = (images_WS[possible_W], step_WS[possible_W])
+        ways = path_trajectory(problem.policy, images_WS[possible_W], step_WS[possible_W], CONFIDENT)
         self.logp_W, self.tokens_W = (
-            problem.policy.log_probs(path_trajectory(problem.policy, *ways, unmasking)).logp_BS.sum(1)
-            for unmasking in (CONFIDENT, STEPWISE)
+            problem.policy.log_probs(ways, estimator=Estimator(order_term=term)).logp_BS.sum(1)
+            for term in (True, False)
         )
         self.elbo_W, self.mean_field_W = problem.elbo[image_W], problem.losses_NMS[image_W, -1].sum(1)
         self.reward_W, self.chance_W = problem.reward_N[image_W], self.logp_W.detach().exp()

@@ -118,6 +118,11 @@ def _check_estimator(name: str, stage: GrpoStage, estimator: Estimator) -> None:
             "is of the law sampled from; train with order random, confidence or threshold, and evaluate with any"
         )
     order = "" if unmasking is None else unmasking.order
+    if not estimator.order_term and order not in ("confidence", "threshold"):
+        raise ValueError(
+            f"stage {name!r}: order {order} says nothing about the policy, so a log-prob has no order's term to leave "
+            "out; leave estimator.order_term out, or sample with order confidence or threshold"
+        )
     if order in ("confidence", "threshold") and sampling.law((0, 1 << 31)).off_policy:
         raise ValueError(
             f"stage {name!r}: order {order} reveals what the sampled law is surest of, and under guidance "

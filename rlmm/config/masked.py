@@ -70,6 +70,9 @@ class EstimatorConfig(Strict):
     """Range of the mask ratio, of kind truncated."""
     steps: int | None = Field(None, ge=1)
     """Of kind trajectory: how many of its steps are evaluated, drawn anew each rollout; null: all."""
+    order_term: bool = True
+    """Of kind trajectory under order confidence or threshold: false leaves out the order's log-prob, as published
+    trainers do; what is left is no likelihood of what was sampled."""
     upper: UpperConfig | None = None
     """Samples with a negative advantage are pushed by an upper estimate, too (SPG): for objective reinforce, on an
     ELBO."""
@@ -83,6 +86,8 @@ class EstimatorConfig(Strict):
             check_draws(self.kind, self.draws)
         if (along and self.draws != 1) or (not along and self.steps is not None):
             raise ValueError("draws are of noise schemes, and steps of kind trajectory; leave the other one out")
+        if not along and not self.order_term:
+            raise ValueError("order_term is of kind trajectory: a noise scheme has no order's log-prob; leave it out")
         if (self.kind == "truncated") != (self.ratios is not None):
             raise ValueError("ratios belong to kind truncated, which needs them, and to no other")
         if self.upper is not None and self.draws < 2:
@@ -95,4 +100,4 @@ class EstimatorConfig(Strict):
 
     def record(self) -> Estimator:
         upper = None if self.upper is None else Upper(self.upper.beta, self.upper.share)
-        return Estimator(self.kind, self.draws, self.ratios, self.steps, upper)
+        return Estimator(self.kind, self.draws, self.ratios, self.steps, upper, self.order_term)

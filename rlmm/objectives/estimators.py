@@ -24,17 +24,22 @@ class Upper:
 @dataclass(frozen=True)
 class Estimator:
     """scheme: `trajectory`, or a noise scheme. draws: masks a row of a noise scheme. ratios: of `truncated`. steps: how
-    many steps of a trajectory are evaluated; None: all. upper: the other side of a sandwich."""
+    many steps of a trajectory are evaluated; None: all. upper: the other side of a sandwich. order_term: whether the
+    log-prob of the order that the policy's confidence chose is part of a trajectory's; without it the tokens' own are
+    read, each as if it had been revealed whatever the others proposed."""
 
     scheme: Scheme | Literal["trajectory"] = "trajectory"
     draws: int = 1
     ratios: tuple[float, float] | None = None
     steps: int | None = None
     upper: "Upper | None" = None
+    order_term: bool = True
 
     @property
     def kind(self) -> LogProbKind:
-        return LogProbKind.TRAJECTORY if self.scheme == "trajectory" else SCHEME_KINDS[self.scheme]
+        if self.scheme == "trajectory":
+            return LogProbKind.TRAJECTORY if self.order_term else LogProbKind.SURROGATE
+        return SCHEME_KINDS[self.scheme]
 
     def plan(self, trajectory: Trajectory) -> NoisePlan:
         """The masks of a trajectory's rows, a function of their seeds."""

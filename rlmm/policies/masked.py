@@ -141,7 +141,7 @@ class MaskedPolicy(TransformerPolicy):
         span = _one_span(trajectory)
         weight_BS = step_weights(trajectory, estimator.steps).to(trajectory.ids.device)
         states = trajectory_states(trajectory, weight_BS > 0)
-        if span.unmasking is None or span.unmasking.policy_free:
+        if span.unmasking is None or span.unmasking.policy_free or not estimator.order_term:
             logp_RS, entropy_RS = self.read(trajectory, states, model=model, entropy_gradient=entropy_gradient)
         else:
             logp_RS, entropy_RS = self._confident(trajectory, states, span, span.unmasking, model)
@@ -151,7 +151,7 @@ class MaskedPolicy(TransformerPolicy):
         entropy_BS = blank_BS.index_add(0, states.row_R, entropy_RS)
         scale_BS = None if estimator.steps is None else weight_BS.to(logp_BS)
         figures = {} if trajectory.order_logp is None else order_figures(trajectory)
-        return LogProbs(LogProbKind.TRAJECTORY, logp_BS, entropy_BS, scale_BS, figures=figures)
+        return LogProbs(estimator.kind, logp_BS, entropy_BS, scale_BS, figures=figures)
 
     def _confident(
         self, trajectory: Trajectory, states: States, span: Span, unmasking: Unmasking, model: nn.Module | None

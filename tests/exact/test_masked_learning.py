@@ -62,6 +62,9 @@ ESTIMATES = {
     "stratified, 3 draws": Way({"kind": "stratified", "draws": 3}),
     "truncated [.6, 1] (MaskGRPO)": Way({"kind": "truncated", "ratios": [0.6, 1.0]}),
     "coupled (DiffuCoder)": Way({"kind": "coupled", "draws": 3}),
+    "tokens alone, by confidence (dLLM-RL)": Way(
+        {"order_term": False}, GRPO, unmasking=Unmasking(2, order="confidence", schedule="linear")
+    ),
     "mean field (d1)": Way({"kind": "mean_field"}),
 }
 
@@ -135,9 +138,7 @@ def test_trajectories_reach_what_the_exact_gradient_reaches(name: str) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(
-    "name", ["count", "stratified, 3 draws", "truncated [.6, 1] (MaskGRPO)", "coupled (DiffuCoder)"]
-)
+@pytest.mark.parametrize("name", [*ESTIMATES][:-1])
 def test_estimates_that_see_other_tokens_learn_what_depends_on_them(name: str) -> None:
     assert min(reached(name)) > 0.9
 

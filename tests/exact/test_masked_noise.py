@@ -215,7 +215,9 @@ def test_at_the_old_policy_the_ratio_is_one_and_its_gradient_that_of_the_estimat
     weights = list(policy.model.parameters())
     found = torch.autograd.grad(loss.loss_BS.mean(1).sum(), weights, retain_graph=True, allow_unused=True)
     wanted = torch.autograd.grad(-(advantage_B * now.sum(1) / LENGTH).sum(), weights, allow_unused=True)
+    assert sum(float(one.abs().sum()) for one in wanted if one is not None) > 0
     for one, other in zip(found, wanted, strict=True):
+        assert (one is None) == (other is None)
         if one is not None and other is not None:
             torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rlmm.objectives.estimators import Estimator
+from rlmm.objectives.legality import LogProbKind
 from rlmm.policies.masked import MaskedPolicy
 from rollouts.law import Law
 from rollouts.torch_engine.causal import TorchEngine
@@ -196,10 +197,14 @@ def test_without_the_order_term_confident_decoding_would_have_another_gradient(p
     images, steps = torch.tensor([p.image for p in paths]), torch.tensor([p.steps for p in paths])
     chance_P = torch.stack([path.chance for path in paths]).detach()
     reward_P = REWARD_N[(images * torch.tensor([16, 4, 1])).sum(1)]
-    free = Unmasking(2, order="random", schedule="linear")
+    made = trajectory_of(policy, law, unmasking, images, steps)
+    without = policy.log_probs(made, estimator=Estimator(order_term=False))
+    wanted_P = torch.stack([step_log_prob(table(policy, law), p.image, p.steps) for p in paths])
+    torch.testing.assert_close(without.logp_BS.sum(1), wanted_P, rtol=0, atol=1e-12)
+    assert without.kind == LogProbKind.SURROGATE
     full, chosen_only = (
-        gradient(policy, (chance_P * reward_P * policy.log_probs(made).logp_BS.sum(1)).sum())
-        for made in (trajectory_of(policy, law, how, images, steps) for how in (unmasking, free))
+        gradient(policy, (chance_P * reward_P * found.logp_BS.sum(1)).sum())
+        for found in (policy.log_probs(made), without)
     )
     cosine = float(torch.nn.functional.cosine_similarity(full, chosen_only, dim=0))
     assert cosine < 0.99

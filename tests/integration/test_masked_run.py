@@ -31,6 +31,7 @@ from rollouts.unmasking import Unmasking
 
 TINY = Path(__file__).parents[1] / "recipes" / "tiny_masked.yaml"
 COUNT = "stages.grpo.estimator={kind: count}"
+CONFIDENT = "stages.grpo.sampling.unmasking={steps: 3, order: confidence}"
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +125,7 @@ PLAIN, *OTHERS = [
     [f"stages.grpo.estimator={SANDWICH}", "stages.grpo.objective={name: reinforce, updates_per_rollout: 2}"],
     ["stages.grpo.estimator={kind: trajectory, steps: 2}"],
     ["stages.grpo.sampling.unmasking={steps: 3, order: confidence}"],
+    [CONFIDENT, "stages.grpo.estimator={steps: 2, order_term: false}"],
     [
         "stages.grpo.estimator={kind: stratified, draws: 3}",
         "stages.grpo.objective={name: gspo, clip_low: 0.2, clip_high: 0.2, updates_per_rollout: 2}",
@@ -230,6 +232,8 @@ def test_a_baseline_that_is_no_likelihood_runs_when_forced_and_says_so(variant: 
         (["stages.grpo.sampling.unmasking={steps: 1, order: blocks, block: 8}"], "between 2 and 12"),
         (["stages.grpo.estimator={kind: trajectory, force: true}"], "force does nothing"),
         (["stages.grpo.estimator={steps: 1}", "stages.grpo.objective={name: gspo}"], "needs every decision"),
+        (["stages.grpo.estimator={order_term: false}"], "no order's term to leave out"),
+        (["stages.grpo.estimator={kind: count, order_term: false}"], "a noise scheme has no order's log-prob"),
         (["stages.grpo.estimator={steps: 3}"], "3 of the 3 steps an image is revealed in are all of them"),
         (["stages.grpo.estimator={kind: count, upper: {share: 0.5}}"], "give draws >= 2"),
         (["stages.grpo.objective={name: reinforce, clip_low: 0.01}"], "reinforce has no ratio"),

@@ -67,6 +67,19 @@ def report_of_two(tmp_path_factory: pytest.TempPathFactory) -> dict:
 
 
 @pytest.fixture(scope="module")
+def noise_report_of_two(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """Of two processes whose log-probs are made with noise plans, old and reference ones among them."""
+    out = tmp_path_factory.mktemp("noise_of_two")
+    made = yaml.safe_load((ROOT / "tests" / "recipes" / "tiny_masked.yaml").read_text())
+    kl = {"kind": "k2", "coefficient": 0.1}
+    made["stages"]["grpo"]["objective"] = {"name": "gspo", "clip_low": 0.2, "updates_per_rollout": 2, "kl": kl}
+    made["stages"]["grpo"]["estimator"] = {"kind": "count", "draws": 2}
+    path = out / "noise.yaml"
+    path.write_text(yaml.safe_dump(made, sort_keys=False))
+    return killed_runs(out, str(path), MASKED_PLACES_OF_TWO, 2)
+
+
+@pytest.fixture(scope="module")
 def dpo_report(tmp_path_factory: pytest.TempPathFactory) -> dict:
     return killed_runs(tmp_path_factory.mktemp("dpo_kills"), "tiny_dpo.yaml", DPO_PLACES)
 
@@ -128,6 +141,13 @@ def test_resume_of_a_masked_policy_is_bit_identical(masked_report: dict, place: 
 def test_resume_of_a_masked_policy_on_two_processes_is_bit_identical(report_of_two: dict, place: str) -> None:
     check(report_of_two["places"][place])
     assert "resuming from step" in report_of_two["places"][place]["log"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("place", MASKED_PLACES_OF_TWO)
+def test_so_it_is_of_log_probs_by_noise_plans(noise_report_of_two: dict, place: str) -> None:
+    check(noise_report_of_two["places"][place])
+    assert "resuming from step" in noise_report_of_two["places"][place]["log"]
 
 
 @pytest.mark.long

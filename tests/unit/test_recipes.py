@@ -22,6 +22,15 @@ def test_every_shipped_recipe_is_valid(path: Path) -> None:
     assert "make " in path.read_text() or f"rlmm run configs/{path.name}" in path.read_text()
 
 
+def test_a_stage_that_is_done_is_not_shared_out_again() -> None:
+    """A start may have been trained by fewer processes than what follows it."""
+    recipe = read_recipe(TINY, ["stages.grpo.prompts_per_step=4"])
+    with pytest.raises(ValueError, match="8 rows an update are no multiple of micro_batch_size 4 x 4"):
+        batch_equations(recipe, 4)
+    (line,) = batch_equations(recipe, 4, done=["codec", "sft"])
+    assert line.startswith("grpo: ") and "4 process(es) x 1 micro-batch(es)" in line
+
+
 @pytest.mark.parametrize("path", [TINY, *sorted(recipes_dir().glob("*.yaml"))], ids=lambda path: path.stem)
 @pytest.mark.parametrize("data", ["", "data={kind: rows, path: a.jsonl}", "data={kind: rows, path: a/b, format: hub}"])
 def test_a_run_s_own_config_reads_back_as_the_same_recipe(path: Path, data: str) -> None:
