@@ -48,8 +48,8 @@ class Update:
 @dataclass(frozen=True)
 class Held:
     """Bytes: of all weights, of the trained ones' gradients and of the optimizer's state; `peak`: the most that an
-    update holds beside the weights, those two among it; `passing`: the most beside the optimizer's state; `activations`:
-    the most beside both."""
+    update holds beside the weights, those two among it; `passing`: the most that forward and backward hold beside the
+    optimizer's state; `activations`: the most beside both."""
 
     weights: int
     gradients: int
