@@ -97,7 +97,7 @@ def rolled(context: StageContext, count: int) -> tuple[Start, Iterator[Experienc
         config,
         load_split(context, "prompts", response.spelling),
         policy,
-        image_tokens(context, codec),
+        image_tokens(context, codec, policy),
         build_engine(config.engine, policy, response.law),
         response,
         build_composite(recipe.rewards),
