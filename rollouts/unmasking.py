@@ -7,7 +7,7 @@ Shapes: B rows, S positions of the span, D positions that are decided, T steps, 
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -15,24 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rollouts.schedules import Schedule, check_schedule, masked_share
+
 Order = Literal["random", "blocks", "ancestral", "confidence", "noisy_confidence", "threshold"]
-Schedule = Literal["linear", "cosine", "square"]
 
 POLICY_FREE: tuple[Order, ...] = ("random", "blocks", "ancestral")
-SCHEDULES: dict[Schedule, Callable[[float], float]] = {
-    # share of the span still masked when a share t of the steps is done, from 1 at 0 to 0 at 1
-    "linear": lambda t: 1 - t,
-    "cosine": lambda t: math.cos(math.pi / 2 * t),  # MaskGIT, arXiv 2202.04200, section 3.3
-    "square": lambda t: 1 - t**2,
-}
-INVERSES: dict[Schedule, Callable[[float], float]] = {
-    # the time at which a share is still masked
-    "linear": lambda share: 1 - share,
-    "cosine": lambda share: math.acos(share) * 2 / math.pi,
-    "square": lambda share: math.sqrt(1 - share),
-}
-
-
 GRID_PER_NAT = 8192
 
 
@@ -60,6 +47,7 @@ class Unmasking:
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"unmasking: steps {self.steps} must be at least 1")
+        check_schedule(self.schedule)
         for name, wanted, given in (
             ("block", self.order == "blocks", self.block),
             ("noise", self.order == "noisy_confidence", self.noise or None),
@@ -106,9 +94,9 @@ def masked_counts(schedule: Schedule, steps: int, length: int) -> list[int]:
             f"unmasking: {steps} steps for {length} positions, and each step reveals at least one; set "
             f"sampling.unmasking.steps to at most {length}"
         )
-    share, counts, before = SCHEDULES[schedule], [], length
+    counts, before = [], length
     for step in range(1, steps + 1):
-        wanted = round(length * share(step / steps))
+        wanted = round(length * masked_share(schedule, step / steps))
         before = max(steps - step, min(before - 1, wanted))
         counts.append(before)
     return counts
@@ -142,7 +130,7 @@ def _row_steps(unmasking: Unmasking, open_S: np.ndarray, luck: np.random.Generat
     """Of the places that are open; 0 for the others."""
     steps, count = np.zeros(len(open_S), dtype=np.int32), len(open_S)
     if unmasking.order == "ancestral":
-        levels = [SCHEDULES[unmasking.schedule](step / unmasking.steps) for step in range(1, unmasking.steps + 1)]
+        levels = [masked_share(unmasking.schedule, step / unmasking.steps) for step in range(1, unmasking.steps + 1)]
         levels[-1] = 0.0
         # Still masked after a step while the level is above a uniform of the position's own.
         return np.where(open_S, (np.array(levels)[None, :] > luck.random(count)[:, None]).sum(1), 0).astype(np.int32)

@@ -1,14 +1,15 @@
 """What only stages of a masked policy say: how an image is revealed, how one is masked to learn from, and what a
 log-prob is estimated by."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from rlmm.config.base import Strict
 from rlmm.objectives.estimators import Estimator, Upper
 from rlmm.objectives.noise import Scheme, Weighting, check_draws
-from rollouts.unmasking import Order, Schedule, Unmasking
+from rollouts.schedules import Schedule, check_schedule
+from rollouts.unmasking import Order, Unmasking
 
 
 class UnmaskingConfig(Strict):
@@ -41,7 +42,7 @@ class UnmaskingConfig(Strict):
 class NoiseConfig(Strict):
     """How supervised images are masked."""
 
-    schedule: Schedule = "linear"
+    schedule: Annotated[Schedule, AfterValidator(check_schedule)] = "linear"
     """The mask ratio is the schedule at a time drawn evenly: linear makes every count as likely, cosine more of the
     high ones."""
     weighting: Weighting = "elbo"

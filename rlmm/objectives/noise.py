@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rlmm.objectives.legality import LogProbKind
 from rlmm.seeds import generator
-from rollouts.unmasking import INVERSES, Schedule
+from rollouts.schedules import Schedule, time_of
 
 Scheme = Literal["count", "stratified", "complement", "quadrature", "bernoulli", "truncated", "coupled", "mean_field"]
 LEAST = 1e-3
@@ -206,5 +206,5 @@ def training_noise(
 def count_chances(schedule: Schedule, size: int) -> np.ndarray:
     """Chance of each k = 1 .. L [L] of ceil(L r(u)), L = `size`: the schedule falls from 1 to 0, so it is the length of
     the times at which the ratio is in ((k - 1) / L, k / L]."""
-    edges = np.array([INVERSES[schedule](k / size) for k in range(size + 1)])
+    edges = np.array([time_of(schedule, k / size) for k in range(size + 1)])
     return edges[:-1] - edges[1:]

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from pydantic import ValidationError
 
+from rlmm.config.masked import NoiseConfig
 from rollouts.law import Law
+from rollouts.schedules import Schedule, masked_share
 from rollouts.trajectory import Span
 from rollouts.unmasking import (
-    SCHEDULES,
-    Schedule,
     Unmasking,
     block_steps,
     keep_confident,
@@ -16,6 +17,8 @@ from rollouts.unmasking import (
     order_log_probs,
     planned_steps,
 )
+
+SCHEDULES = ("linear", "cosine", "square", "1 - t**0.5", "1-t**3")
 
 
 def everywhere(rows: int, length: int) -> torch.Tensor:
@@ -48,6 +51,16 @@ def test_what_is_as_likely_as_the_floor_is_worse_only_after_it() -> None:
     second = order_log_probs(how, certain, tokens, rows, torch.tensor([False, True]), 1)
     assert float(first) == pytest.approx(0, abs=1e-6) and float(second) == pytest.approx(-17, abs=1e-6)
     assert keep_confident(how, torch.tensor([[-1e-7, 0.0]]), everywhere(1, 2), 0, [1, 0]).tolist() == [[True, False]]
+
+
+def test_a_schedule_is_a_name_or_a_formula() -> None:
+    assert [masked_share("1 - t**3", t) for t in (0.0, 0.5, 1.0)] == [1, 0.875, 0]
+    assert masked_share("1 - t**1", 0.3) == masked_share("linear", 0.3) != masked_share("1 - t**.5", 0.3)
+    for schedule in ("sine", "1 - t**0", "1 - t**-2", "2 - t**2", "1 - t**x"):
+        with pytest.raises(ValueError, match="no formula"):
+            Unmasking(4, schedule=schedule)
+        with pytest.raises(ValidationError, match="no formula"):
+            NoiseConfig(schedule=schedule)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -97,7 +110,7 @@ def test_blocks_come_one_after_the_other() -> None:
 def test_the_ancestral_order_masks_each_position_with_the_schedules_chance() -> None:
     steps = planned_steps(Unmasking(4, "ancestral", schedule="cosine"), everywhere(400, 50), range(400))
     for step in range(3):
-        wanted = SCHEDULES["cosine"]((step + 1) / 4)
+        wanted = masked_share("cosine", (step + 1) / 4)
         found = float((steps > step).double().mean())
         assert abs(found - wanted) < 4 * (wanted * (1 - wanted) / 20_000) ** 0.5
 
