@@ -38,9 +38,10 @@ evidence: install  ## the evidence that RL helped, in docs/evidence: hours
 ablations: install  ## what each setting of GRPO does, in docs/ablations: about an hour
 	for plan in configs/ablations/*.yaml; do $(BIN)/rlmm ablate $$plan || exit 1; done
 
-# A file's tests stay in one process: some share an engine that takes long to start.
+# A file's tests stay in one process: some share an engine that takes long to start. In the order of their names, which
+# puts the files of short tests last, where they fill what is left of each process's time.
 test: install  ## every test but the long ones, on all cores
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 test-long: install  ## the tests that take minutes: the README's commands whole among them
 	$(BIN)/python -m pytest -m long

@@ -104,11 +104,13 @@ def recipe_of(folder: Path, case: Case, kind: str) -> Recipe:
 
 
 def configuration(folder: Path, kind: str) -> Path:
-    """The shipped file, made to keep also tiny weights in parts."""
+    """The shipped file, made to keep also tiny weights in parts. Every process writes the same, whole at any time."""
     made = json.loads((ROOT / "configs" / "deepspeed" / f"{kind}.json").read_text())
     made["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     path = folder.parent / f"{kind}.deepspeed.json"
-    path.write_text(json.dumps(made))
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    partial.write_text(json.dumps(made))
+    partial.replace(path)
     check_deepspeed(path)
     return path
 
