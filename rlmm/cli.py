@@ -53,6 +53,7 @@ def run(
     from rlmm.config.recipe import read_recipe
     from rlmm.memory import plan_lines
     from rlmm.pipeline import run_recipe
+    from rlmm.preflight import check_stages
     from rlmm.train.launch import check_deepspeed, processes
     from rlmm.train.signals import listening
 
@@ -60,9 +61,11 @@ def run(
     files = {path for stage in recipe.stages.values() if (path := getattr(stage, "deepspeed", None))}
     for path in files:
         check_deepspeed(Path(path))
-    first = os.environ.get("RANK", "0") == "0"
-    for line in plan_lines(recipe, int(os.environ.get("WORLD_SIZE", "1"))) if first else []:
-        say(line)
+    if os.environ.get("RANK", "0") == "0":
+        started = int(os.environ.get("WORLD_SIZE", "1"))
+        check_stages(recipe, started)
+        for line in plan_lines(recipe, started):
+            say(line)
     with processes(deepspeed=bool(files)), listening():
         folder = run_recipe(recipe, say)
     say(f"report: {folder.path / 'report.html'}")
@@ -80,8 +83,10 @@ def check(
     from rlmm.config.recipe import read_recipe
     from rlmm.memory import memory_plans, readable
     from rlmm.policies.families.loading import not_here
+    from rlmm.preflight import check_stages
 
     recipe = read_recipe(config, overrides)
+    check_stages(recipe, nproc)
     say(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
     for line in batch_equations(recipe, nproc):
         say(line)

@@ -115,6 +115,7 @@ def dry_run(make: Callable[[], TransformerPolicy], law: Law, update: Update) -> 
     with torch.device("meta"):
         policy = make()
     policy.precision = update.precision
+    policy.pictures = None  # which tokens refer to one cannot be asked of tensors without values
     with warnings.catch_warnings(), FakeTensorMode():
         # Whether the head's trained rows still are its own is asked by address, which means nothing here and is equal.
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")

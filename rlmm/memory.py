@@ -71,7 +71,7 @@ def memory_plans(recipe: Recipe, processes: int = 1) -> list[MemoryPlan]:
         )
     else:
         make = partial(outline, recipe.policy)
-    sources = _has_sources(recipe.data)
+    sources = has_sources(recipe.data)
     return [
         _plan(name, stage, make, sources, processes)
         for name, stage in recipe.stages.items()
@@ -94,7 +94,7 @@ def plan_lines(recipe: Recipe, processes: int = 1) -> list[str]:
     ]
 
 
-def _has_sources(data: Data) -> bool:
+def has_sources(data: Data) -> bool:
     """Whether prompts hold an image; one is counted."""
     if isinstance(data, RowsData):
         return data.sources_column is not None

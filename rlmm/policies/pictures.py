@@ -88,6 +88,11 @@ class Features:
         self.most = most
         self._known: dict[int, Tensor] = {}
 
+    def hold(self, numbers: Iterable[int], features: Iterable[Tensor]) -> None:
+        """Features [L, H] of pictures for the next call of `of`, which forgets the oldest. More than there are numbers
+        are of no picture."""
+        self._known |= dict(zip(numbers, features, strict=False))
+
     def of(self, numbers: Iterable[int], encode: Encoder) -> list[Tensor]:
         """Features [L, H] of each picture, encoded in one batch where they are new."""
         wanted = list(numbers)

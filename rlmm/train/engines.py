@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rlmm.config.engines import EngineConfig, TorchEngineConfig, VllmEngineConfig, VllmServerConfig, VllmSizes
 from rlmm.policies.masked import MaskedPolicy
+from rlmm.policies.saving import by_this_process
 from rlmm.policies.transformer import TransformerPolicy
 from rlmm.train.processes import world
 from rlmm.train.recovery import Recovering
@@ -89,7 +90,8 @@ def _connected(config: VllmServerConfig, policy: TransformerPolicy, law: Law | N
         hosts = [ServerHost(url, token=token) for url in _own_urls(config.urls)]
         return VllmEngine(policy.layout, hosts, _transfer(config, hosts, policy.base.device))
     with tempfile.TemporaryDirectory() as folder:
-        policy.save(Path(folder))
+        with by_this_process():
+            policy.save(Path(folder))
         plan = ServerPlan(Path(folder), tensor_parallel=config.tensor_parallel, **_served(config, policy, law))
         hosts = start_servers(plan, config.replicas, config.start_seconds)
         return VllmEngine(policy.layout, hosts, _transfer(config, hosts, policy.base.device))

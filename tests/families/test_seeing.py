@@ -173,6 +173,33 @@ def test_features_are_made_once_and_the_oldest_forgotten() -> None:
     assert asked == [[3, 5, 7], [3]]
 
 
+def test_with_weights_in_parts_every_update_looks_once_whatever_its_rows_show(
+    janus: TransformerPolicy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (image,) = spelled(janus, 9)
+    shown = torch.tensor([[100000, *image, 5, 6]])
+    blind = torch.full_like(shown, 7)
+    whole = torch.ones_like(shown, dtype=torch.bool)
+    looked: list[int] = []
+    look = janus.base.model.get_image_features  # pyrefly: ignore
+
+    def watched(pixels: torch.Tensor) -> Any:
+        looked.append(len(pixels))
+        return look(pixels)
+
+    monkeypatch.setattr(janus.base.model, "get_image_features", watched)
+    with torch.no_grad():
+        wanted = [janus.hidden(ids, whole, model=janus.model) for ids in (shown, blind)]
+        assert looked == [1]
+        monkeypatch.setattr(type(janus), "in_parts", True)
+        found = [janus.hidden(ids, whole, model=janus.model) for ids in (shown, blind, shown)]
+        assert looked == [1, 1, 1, 1]
+        janus.hidden(shown, whole)  # where all of the policy is whole, nothing is looked at again
+    assert looked == [1, 1, 1, 1]
+    for one, other in zip(found, [*wanted, wanted[0]], strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_what_does_not_say_how_pixels_are_normed_draws_and_is_asked_about_nothing(tmp_path: Path) -> None:
     folder = tmp_path / "janus"
     shutil.copytree(tiny("janus").path, folder)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     GenerationConfig,
     JanusConfig,
@@ -65,11 +65,23 @@ class JanusPolicy(CausalPolicy):
         text_BTH = model.get_input_embeddings()(ids_BT.clamp_max(first - 1))
         codes_BTD = model.generation_embeddings((ids_BT - first).clamp(0, end - first - 1))
         embedded_BTH = torch.where(image_BT1, model.generation_aligner(codes_BTD), text_BTH)
-        # One token at a time is drawn, never given; and without memory (a memory plan) there is nothing to look at.
-        if ids_BT.shape[1] > 1 and not ids_BT.is_meta and (seen_BT := ids_BT >= SEEN).any():
+        # One token at a time is drawn, never given.
+        asked = self.pictures is not None and ids_BT.shape[1] > 1 and not ids_BT.is_meta
+        if asked and (seen_BT := ids_BT >= SEEN).any():
             seen_NH = self._seen(ids_BT[seen_BT]).to(embedded_BTH)
             embedded_BTH = embedded_BTH.masked_scatter(seen_BT.unsqueeze(-1), seen_NH)
         return {"inputs_embeds": embedded_BTH}
+
+    def hidden(self, ids_BT: Tensor, mask_BT: Tensor, *, cache: Any = None, model: nn.Module | None = None) -> Tensor:
+        """See `TransformerPolicy`. Where weights are in parts the encoder's own forward is a collective, too, so in an
+        update every process looks once, whatever its rows show and whatever it knows."""
+        seeing = self.layout.seeing
+        if model is not None and self.in_parts and seeing is not None and seeing.mean is not None:
+            numbers = numbers_and_places(ids_BT[ids_BT >= SEEN])[0].unique().tolist()
+            side = self.base.config.vision_config.image_size
+            blank = [] if numbers else [torch.zeros(3, side, side, dtype=torch.uint8)]
+            self._features.hold(numbers, self._aligned([*self._pixels(numbers), *blank]))
+        return super().hidden(ids_BT, mask_BT, cache=cache, model=model)
 
     @torch.no_grad()
     def _seen(self, ids_N: Tensor) -> Tensor:
@@ -79,10 +91,17 @@ class JanusPolicy(CausalPolicy):
         return torch.stack(self._features.of(different.tolist(), self._encoded))[which_N, places_N]
 
     def _encoded(self, numbers: list[int]) -> Tensor:
-        """Aligned features [n, L, H] of pictures; ValueError where the checkpoint does not say how pixels are
-        normed."""
-        seeing, pictures = self.layout.seeing, self.pictures
-        if seeing is None or pictures is None or seeing.mean is None or seeing.std is None:
+        """Aligned features [n, L, H] of pictures."""
+        return self._aligned(self._pixels(numbers))
+
+    def _pixels(self, numbers: list[int]) -> list[Tensor]:
+        return [] if self.pictures is None else [self.pictures.pixels(number) for number in numbers]
+
+    @torch.no_grad()
+    def _aligned(self, pictures: list[Tensor]) -> Tensor:
+        """Aligned features [n, L, H] of pixels; ValueError where the checkpoint does not say how those are normed."""
+        seeing = self.layout.seeing
+        if seeing is None or seeing.mean is None or seeing.std is None:
             raise ValueError(
                 "the checkpoint has no preprocessor_config.json, which says how the pixels of an image to be answered "
                 "about are normed: put the release's beside the model"
@@ -92,7 +111,7 @@ class JanusPolicy(CausalPolicy):
         processor: Any = JanusImageProcessorPil(
             size={"height": side, "width": side}, image_mean=list(seeing.mean), image_std=list(seeing.std)
         )
-        pixels = processor([pictures.pixels(number) for number in numbers], return_tensors="pt").pixel_values
+        pixels = processor(pictures, return_tensors="pt").pixel_values
         return model.get_image_features(pixels.to(self.base.device, self.base.dtype)).pooler_output
 
     def output_head(self, vocabulary: tuple[int, int]) -> OutputHead:

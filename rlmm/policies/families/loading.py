@@ -41,6 +41,7 @@ from rlmm.policies.families.base import SETTINGS, Checkpoint, Family
 from rlmm.policies.layout_io import LAYOUT_FILE, load_layout
 from rlmm.policies.models import CLASSES
 from rlmm.policies.models.showo import Showo
+from rlmm.policies.saving import by_this_process
 from rlmm.policies.spelling import Spelling
 from rlmm.policies.transformer import TransformerPolicy
 from rollouts.contract import Layout
@@ -214,7 +215,8 @@ def _made(name: str, image_size: tuple[int, int]) -> Path:
         raise ValueError(f"family {name!r} has no tiny instance; give it one, or a checkpoint in policy.path")
     folder = Path(tempfile.mkdtemp(prefix=f"rlmm-tiny-{name.rpartition(':')[2]}-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    make(folder, image_size)
+    with by_this_process():
+        make(folder, image_size)
     return folder
 
 

@@ -1,0 +1,70 @@
+"""What cannot be done is said before the first stage."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlmm.config.recipe import Recipe, validate_recipe
+from rlmm.preflight import check_stages
+from tests.families.checkpoints import tiny
+
+ANSWER = {"sampling": {"answer": {"length_limit": 4}}}
+THOUGHT = {"sampling": {"thought": {"length_limit": 4}}}
+SERVED = {"engine": {"kind": "vllm_server"}}
+
+
+def recipe(stage: dict[str, Any], family: str = "janus", variant: str = "describe", **policy: Any) -> Recipe:
+    step = {
+        "kind": "grpo",
+        "steps": 1,
+        "learning_rate": 1e-3,
+        "prompts_per_step": 2,
+        "samples_per_prompt": 2,
+        "micro_batch_size": 2,
+    }
+    raw = {
+        "name": "a", "data": {"kind": "scenes", "variant": variant}, "policy": tiny(family).model_dump() | policy,
+        "rewards": {"terms": [{"name": "exact_match"}]},
+        "held_out": {"terms": [{"name": "exact_match", "label": "other"}]}, "stages": {"grpo": step | stage},
+    }  # fmt: skip
+    return validate_recipe(raw, "a")
+
+
+def test_servers_are_not_asked_about_what_a_policy_sees() -> None:
+    for stage in (ANSWER, THOUGHT):
+        with pytest.raises(ValueError, match=r"grpo\.sampling\.(answer|thought): .* set engine\.kind: vllm or torch"):
+            check_stages(recipe(stage | SERVED))
+        check_stages(recipe(stage | {"engine": {"kind": "vllm"}}))
+        check_stages(recipe(stage | SERVED, variant="text_to_image"))
+        check_stages(recipe(stage | SERVED, family="emu3"))
+    check_stages(recipe(SERVED, variant="edit"))
+
+
+def test_a_checkpoint_that_says_nothing_of_pixels_is_not_asked_about_images(tmp_path: Path) -> None:
+    folder = tmp_path / "janus"
+    shutil.copytree(tiny("janus").path, folder)
+    (folder / "preprocessor_config.json").unlink()
+    with pytest.raises(ValueError, match=r"preprocessor_config\.json"):
+        check_stages(recipe(ANSWER, path=str(folder)))
+    check_stages(recipe(ANSWER, path=str(folder), variant="text_to_image"))
+
+
+def test_a_text_is_not_asked_of_what_writes_none_nor_with_a_stop_that_is_no_token() -> None:
+    with pytest.raises(ValueError, match=r"grpo\.sampling\.thought: .*no head for text"):
+        check_stages(recipe(THOUGHT, family="glm_image", variant="text_to_image"))
+    with pytest.raises(ValueError, match=r"grpo\.sampling\.answer: stop names '<nothing>'"):
+        check_stages(recipe({"sampling": {"answer": {"length_limit": 4, "stop": ["<nothing>"]}}}))
+
+
+def test_vllm_in_the_process_is_for_one_and_each_process_has_a_server() -> None:
+    inside = recipe({"engine": {"kind": "vllm"}}, variant="edit")
+    check_stages(inside)
+    with pytest.raises(ValueError, match=r"'grpo': engine\.kind vllm .* this run has 2"):
+        check_stages(inside, 2)
+    served = recipe({"engine": {"kind": "vllm_server", "urls": ["http://127.0.0.1:1"]}}, variant="edit")
+    check_stages(served)
+    with pytest.raises(ValueError, match=r"2 training processes and 1 rollout server"):
+        check_stages(served, 2)
+    check_stages(recipe(SERVED, variant="edit"), 2)
