@@ -21,6 +21,7 @@ from rlmm.train.codec import run_codec_stage
 from rlmm.train.context import StageContext
 from rlmm.train.dpo import run_dpo
 from rlmm.train.faults import check_space, probe, remove_partial, storing
+from rlmm.train.folder_lock import FolderLock
 from rlmm.train.gates import ceilings
 from rlmm.train.grpo import run_grpo
 from rlmm.train.heart import settle
@@ -53,17 +54,20 @@ def run_folder(recipe: Recipe) -> RunFolder:
 def run_recipe(recipe: Recipe, say: Callable[[str], None]) -> RunFolder:
     """Run every stage that is not done; the report is written after each. Rewards' processes end with it.
 
-    Raises Stopped where the run was asked to stop (`rlmm.train.signals`).
+    Raises Stopped where the run was asked to stop (`rlmm.train.signals`), FolderInUse where another run has its folder.
     """
     folder = run_folder(recipe)
+    lock = FolderLock(folder.path, say)
     try:
         everywhere(lambda: probe(folder.path))
+        in_first(lock.take)
         done = in_first(lambda: _open(folder, recipe, say))
         with watching(folder.path, recipe.runtime.hang_seconds), storing("the run", folder.path):
             _run_stages(folder, recipe, done, say)
     finally:
         settle("end", patient=True)
         stop_served()
+        lock.release()
     return folder
 
 
