@@ -80,6 +80,7 @@ def check(
     from rlmm.config.recipe import read_recipe
     from rlmm.memory import memory_plans, readable
     from rlmm.policies.families.loading import not_here
+    from rlmm.preflight import check_layout
 
     recipe = read_recipe(config, overrides)
     say(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
@@ -88,6 +89,7 @@ def check(
     if isinstance(recipe.policy, CheckpointPolicy) and (absent := not_here(recipe.policy)) is not None:
         say(f"no memory plan: {recipe.policy.path} is not here: {absent}")
         return
+    check_layout(recipe)
     table = Table(title="Memory plan (estimate)" + ", of each process" * (nproc > 1))
     plans = memory_plans(recipe, nproc)
     parts = ("weights", "gradients", "optimizer", "reference", "engine", "exchange", "working", "sampling", "total")

@@ -13,6 +13,7 @@ from rlmm.config.recipe import Recipe
 from rlmm.config.stages import GrpoStage
 from rlmm.evaluation.evaluate import run_eval
 from rlmm.export import run_export
+from rlmm.preflight import check_layout
 from rlmm.report import write_report
 from rlmm.reward_process import stop_served
 from rlmm.run_folder import RunFolder
@@ -76,6 +77,8 @@ def _open(folder: RunFolder, recipe: Recipe, say: Callable[[str], None]) -> list
     for name, stage in recipe.stages.items():
         if isinstance(stage, DpoStage) and stage.data is not None and not folder.done(name):
             check_data(stage.data)  # before hours of other stages, and while the recipe may still be mended
+    if not all(folder.done(name) for name in recipe.stages):
+        check_layout(recipe)
     folder.bind_config(recipe.model_dump(mode="json"))
     if partial := remove_partial(folder.path):
         say(f"removed {len(partial)} half-written file(s) of a process that was ended")
