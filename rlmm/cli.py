@@ -78,7 +78,8 @@ def check(
     from rlmm.batch import batch_equations
     from rlmm.config.policy import CheckpointPolicy
     from rlmm.config.recipe import read_recipe
-    from rlmm.memory import memory_plans, readable
+    from rlmm.dry_run import NO_DRY_RUN
+    from rlmm.memory import memory_plans, no_dry_run, readable
     from rlmm.policies.families.loading import not_here
     from rlmm.preflight import check_layout
 
@@ -91,7 +92,11 @@ def check(
         return
     check_layout(recipe)
     table = Table(title="Memory plan (estimate)" + ", of each process" * (nproc > 1))
-    plans = memory_plans(recipe, nproc)
+    try:
+        plans = memory_plans(recipe, nproc)
+    except NO_DRY_RUN as error:
+        say(no_dry_run(error))
+        return
     parts = ("weights", "gradients", "optimizer", "reference", "engine", "exchange", "working", "sampling", "total")
     parts += ("offloaded",) * any(plan.offloaded for plan in plans)
     for column in ("held", *(plan.stage for plan in plans)):

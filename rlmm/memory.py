@@ -89,12 +89,17 @@ def plan_lines(recipe: Recipe, processes: int = 1) -> list[str]:
     try:
         plans = memory_plans(recipe, processes)
     except NO_DRY_RUN as error:
-        return [f"no memory plan: the policy's forward cannot run on tensors without values ({error})"]
+        return [no_dry_run(error)]
     return [
         f"{plan.stage}: about {readable(plan.total)} of memory{' a process' * (processes > 1)}, "
         f"{readable(plan.weights)} of them the weights"
         for plan in plans
     ]
+
+
+def no_dry_run(error: Exception) -> str:
+    """What is said where a model's forward asks for values (`NO_DRY_RUN`)."""
+    return f"no memory plan: the policy's forward cannot run on tensors without values ({error})"
 
 
 def _has_sources(data: Data) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers import (
     GenerationConfig,
     JanusConfig,
@@ -66,7 +67,8 @@ class JanusPolicy(CausalPolicy):
         codes_BTD = model.generation_embeddings((ids_BT - first).clamp(0, end - first - 1))
         embedded_BTH = torch.where(image_BT1, model.generation_aligner(codes_BTD), text_BTH)
         # One token at a time is drawn, never given; and without memory (a memory plan) there is nothing to look at.
-        if ids_BT.shape[1] > 1 and not ids_BT.is_meta and (seen_BT := ids_BT >= SEEN).any():
+        without_values = ids_BT.is_meta or isinstance(ids_BT, FakeTensor)  # of a memory plan
+        if ids_BT.shape[1] > 1 and not without_values and (seen_BT := ids_BT >= SEEN).any():
             seen_NH = self._seen(ids_BT[seen_BT]).to(embedded_BTH)
             embedded_BTH = embedded_BTH.masked_scatter(seen_BT.unsqueeze(-1), seen_NH)
         return {"inputs_embeds": embedded_BTH}
