@@ -53,7 +53,6 @@ def run(
     from rlmm.config.recipe import read_recipe
     from rlmm.memory import plan_lines
     from rlmm.pipeline import run_recipe
-    from rlmm.preflight import check_stages
     from rlmm.train.launch import check_deepspeed, processes
     from rlmm.train.signals import listening
 
@@ -62,9 +61,7 @@ def run(
     for path in files:
         check_deepspeed(Path(path))
     if os.environ.get("RANK", "0") == "0":
-        started = int(os.environ.get("WORLD_SIZE", "1"))
-        check_stages(recipe, started)
-        for line in plan_lines(recipe, started):
+        for line in plan_lines(recipe, int(os.environ.get("WORLD_SIZE", "1"))):
             say(line)
     with processes(deepspeed=bool(files)), listening():
         folder = run_recipe(recipe, say)
@@ -81,7 +78,8 @@ def check(
     from rlmm.batch import batch_equations
     from rlmm.config.policy import CheckpointPolicy
     from rlmm.config.recipe import read_recipe
-    from rlmm.memory import memory_plans, readable
+    from rlmm.dry_run import NO_DRY_RUN
+    from rlmm.memory import memory_plans, no_dry_run, readable
     from rlmm.policies.families.loading import not_here
     from rlmm.preflight import check_stages
 
@@ -94,7 +92,11 @@ def check(
         say(f"no memory plan: {recipe.policy.path} is not here: {absent}")
         return
     table = Table(title="Memory plan (estimate)" + ", of each process" * (nproc > 1))
-    plans = memory_plans(recipe, nproc)
+    try:
+        plans = memory_plans(recipe, nproc)
+    except NO_DRY_RUN as error:
+        say(no_dry_run(error))
+        return
     parts = ("weights", "gradients", "optimizer", "reference", "engine", "exchange", "working", "sampling", "total")
     parts += ("offloaded",) * any(plan.offloaded for plan in plans)
     for column in ("held", *(plan.stage for plan in plans)):

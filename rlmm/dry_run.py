@@ -43,6 +43,9 @@ class Update:
     checkpointing: bool
     image_rows: bool = False
     """Whether of the head only the rows of image codes are trained."""
+    read: int | None = None
+    """Decisions of a masked policy's micro-batch: of its states' positions the head reads the masked ones it needs.
+    None: every decided position of every sequence."""
 
 
 @dataclass(frozen=True)
@@ -197,9 +200,12 @@ def _loss(policy: TransformerPolicy, law: Law, update: Update) -> Tensor:
             output_hidden_states=True,
             logits_to_keep=1,
         )
-    hidden_BTH = output.hidden_states[-1].to(policy.base.dtype)[:, -update.decided - 1 : -1]
+    hidden_BTH = output.hidden_states[-1].to(policy.base.dtype)
     del output
-    hidden_KNH = hidden_BTH.unflatten(0, (update.streams, -1)).flatten(1, 2)
+    if update.read is None:
+        hidden_KNH = hidden_BTH[:, -update.decided - 1 : -1].unflatten(0, (update.streams, -1)).flatten(1, 2)
+    else:
+        hidden_KNH = hidden_BTH.unflatten(0, (update.streams, -1)).flatten(1, 2)[:, torch.arange(update.read)]
     tokens_N = torch.full((hidden_KNH.shape[1],), law.vocabulary[0])
     logp_N, _ = policy.decide(law, hidden_KNH, tokens_N)
     return logp_N.sum()

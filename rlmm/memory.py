@@ -7,15 +7,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 
 from rlmm.config.data import Data, RowsData, ScenesData
 from rlmm.config.engines import TorchEngineConfig, VllmServerConfig, VllmSizes
+from rlmm.config.masked import EstimatorConfig, NoiseConfig
 from rlmm.config.policy import CheckpointPolicy, NewPolicy
 from rlmm.config.preference import PairNoise
 from rlmm.config.recipe import Recipe
 from rlmm.config.stages import DpoStage, GrpoStage, PolicyStage, SftStage
 from rlmm.dry_run import NO_DRY_RUN, Update, dry_run
+from rlmm.objectives.noise import count_chances, mean_share
 from rlmm.policies.families import llama
 from rlmm.policies.families.loading import not_here, outline
 from rlmm.policies.transformer import TransformerPolicy
@@ -86,12 +89,17 @@ def plan_lines(recipe: Recipe, processes: int = 1) -> list[str]:
     try:
         plans = memory_plans(recipe, processes)
     except NO_DRY_RUN as error:
-        return [f"no memory plan: the policy's forward cannot run on tensors without values ({error})"]
+        return [no_dry_run(error)]
     return [
         f"{plan.stage}: about {readable(plan.total)} of memory{' a process' * (processes > 1)}, "
         f"{readable(plan.weights)} of them the weights"
         for plan in plans
     ]
+
+
+def no_dry_run(error: Exception) -> str:
+    """What is said where a model's forward asks for values (`NO_DRY_RUN`)."""
+    return f"no memory plan: the policy's forward cannot run on tensors without values ({error})"
 
 
 def has_sources(data: Data) -> bool:
@@ -159,7 +167,26 @@ def _update(stage: PolicyStage, layout: Layout, length: int, processes: int) -> 
         precision=stage.precision,
         checkpointing=stage.gradient_checkpointing,
         image_rows=isinstance(stage, GrpoStage) and stage.trains_image_rows,
+        read=None if layout.mask is None else _decisions(stage, layout),
     )
+
+
+def _decisions(stage: PolicyStage, layout: Layout) -> int | None:
+    """Of an image, that a masked policy's head reads in a micro-batch, in the mean over masks; None where it reads
+    every position of every state, as the order's log-prob of a confident order nearly does."""
+    whole = stage.micro_batch_size * len(layout.grid.decided())
+    if isinstance(stage, SftStage):
+        chance = count_chances((stage.noise or NoiseConfig()).schedule, len(layout.grid.decided()))
+        return round(whole * float((chance * np.arange(1, len(chance) + 1)).sum()) / len(chance))
+    if isinstance(stage, DpoStage):
+        return round(whole * _sequences(stage, layout) * mean_share((stage.noise or PairNoise()).scheme))
+    estimator, unmasking = stage.estimator or EstimatorConfig(), stage.sampling.unmasking
+    assert unmasking is not None, "the recipe lets no masked policy be without"
+    if estimator.kind != "trajectory":
+        return round(whole * estimator.draws * mean_share(estimator.kind, estimator.ratios))
+    if estimator.order_term and not unmasking.record().policy_free:
+        return None
+    return round(whole * _states(stage) / unmasking.steps)
 
 
 def _rows(stage: PolicyStage) -> int:

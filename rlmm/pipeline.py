@@ -13,6 +13,7 @@ from rlmm.config.recipe import Recipe
 from rlmm.config.stages import GrpoStage
 from rlmm.evaluation.evaluate import run_eval
 from rlmm.export import run_export
+from rlmm.preflight import check_stages
 from rlmm.report import write_report
 from rlmm.reward_process import stop_served
 from rlmm.run_folder import RunFolder
@@ -21,6 +22,7 @@ from rlmm.train.codec import run_codec_stage
 from rlmm.train.context import StageContext
 from rlmm.train.dpo import run_dpo
 from rlmm.train.faults import check_space, probe, remove_partial, storing
+from rlmm.train.folder_lock import FolderLock
 from rlmm.train.gates import ceilings
 from rlmm.train.grpo import run_grpo
 from rlmm.train.heart import settle
@@ -53,25 +55,30 @@ def run_folder(recipe: Recipe) -> RunFolder:
 def run_recipe(recipe: Recipe, say: Callable[[str], None]) -> RunFolder:
     """Run every stage that is not done; the report is written after each. Rewards' processes end with it.
 
-    Raises Stopped where the run was asked to stop (`rlmm.train.signals`).
+    Raises Stopped where the run was asked to stop (`rlmm.train.signals`), FolderInUse where another run has its folder.
     """
     folder = run_folder(recipe)
+    lock = FolderLock(folder.path, say)
     try:
         everywhere(lambda: probe(folder.path))
-        done = in_first(lambda: _open(folder, recipe, say))
+        in_first(lock.take)
+        done = in_first(lambda: _open(folder, recipe, world()[1], say))
         with watching(folder.path, recipe.runtime.hang_seconds), storing("the run", folder.path):
             _run_stages(folder, recipe, done, say)
     finally:
         settle("end", patient=True)
         stop_served()
+        lock.release()
     return folder
 
 
-def _open(folder: RunFolder, recipe: Recipe, say: Callable[[str], None]) -> list[str]:
+def _open(folder: RunFolder, recipe: Recipe, processes: int, say: Callable[[str], None]) -> list[str]:
     """Make the folder this run's, or find that it is. Returns the stages that are done."""
     for name, stage in recipe.stages.items():
         if isinstance(stage, DpoStage) and stage.data is not None and not folder.done(name):
             check_data(stage.data)  # before hours of other stages, and while the recipe may still be mended
+    if not all(folder.done(name) for name in recipe.stages):
+        check_stages(recipe, processes)
     folder.bind_config(recipe.model_dump(mode="json"))
     if partial := remove_partial(folder.path):
         say(f"removed {len(partial)} half-written file(s) of a process that was ended")

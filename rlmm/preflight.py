@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from rlmm.config.engines import EngineConfig, VllmEngineConfig, VllmServerConfig
 from rlmm.config.policy import CheckpointPolicy
 from rlmm.config.recipe import Recipe
-from rlmm.config.sampling import Written
-from rlmm.config.stages import GrpoStage, PairsStage
+from rlmm.config.sampling import Sampled, Written
+from rlmm.config.stages import GrpoStage, PairsStage, Stage
 from rlmm.memory import has_sources
 from rlmm.policies.families.loading import load_spelling, not_here
 from rlmm.policies.responses import stop_tokens
-from rollouts.contract import Seeing
+from rollouts.contract import Layout, Seeing
+from rollouts.unmasking import check_steps
 
 
 def check_stages(recipe: Recipe, processes: int = 1) -> None:
@@ -22,6 +23,8 @@ def check_stages(recipe: Recipe, processes: int = 1) -> None:
     if not isinstance(recipe.policy, CheckpointPolicy) or not_here(recipe.policy) is not None:
         return
     spelling = load_spelling(recipe.policy.path, recipe.policy)
+    for name, stage in recipe.stages.items():
+        _check_steps(name, stage, spelling.layout)
     for place, written, sources, engine in _texts(recipe):
         try:
             stop_tokens(spelling, written)
@@ -42,6 +45,17 @@ def _check_engine(name: str, engine: EngineConfig, processes: int) -> None:
             f"stage {name!r}: {processes} training processes and {len(engine.urls)} rollout server(s); start one for "
             "each process and list them in engine.urls"
         )
+
+
+def _check_steps(name: str, stage: Stage, layout: Layout) -> None:
+    """Of a masked checkpoint: each step reveals a position. Of a new policy the recipe itself tells the grid."""
+    sampled = stage.sampling if isinstance(stage, GrpoStage | PairsStage) else stage
+    if not isinstance(sampled, Sampled) or sampled.unmasking is None:
+        return
+    try:
+        check_steps(sampled.unmasking.record(), len(layout.grid.decided()))
+    except ValueError as error:
+        raise ValueError(f"stage {name!r}: {error}") from error
 
 
 def _texts(recipe: Recipe) -> Iterator[tuple[str, Written, bool, EngineConfig | None]]:

@@ -1,12 +1,13 @@
 """What a stage may ask of a policy's family: refused when the recipe is read, with the reason."""
 
+from collections.abc import Iterable
 from typing import Literal
 
 from rlmm.config.engines import TorchEngineConfig
 from rlmm.config.masked import UnmaskingConfig
 from rlmm.config.policy import NewPolicy, Policy
 from rlmm.config.sampling import Sampled
-from rlmm.config.stages import DpoStage, GrpoStage, PairsStage, SftStage, Stage
+from rlmm.config.stages import DpoStage, EvalStage, GrpoStage, PairsStage, SftStage, Stage
 from rlmm.objectives.estimators import Estimator
 from rlmm.objectives.legality import IllegalObjective, LogProbKind, check_legal
 from rollouts.unmasking import check_steps
@@ -47,6 +48,12 @@ def check_family(name: str, stage: Stage, policy: Policy, positions: int | None)
         _check_grpo(name, stage, family)
     elif isinstance(stage, SftStage | DpoStage) and stage.noise is not None and family == "next_token":
         raise ValueError(f"stage {name!r}: noise is of masked policies, and this one is next-token; leave it out")
+
+
+def check_understanding(stages: Iterable[Stage], policy: Policy) -> None:
+    """Raises ValueError where an evaluation would ask a masked policy the recipe's `understanding`."""
+    if family_of(policy) == "masked" and any(isinstance(stage, EvalStage) for stage in stages):
+        raise ValueError("a masked policy draws images alone, and an eval stage asks it `understanding`; leave it out")
 
 
 def _check_unmasking(place: str, given: UnmaskingConfig | None, family: Family, positions: int | None) -> None:
@@ -116,6 +123,11 @@ def _check_estimator(name: str, stage: GrpoStage, estimator: Estimator) -> None:
         raise ValueError(
             f"stage {name!r}: what noisy_confidence samples has no known log-prob, so nothing can tell if the loss "
             "is of the law sampled from; train with order random, confidence or threshold, and evaluate with any"
+        )
+    if not along and stage.objective.token_weighting is not None:
+        raise ValueError(
+            f"stage {name!r}: objective.token_weighting is shown each token's log-prob and entropy, and of a noise "
+            "scheme only a row's sum means something; leave it out, or use estimator trajectory"
         )
     order = "" if unmasking is None else unmasking.order
     if not estimator.order_term and order not in ("confidence", "threshold"):

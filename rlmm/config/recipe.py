@@ -15,7 +15,7 @@ from rlmm.config.base import Strict, nearest, reason_of
 from rlmm.config.codec import CodecConfig
 from rlmm.config.credit import check_credit, check_held_out_credit
 from rlmm.config.data import Data
-from rlmm.config.families import check_family
+from rlmm.config.families import check_family, check_understanding
 from rlmm.config.pairs import check_preferences
 from rlmm.config.policy import CheckpointPolicy, NewPolicy, Policy
 from rlmm.config.rewards import Rewards
@@ -97,6 +97,8 @@ class Recipe(Strict):
         for name, stage in self.stages.items():
             if isinstance(stage, SftStage) and stage.understanding_share and self.understanding is None:
                 raise ValueError(f"stage {name!r} takes a share of its rows from `understanding`; give the recipe one")
+        if self.understanding is not None:
+            check_understanding(self.stages.values(), self.policy)
         check_preferences(self.stages)
         before: list[str] = []
         for name, stage in self.stages.items():

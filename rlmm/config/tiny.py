@@ -12,6 +12,11 @@ OVERRIDE = "model=tiny"
 SIZE = (48, 48)
 """Pixels of a generated scene, which every family's tokenizer divides."""
 
+STEPS = 4
+"""Most forward passes an image of a masked checkpoint."""
+BLOCK = 16
+"""Fewest positions of a block, so that there are no more blocks than steps."""
+
 
 def tiny_recipe(raw: Mapping[str, Any]) -> dict[str, Any]:
     """The recipe in small. Plain data in and out, not validated yet."""
@@ -22,6 +27,7 @@ def tiny_recipe(raw: Mapping[str, Any]) -> dict[str, Any]:
         policy |= {"tiny": True, "image_size": list(SIZE)}
         for setting in ("decoder", "image_tokenizer"):  # a tiny instance brings its own
             policy.pop(setting, None)
+        made["stages"] = {name: _few_steps(stage) for name, stage in made["stages"].items()}
     else:
         policy |= {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 64}
     if data.get("kind") == "rows":
@@ -92,6 +98,22 @@ def _dpo(stage: dict[str, Any]) -> dict[str, Any]:
 def _short(sampling: dict[str, Any]) -> dict[str, Any]:
     """A random policy ends no text, so the limit is what is written."""
     return {k: v | {"length_limit": 8} if k in ("thought", "answer") and v else v for k, v in sampling.items()}
+
+
+def _few_steps(stage: dict[str, Any]) -> dict[str, Any]:
+    """Of a masked checkpoint, whose tiny image has as few as 9 positions for a step to reveal one."""
+    if stage.get("kind") == "rounds":
+        return stage | {"stages": {name: _few_steps(one) for name, one in stage["stages"].items()}}
+    if isinstance(stage.get("sampling"), dict):
+        stage = stage | {"sampling": _few_steps(stage["sampling"])}
+    if isinstance(stage.get("estimator"), dict) and stage["estimator"].get("steps"):
+        stage = stage | {"estimator": stage["estimator"] | {"steps": min(STEPS - 1, stage["estimator"]["steps"])}}
+    unmasking = stage.get("unmasking")
+    if not isinstance(unmasking, dict) or not isinstance(unmasking.get("steps"), int):
+        return stage
+    few = {"steps": min(STEPS, unmasking["steps"])}
+    blocks = {"block": max(BLOCK, unmasking["block"])} if unmasking.get("block") else {}
+    return stage | {"unmasking": unmasking | few | blocks}
 
 
 def _eval(stage: dict[str, Any]) -> dict[str, Any]:

@@ -167,6 +167,14 @@ SCHEME_KINDS: dict[Scheme, LogProbKind] = {
     "mean_field": LogProbKind.MEAN_FIELD,
 }
 
+
+def mean_share(scheme: Scheme, ratios: tuple[float, float] | None = None) -> float:
+    """Share of a row's targets that a draw masks, in the mean over draws, for rows of many targets."""
+    if scheme == "truncated":
+        return sum(ratios or (0.0, 1.0)) / 2
+    return {"mean_field": 1.0, "coupled": 2 / 3}.get(scheme, 0.5)
+
+
 INDEPENDENT: tuple[Scheme, ...] = ("count", "bernoulli")
 """Schemes whose draws know nothing of each other."""
 

@@ -237,6 +237,20 @@ def test_a_baseline_that_is_no_likelihood_runs_when_forced_and_says_so(variant: 
         (["stages.grpo.estimator={steps: 3}"], "3 of the 3 steps an image is revealed in are all of them"),
         (["stages.grpo.estimator={kind: count, upper: {share: 0.5}}"], "give draws >= 2"),
         (["stages.grpo.objective={name: reinforce, clip_low: 0.01}"], "reinforce has no ratio"),
+        (
+            [
+                "stages.grpo.estimator={kind: count}",
+                "stages.grpo.objective={name: gspo, token_weighting: 'weights.py:mine'}",
+            ],
+            "only a row's sum means something",
+        ),
+        (
+            [
+                "understanding={data: {kind: scenes, variant: describe}, answer: {length_limit: 4}, "
+                "rewards: {terms: [{name: exact_match}]}}"
+            ],
+            "an eval stage asks it `understanding`",
+        ),
         (["stages.grpo.engine={kind: vllm}"], "sampled by engine.kind torch"),
         (["policy.family=next_token"], "noise is of masked policies"),
         (["policy.family=next_token", "stages.sft.noise=null"], "decides one token after the other"),

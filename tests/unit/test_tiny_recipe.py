@@ -11,6 +11,8 @@ from rlmm.config.recipe import RecipeError, read_recipe
 from rlmm.config.stages import EvalStage, GrpoStage, SftStage
 from rlmm.config.tiny import tiny_recipe
 from rlmm.installation import recipes_dir
+from rlmm.pipeline import run_recipe
+from rlmm.preflight import check_stages
 
 RECIPES = sorted(recipes_dir().glob("*.yaml"))
 
@@ -67,3 +69,34 @@ def test_a_tiny_policy_of_no_family_is_refused(tmp_path: Path) -> None:
     path.write_text(yaml.safe_dump(rows()))
     with pytest.raises(RecipeError, match=r"tiny needs policy\.family"):
         read_recipe(path, ["model=tiny"])
+
+
+@pytest.mark.parametrize(
+    "order", ["{order: random}", "{order: blocks, block: 2}", "{order: threshold, threshold: 0.9}"]
+)
+def test_a_masked_checkpoints_tiny_image_has_a_position_for_every_step(tmp_path: Path, order: str) -> None:
+    unmasking = {"steps": 15, **yaml.safe_load(order)}
+    raw = rows(family="mmada") | {"run_dir": str(tmp_path)}
+    raw["stages"] = {
+        "grpo": raw["stages"]["grpo"] | {"sampling": {"unmasking": unmasking}, "estimator": {"steps": 6}},
+        "evaluation": {"kind": "eval", "arms": ["grpo"], "unmasking": unmasking},
+    }
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(raw, sort_keys=False))
+    small = read_recipe(path, ["model=tiny"])
+    check_stages(small)
+    grpo = small.stages["grpo"]
+    assert isinstance(grpo, GrpoStage) and grpo.estimator is not None and grpo.estimator.steps == 3
+
+
+def test_steps_that_a_checkpoints_grid_has_not_are_refused_before_the_first_stage(tmp_path: Path) -> None:
+    raw = rows(family="mmada") | {"run_dir": str(tmp_path / "run")}
+    raw["stages"] = {
+        "sft": {"kind": "sft", "steps": 2, "learning_rate": 1e-3},
+        "evaluation": {"kind": "eval", "arms": ["sft"], "unmasking": {"steps": 4}},
+    }
+    (path := tmp_path / "mine.yaml").write_text(yaml.safe_dump(raw, sort_keys=False))
+    recipe = read_recipe(path, ["model=tiny", "stages.evaluation.unmasking={steps: 15}"])
+    with pytest.raises(ValueError, match="stage 'evaluation': .*15 steps for 9 positions"):
+        run_recipe(recipe, lambda line: None)
+    assert not (tmp_path / "run" / "config.yaml").exists()
