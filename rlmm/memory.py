@@ -114,7 +114,9 @@ def _length(stage: PolicyStage, layout: Layout, sources: bool) -> int:
     written = stage.sampling.written if isinstance(stage, GrpoStage) else None
     draws = not isinstance(stage, GrpoStage) or stage.sampling.answer is None
     text = 0 if written is None else written.length_limit
-    return PROMPT_TOKENS + text + (sources + draws) * layout.grid.length
+    # Before a text a source image may be seen through an encoder, with features of its own number.
+    source = layout.seeing.length if layout.seeing is not None and text else layout.grid.length
+    return PROMPT_TOKENS + text + sources * source + draws * layout.grid.length
 
 
 def _plan(name: str, stage: PolicyStage, make: Make, sources: bool, processes: int) -> MemoryPlan:

@@ -7,7 +7,7 @@ from rlmm.config.engines import EngineConfig, VllmEngineConfig, VllmServerConfig
 from rlmm.config.policy import CheckpointPolicy
 from rlmm.config.recipe import Recipe
 from rlmm.config.sampling import Sampled, Written
-from rlmm.config.stages import GrpoStage, PairsStage, Stage
+from rlmm.config.stages import GrpoStage, PairsStage, SftStage, Stage
 from rlmm.memory import has_sources
 from rlmm.policies.families.loading import load_spelling, not_here
 from rlmm.policies.responses import stop_tokens
@@ -25,6 +25,8 @@ def check_stages(recipe: Recipe, processes: int = 1) -> None:
     spelling = load_spelling(recipe.policy.path, recipe.policy)
     for name, stage in recipe.stages.items():
         _check_steps(name, stage, spelling.layout)
+        if isinstance(stage, SftStage):
+            check_text(stage, spelling.layout)
     for place, written, sources, engine in _texts(recipe):
         try:
             stop_tokens(spelling, written)
@@ -44,6 +46,15 @@ def _check_engine(name: str, engine: EngineConfig, processes: int) -> None:
         raise ValueError(
             f"stage {name!r}: {processes} training processes and {len(engine.urls)} rollout server(s); start one for "
             "each process and list them in engine.urls"
+        )
+
+
+def check_text(config: SftStage, layout: Layout) -> None:
+    """Raises ValueError where a stage would teach text that no head decides."""
+    if config.text_weight and not layout.decides_text:
+        raise ValueError(
+            f"text_weight {config.text_weight}: checkpoints of family {layout.family!r} learn no text (they have no "
+            "head for it, or it has no masked form), so a prompt cannot be learned; set it to 0"
         )
 
 

@@ -107,7 +107,8 @@ class Layout:
     family: str = "llama"
     """Who reads the checkpoint: a name of `rlmm.policies.families`, or file.py:NAME."""
     decides_text: bool = True
-    """Whether the policy has a head for text; without one a prompt is a condition alone, and is not learned."""
+    """Whether the policy can learn text; where it has no head for it, or reads it causally beside masked images, a
+    prompt is a condition alone."""
     text_end: int | None = None
     """What ends a text that the policy writes; None: the tokenizer's end of sequence."""
     seeing: Seeing | None = None

@@ -176,6 +176,17 @@ class GrpoStage(Optimization):
         return self
 
     @model_validator(mode="after")
+    def _one_law(self) -> "GrpoStage":
+        gates = self.gates
+        given = gates.mismatch_mean is not None or gates.mismatch_max is not None
+        if self.sampling.law((0, 1 << 31)).off_policy and gates.off_policy == "refuse" and not given:
+            raise ValueError(
+                f"sampling.guidance {self.sampling.guidance}: the loss would be of another law than the one sampled "
+                "from, which the gate stops; use guidance: guided or none, or set gates.off_policy: allow"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _canaries_are_looked_at(self) -> "GrpoStage":
         if self.gates.canary_drift is not None and not self.canary_every:
             raise ValueError("gates.canary_drift stops by the canaries, which canary_every: 0 never looks at; set it")

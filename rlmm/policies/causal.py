@@ -57,6 +57,9 @@ class CausalPolicy(TransformerPolicy):
             logp_N, entropy_N = self.decide(span.law, hidden_KNH, tokens_N, support, entropy_gradient=entropy_gradient)
             logp_BS = logp_BS.masked_scatter(where, logp_N)
             entropy_BS = entropy_BS.masked_scatter(where, entropy_N)
+        if self.needs_image_head:
+            logp_N, _ = self.decide(Law(self.layout.image), hidden_KBSH[:1, 0, :0], trajectory.ids[0, :0])
+            logp_BS = logp_BS + logp_N.sum()
         return LogProbs(self.log_prob_kind, logp_BS, entropy_BS)
 
     def _of_used(
@@ -78,7 +81,7 @@ class CausalPolicy(TransformerPolicy):
         logp_BT = hidden_BTH.new_zeros(batch.ids_BT.shape, dtype=torch.promote_types(hidden_BTH.dtype, torch.float32))
         for modality, vocabulary in ((TEXT, self.layout.text), (IMAGE, self.layout.image)):
             where = batch.target_BT & (batch.modality_BT == modality)
-            if where[:, 1:].any() or self.in_parts:
+            if where[:, 1:].any() or self.in_parts or (modality == IMAGE and self.needs_image_head):
                 hidden_1NH = hidden_BTH[where[:, 1:]].unsqueeze(0)
                 tokens_N = batch.ids_BT[where]
                 logp_N, _ = self.decide(Law(vocabulary), hidden_1NH, tokens_N)

@@ -13,6 +13,10 @@ import torch
 from torch import Tensor, nn
 
 
+def several_processes() -> bool:
+    return torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+
+
 def in_parts(parameter: Tensor) -> bool:
     """Whether the parameter is one that ZeRO-3 cares for, gathered just now or not."""
     return hasattr(parameter, "ds_status")

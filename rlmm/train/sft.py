@@ -12,6 +12,7 @@ from rlmm.objectives.noise import training_noise
 from rlmm.objectives.weights import count_modalities, sft_token_weights
 from rlmm.policies.base import Policy, SequenceBatch
 from rlmm.policies.layout_io import Supervised, supervised_batch
+from rlmm.preflight import check_text
 from rlmm.seeds import derive, epoch_indices, generator
 from rlmm.train.context import StageContext, image_tokens, load_split, run_codec, starting_policy
 from rlmm.train.metrics import Meter
@@ -49,11 +50,7 @@ class SftSource:
         seed: int,
         understanding: Sequence[Supervised] = (),
     ) -> None:
-        if config.text_weight and not layout.decides_text:
-            raise ValueError(
-                f"text_weight {config.text_weight}: checkpoints of family {layout.family!r} have no head for text, so "
-                "a prompt cannot be learned; set it to 0"
-            )
+        check_text(config, layout)
         self.layout, self.config, self.seed = layout, config, seed
         self.rows, self.own = [*rows, *understanding], len(rows)
         mine = share(config.batch_size, "batch_size")

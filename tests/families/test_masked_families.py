@@ -16,6 +16,7 @@ from rlmm.policies.masked import States
 from rlmm.policies.models import MMadaConfig, MMadaModelLM, Showo
 from rlmm.policies.spelling import NO_SOURCES
 from rollouts.law import Law
+from rollouts.trajectory import TEXT
 from rollouts.unmasking import Unmasking
 from tests.families.masked_checkpoints import MASKED, SIZE, peaked, sample, tiny
 
@@ -199,8 +200,9 @@ def test_pixels_become_codes_and_pixels_again_and_the_codec_is_kept(name: str, t
 def test_show_os_text_is_never_masked() -> None:
     policy = load_policy(tiny("show_o").path, tiny("show_o"))
     batch = supervised_batch(policy.layout, [Supervised(policy.encode_prompt("a circle"), range(12))])
+    assert not (batch.target_BT & (batch.modality_BT == TEXT)).any()
     with pytest.raises(ValueError, match="text is causal.*text_weight: 0"):
-        policy.sequence_log_probs(replace(batch, noised_BT=batch.target_BT))
+        policy.sequence_log_probs(replace(batch, noised_BT=batch.mask_BT))
 
 
 @pytest.mark.parametrize("name", MASKED)

@@ -243,3 +243,27 @@ def test_a_run_answers_about_what_is_seen_and_its_understanding_is_measured(tmp_
     assert any("mismatch/max" in line for line in lines)
     found = json.loads((run.stage("evaluation") / "eval.json").read_text())["understanding"]
     assert [row["n"] for row in found] == [2]
+
+
+def test_of_several_processes_each_has_a_gradient_for_the_image_head_though_none_draws(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As plain data parallel needs it in each micro-batch: the same gradients, and zeros for what only images need."""
+    policy = load_policy(tiny("janus").path, tiny("janus"))
+    answer = Sampling(answer=Written(length_limit=3))
+    made = answers(policy, answer, 0)
+
+    def gradients() -> dict[str, torch.Tensor | None]:
+        policy.model.zero_grad()
+        policy.log_probs(made).logp_BS.sum().backward()
+        return {name: one.grad for name, one in policy.base.named_parameters() if one.requires_grad}
+
+    alone = gradients()
+    monkeypatch.setattr("rlmm.policies.transformer.several_processes", lambda: True)
+    both = gradients()
+    unused = [name for name, found in alone.items() if found is None]
+    assert unused and all(name.startswith("model.generation_head.") for name in unused)
+    for name, found in both.items():
+        wanted = alone[name]
+        assert found is not None
+        torch.testing.assert_close(found, torch.zeros_like(found) if wanted is None else wanted)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rewards.runner import RewardContractError
-from rlmm.config.recipe import Recipe, read_recipe
+from rlmm.config.recipe import Recipe, RecipeError, read_recipe
 from rlmm.pipeline import run_folder, run_recipe
 from rlmm.policies.families.loading import load_policy
 from rlmm.train.gates import GateError
@@ -130,8 +130,10 @@ def test_nan_is_the_judges_failure(with_reward: Callable[..., Recipe]) -> None:
 @pytest.mark.parametrize("mode", ["conditional_only", "rescaled"])
 def test_training_another_law_than_was_sampled_is_stopped(variant: Callable[..., Recipe], mode: str) -> None:
     law = (f"stages.grpo.sampling.guidance={mode}", "stages.grpo.sampling.guidance_scale=3", "stages.grpo.steps=2")
+    with pytest.raises(RecipeError, match=r"guidance: guided or none, or set gates\.off_policy: allow"):
+        variant(*law)
     with pytest.raises(GateError, match="another law"):
-        run_recipe(variant(*law), lambda line: None)
+        run_recipe(variant(*law, "stages.grpo.gates.mismatch_mean=1.0e-5"), lambda line: None)
 
 
 def test_off_policy_training_is_allowed_by_name_and_still_measured(variant: Callable[..., Recipe]) -> None:

@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 
+from rlmm.config.policy import CheckpointPolicy
 from rlmm.config.recipe import Recipe, validate_recipe
 from rlmm.preflight import check_stages
 from tests.families.checkpoints import tiny
+from tests.families.masked_checkpoints import tiny as masked
 
 ANSWER = {"sampling": {"answer": {"length_limit": 4}}}
 THOUGHT = {"sampling": {"thought": {"length_limit": 4}}}
@@ -56,6 +58,17 @@ def test_a_text_is_not_asked_of_what_writes_none_nor_with_a_stop_that_is_no_toke
         check_stages(recipe(THOUGHT, family="glm_image", variant="text_to_image"))
     with pytest.raises(ValueError, match=r"grpo\.sampling\.answer: stop names '<nothing>'"):
         check_stages(recipe({"sampling": {"answer": {"length_limit": 4, "stop": ["<nothing>"]}}}))
+
+
+@pytest.mark.parametrize("policy", [tiny("llamagen_text"), masked("show_o"), tiny("janus")], ids=lambda one: one.family)
+def test_text_is_not_taught_where_nothing_learns_it(policy: CheckpointPolicy) -> None:
+    made = recipe({}, variant="text_to_image").model_dump(mode="json") | {"policy": policy.model_dump()}
+    made["stages"] = {"sft": {"kind": "sft", "steps": 1, "learning_rate": 1e-3, "text_weight": 0.5}}
+    if policy.family == "janus":
+        check_stages(validate_recipe(made, "a"))
+        return
+    with pytest.raises(ValueError, match=r"text_weight 0\.5: checkpoints of family .* set it to 0"):
+        check_stages(validate_recipe(made, "a"))
 
 
 def test_vllm_in_the_process_is_for_one_and_each_process_has_a_server() -> None:

@@ -1,5 +1,6 @@
 """Show-o (Xie et al. 2024, arXiv 2408.12528): Phi-1.5 that draws, masked diffusion of image codes after causal text."""
 
+from dataclasses import replace
 from math import isqrt
 from pathlib import Path
 
@@ -35,15 +36,16 @@ class ShowoPolicy(MaskedPolicy):
 
 
 def layout(checkpoint: Checkpoint) -> Layout:
-    """The mask comes after the codes, the last row of the table."""
+    """The mask comes after the codes, the last row of the table. Text is read causally, and has no masked form."""
     token = checkpoint.token
-    return unified_layout(
+    found = unified_layout(
         checkpoint,
         Marks(task=token(TASK), begin=token(BEGIN), end=token(END), pad=token(PAD)),
         text=None,
         own=STEP * isqrt(checkpoint.config.num_vq_tokens),
         family=FAMILY.name,
     )
+    return replace(found, decides_text=False)
 
 
 def codec(checkpoint: Checkpoint) -> NetworkCodec:
