@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from rlmm.objectives.estimators import Estimator
 from rlmm.objectives.legality import LogProbKind
 from rlmm.policies.base import LogProbs, SequenceBatch, streams_needed
+from rlmm.policies.parts import several_processes
 from rlmm.policies.transformer import TransformerPolicy
 from rollouts.law import COND, Law
 from rollouts.trajectory import IMAGE, TEXT, Trajectory
@@ -61,6 +62,12 @@ class CausalPolicy(TransformerPolicy):
             logp_N, _ = self.decide(Law(self.layout.image), hidden_KBSH[:1, 0, :0], trajectory.ids[0, :0])
             logp_BS = logp_BS + logp_N.sum()
         return LogProbs(self.log_prob_kind, logp_BS, entropy_BS)
+
+    @property
+    def needs_image_head(self) -> bool:
+        """Whether the image head must be in an update's graph though no image token is: the head is a trained one of
+        its own, and each of several plain processes waits for every gradient in every micro-batch."""
+        return bool(self.untrained_parts) and several_processes() and torch.is_grad_enabled() and not self.in_parts
 
     def _of_used(
         self, trajectory: Trajectory, used_S: Tensor, model: nn.Module | None, entropy_gradient: bool

@@ -26,7 +26,7 @@ from rlmm.policies.casting import cast_inside
 from rlmm.policies.head import OutputHead, decision_log_probs, sliced_head
 from rlmm.policies.head_rows import ROWS, train_rows
 from rlmm.policies.layout_io import save_layout
-from rlmm.policies.parts import gathered, in_parts, settle, several_processes, whole
+from rlmm.policies.parts import gathered, in_parts, settle, whole
 from rlmm.policies.pictures import Pictures
 from rlmm.policies.spelling import Spelling
 from rollouts.contract import Layout
@@ -79,12 +79,6 @@ class TransformerPolicy(ABC):
     def in_parts(self) -> bool:
         """Whether weights are kept in parts: then all processes must use the same heads, with or without a token."""
         return any(in_parts(parameter) for parameter in self.model.parameters())
-
-    @property
-    def needs_image_head(self) -> bool:
-        """Whether the image head must be in an update's graph though no image token is: the head is a trained one of
-        its own, and each of several plain processes waits for every gradient in every micro-batch."""
-        return bool(self.untrained_parts) and several_processes() and torch.is_grad_enabled() and not self.in_parts
 
     def to(self, device: torch.device) -> None:
         """Move the weights, in place."""

@@ -259,7 +259,7 @@ def test_of_several_processes_each_has_a_gradient_for_the_image_head_though_none
         return {name: one.grad for name, one in policy.base.named_parameters() if one.requires_grad}
 
     alone = gradients()
-    monkeypatch.setattr("rlmm.policies.transformer.several_processes", lambda: True)
+    monkeypatch.setattr("rlmm.policies.causal.several_processes", lambda: True)
     both = gradients()
     unused = [name for name, found in alone.items() if found is None]
     assert unused and all(name.startswith("model.generation_head.") for name in unused)
