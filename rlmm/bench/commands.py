@@ -34,6 +34,7 @@ def step(
     problems: Annotated[str, typer.Option(help="Vocabularies, of small and emu3")] = "small,emu3",
     prompts: Annotated[int, typer.Option(min=1, help="Prompts an update, of 8 samples each")] = 4,
     tokens: Annotated[int, typer.Option(min=1, help="Image tokens a sample")] = 256,
+    lora: Annotated[bool, typer.Option(help="Also of an adapter")] = True,
     checkpointed: Annotated[bool, typer.Option(help="Also with gradient checkpointing, TRL's default")] = True,
     steps: Annotated[int, typer.Option(min=2, help="Updates a process, the first of which is not counted")] = 3,
     repeats: Annotated[int, typer.Option(min=1, help="Interleaved processes a side, of which medians are shown")] = 3,
@@ -43,8 +44,8 @@ def step(
     from rlmm.bench.step import bench_step, step_plan
 
     names = tuple(problems.split(","))
-    plan = step_plan(names, prompts, tokens, checkpointed=checkpointed, steps=steps, repeats=repeats, threads=threads)
-    bench_step(plan, json_file)
+    kinds = {"lora": lora, "checkpointed": checkpointed}
+    bench_step(step_plan(names, prompts, tokens, **kinds, steps=steps, repeats=repeats, threads=threads), json_file)
 
 
 @bench_app.command("estimators")

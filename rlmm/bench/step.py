@@ -65,14 +65,22 @@ class Measured:
 
 
 def step_plan(
-    names: Sequence[str], prompts: int, tokens: int, *, checkpointed: bool, steps: int, repeats: int, threads: int
+    names: Sequence[str],
+    prompts: int,
+    tokens: int,
+    *,
+    lora: bool = True,
+    checkpointed: bool,
+    steps: int,
+    repeats: int,
+    threads: int,
 ) -> StepPlan:
     """A plan over named problems of the given sizes. Raises ValueError where a name is unknown."""
     unknown = [name for name in names if name not in PROBLEMS]
     if unknown:
         raise ValueError(f"unknown problem {unknown[0]!r}.{nearest(unknown[0], list(PROBLEMS))}")
     problems = tuple(replace(PROBLEMS[name], prompts=prompts, image_tokens=tokens) for name in names)
-    sides = tuple(side for side in SIDES if checkpointed or not side.checkpointing)
+    sides = tuple(side for side in SIDES if (checkpointed or not side.checkpointing) and (lora or not side.lora))
     return StepPlan(problems, sides, repeats=repeats, steps=steps, threads=threads)
 
 

@@ -35,7 +35,7 @@ SMOKE = [
 
 SMALL = {
     "bench rollout": "--sizes quickstart --samples 8 --tokens 4 --repeats 1".split(),
-    "bench step": "--problems small --prompts 1 --tokens 16 --no-checkpointed --steps 2 --repeats 1".split(),
+    "bench step": "--problems small --prompts 1 --tokens 16 --no-lora --no-checkpointed --steps 2 --repeats 1".split(),
 }
 """What makes the commands small that take no overrides."""
 

@@ -1,5 +1,6 @@
 """Published families on a real vLLM: the trainer's law, the torch engine's tokens, and a sync that is missed shows."""
 
+import functools
 import importlib.util
 import json
 import os
@@ -19,17 +20,31 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module")
-def found() -> dict[str, Any]:
+LONG = ("lumina_mgpt", "blip3o_next", "glm_image")
+"""Families that another of the suite is much like."""
+FAMILIES = [pytest.param(name, marks=pytest.mark.long) if name in LONG else name for name in SIZES]
+
+
+def _name(case: Any) -> str:
+    return case if isinstance(case, str) else case.values[0]
+
+
+@functools.cache
+def ran(names: tuple[str, ...]) -> dict[str, Any]:
     done = subprocess.run(
-        [sys.executable, "-m", "tests.integration.vllm_families", *SIZES], cwd=Path(__file__).parents[2],
+        [sys.executable, "-m", "tests.integration.vllm_families", *names], cwd=Path(__file__).parents[2],
         env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=900,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("name", SIZES)
+@pytest.fixture
+def found(name: str) -> dict[str, Any]:
+    return ran(LONG if name in LONG else tuple(one for one in SIZES if one not in LONG))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 def test_each_law_is_the_trainers_and_the_tokens_are_the_torch_engines(found: dict[str, Any], name: str) -> None:
     laws = found[name]["laws"]
     assert set(laws) == set(LAWS)
@@ -38,13 +53,13 @@ def test_each_law_is_the_trainers_and_the_tokens_are_the_torch_engines(found: di
     assert sorted(law["same"] for law in laws.values())[1] == 1.0, laws
 
 
-@pytest.mark.parametrize("name", [name for name in SIZES if name in WRITERS])
+@pytest.mark.parametrize("name", [one for one in FAMILIES if _name(one) in WRITERS])
 def test_a_thought_and_its_image_are_the_trainers_and_the_torch_engines(found: dict[str, Any], name: str) -> None:
     thought = found[name]["thought"]
     assert thought["gap"] < 1e-4 and thought["text"] > 0 and thought["image"] > 0, thought
     assert thought["same"] > 0.5, thought  # a draw at whose edge the engines round apart parts a row
 
 
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_the_weights_that_run_are_the_trainers_and_a_missed_sync_shows(found: dict[str, Any], name: str) -> None:
     assert found[name]["agrees"] == [True, False, True]

@@ -57,7 +57,9 @@ def test_a_plan_names_the_nearest_problem() -> None:
         step_plan(["emu"], 1, 4, checkpointed=False, steps=2, repeats=1, threads=1)
     plan = step_plan(["emu3"], 1, 4, checkpointed=False, steps=2, repeats=1, threads=1)
     assert plan.problems[0].rows == 8 and plan.problems[0].vocabulary == PROBLEMS["emu3"].vocabulary
-    assert not any(side.checkpointing for side in plan.sides)
+    assert not any(side.checkpointing for side in plan.sides) and any(side.lora for side in plan.sides)
+    whole = step_plan(["emu3"], 1, 4, lora=False, checkpointed=True, steps=2, repeats=1, threads=1)
+    assert not any(side.lora for side in whole.sides) and any(side.checkpointing for side in whole.sides)
 
 
 def test_images_are_of_image_codes_and_groups_differ_in_reward() -> None:

@@ -22,6 +22,7 @@ from tests.exact.enumerable import make_policy
 
 TINY = Path(__file__).parents[1] / "recipes" / "tiny.yaml"
 TRUNCATED = "stages.grpo.objective.mismatch={kind: truncate}"
+RESCALED = ("stages.grpo.sampling.guidance=rescaled", "stages.grpo.gates.off_policy=allow")
 
 
 @pytest.mark.parametrize(
@@ -30,7 +31,7 @@ TRUNCATED = "stages.grpo.objective.mismatch={kind: truncate}"
         ([], "would take samples of older weights for its own; set objective.mismatch"),
         (["stages.grpo.objective.mismatch={kind: reject}"], "kind reject leaves rows out and weighs none"),
         ([TRUNCATED, "stages.grpo.objective.kl.importance_weighted=true"], "kl.importance_weighted weighs by the"),
-        ([TRUNCATED, "stages.grpo.sampling.guidance=rescaled"], "with guidance rescaled the loss is of another law"),
+        ([TRUNCATED, *RESCALED], "with guidance rescaled the loss is of another law"),
         ([TRUNCATED, "stages.grpo.resample_flat=1"], "resample_flat draws again"),
         ([TRUNCATED, "stages.grpo.score_chunk=1"], "score_chunk is for rollouts"),
         ([TRUNCATED, "stages.grpo.deepspeed=zero1.json"], "which DeepSpeed may hold in parts"),
