@@ -43,3 +43,9 @@ def read_tensors(file: Path, plain: Sequence[type] = ()) -> "dict[str, Tensor]":
         found = next((found[key] for key in ("model", "module", "state_dict") if key in found), found)
         return {name: tensor for name, tensor in found.items() if isinstance(tensor, torch.Tensor)}
     raise ValueError(f"{file} holds a {type(found).__name__} and no weights by name; give a published checkpoint")
+
+
+def misfits(model: Any, weights: "Mapping[str, Tensor]") -> list[str]:
+    """Names of weights that only one of the two has, or both in other shapes, sorted."""
+    own = model.state_dict()
+    return sorted(n for n in {**own, **weights} if n not in own or n not in weights or own[n].shape != weights[n].shape)

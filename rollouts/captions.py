@@ -7,6 +7,20 @@ from torch import Tensor, nn
 from transformers.models.t5.modeling_t5 import T5Stack
 
 
+class Conditions:
+    """What LlamaGen's settings say of the ids in front of an image: a class, or the captions' positions."""
+
+    @property
+    def condition_tokens(self: Any) -> int:
+        """Positions in front of the codes."""
+        return 1 if self.caption_config is None else self.caption_tokens
+
+    @property
+    def first_code(self: Any) -> int:
+        """The token id of code 0."""
+        return self.num_classes + 1 if self.caption_config is None else self.caption_config.vocab_size
+
+
 class Captions(nn.Module):
     """Text tokens [B, T] to embeddings [B, T, H]: T5's features, which nothing trains, and two layers. Of a prompt of n
     null tokens the last n of the learned unconditional features stand in, as published."""

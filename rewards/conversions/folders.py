@@ -9,6 +9,8 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from rewards.checkpoints import misfits
+
 
 def square_side(positions: int, patch: int, source: Path) -> int:
     """Side in pixels of the square that a vision transformer with so many positions, one of the class, looks at."""
@@ -30,12 +32,10 @@ def write_folder(
     model's, bicubic, the middle of the rest. Raises ValueError where the weights are not those of such a model."""
     with torch.device("meta"):
         model = kind(config)
-    own = model.state_dict()
-    faults = [n for n in {**own, **weights} if n not in own or n not in weights or own[n].shape != weights[n].shape]
-    if faults:
+    if faults := misfits(model, weights):
         raise ValueError(
             f"{source} is no checkpoint of the kind that was named: {len(faults)} weights do not fit, the first of "
-            f"them {sorted(faults)[0]!r}; give the published file"
+            f"them {faults[0]!r}; give the published file"
         )
     side = config.vision_config.image_size
     made: Any = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)

@@ -4,8 +4,10 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, LlamaConfig, T5Config
 
+from rollouts.captions import Conditions
 
-class LlamaGenConfig(LlamaConfig):
+
+class LlamaGenConfig(Conditions, LlamaConfig):
     """What config.json says, as attributes."""
 
     model_type = "llamagen"
@@ -20,16 +22,6 @@ class LlamaGenConfig(LlamaConfig):
         if isinstance(self.caption_config, dict):
             self.caption_config = T5Config(**self.caption_config)
         super().__post_init__(**kwargs)
-
-    @property
-    def condition_tokens(self) -> int:
-        """Positions in front of the codes."""
-        return 1 if self.caption_config is None else self.caption_tokens
-
-    @property
-    def first_code(self) -> int:
-        """The token id of code 0."""
-        return self.num_classes + 1 if self.caption_config is None else self.caption_config.vocab_size
 
 
 def register_configs() -> None:

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from rewards import build
 from rewards.base import Sample
+from rewards.checkpoints import misfits
 from rewards.conversions import hpsv2, image_reward
 from rewards.gold import HasGold
 from rewards.image_reward import ImageRewardModel
@@ -167,3 +168,9 @@ def test_what_is_no_such_file_says_so(hps: Made, blip: Made, tmp_path: Path) -> 
     assert not (tmp_path / "out").exists() and not Path("here").exists()
     with pytest.raises(ValueError, match="holds a model of type 'clip'.*convert image_reward"):
         build("image_reward", model=hps[1])
+
+
+def test_what_does_not_fit_is_missing_superfluous_or_of_another_shape() -> None:
+    model = torch.nn.Linear(3, 2)
+    assert misfits(model, model.state_dict()) == []
+    assert misfits(model, {"weight": torch.zeros(2, 4), "more": torch.zeros(1)}) == ["bias", "more", "weight"]

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, T5EncoderModel
 
-from rewards.checkpoints import load_model, read_tensors
+from rewards.checkpoints import load_model, misfits, read_tensors
 from rlmm.policies.families.llamagen import class_tokenizer, text_tokenizer
 from rlmm.policies.models.llamagen import LlamaGenConfig, LlamaGenForImageGeneration
 
@@ -85,12 +85,10 @@ def convert(
     weights |= {f"vqmodel.{name}": tensor for name, tensor in _network(network)}
     with torch.device("meta"):
         model = LlamaGenForImageGeneration(config)
-    own = model.state_dict()
-    faults = [n for n in {**own, **weights} if n not in own or n not in weights or own[n].shape != weights[n].shape]
-    if faults:
+    if faults := misfits(model, weights):
         raise ValueError(
             f"{transformer} and {tokenizer} do not make a LlamaGen: {len(faults)} weights do not fit, the first of "
-            f"them {sorted(faults)[0]!r}; give a published checkpoint and the image tokenizer it was trained on"
+            f"them {faults[0]!r}; give a published checkpoint and the image tokenizer it was trained on"
         )
     model.save_pretrained(folder, state_dict=weights)
     if text_encoder is None:

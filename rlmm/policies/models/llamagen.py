@@ -22,12 +22,12 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaModel
 
-from rollouts.captions import Captions
+from rollouts.captions import Captions, Conditions
 
 CLASSES = 1000
 
 
-class LlamaGenConfig(LlamaConfig):
+class LlamaGenConfig(Conditions, LlamaConfig):
     """`vocab_size` counts image codes. Token ids are conditions first (classes, or T5's text tokens), the last of which
     stands for none, then codes.
 
@@ -61,16 +61,6 @@ class LlamaGenConfig(LlamaConfig):
             self.caption_config = T5Config(**{**self.caption_config, **alone})
         self.max_position_embeddings = self.condition_tokens + self.grid_size**2
         super().__post_init__(**kwargs)
-
-    @property
-    def condition_tokens(self) -> int:
-        """Positions in front of the codes."""
-        return 1 if self.caption_config is None else self.caption_tokens
-
-    @property
-    def first_code(self) -> int:
-        """The token id of code 0."""
-        return self.num_classes + 1 if self.caption_config is None else self.caption_config.vocab_size
 
 
 class GridRotary(nn.Module):
