@@ -1,7 +1,8 @@
 """A Llama's forward for sampling: fused products, a static cache, one new position a row and step.
 
 The same function as `LlamaForCausalLM` (rounding apart), prefill with left padding included. On a CPU the parts between
-the products run in `kernels.cpp`; elsewhere, and for prefill, on torch operations, on a GPU recorded as a CUDA graph.
+the products run in `rollouts/kernels`; elsewhere, and for prefill, on torch operations, on a GPU recorded as a CUDA
+graph.
 
 Shapes: Q prompts, P prefix positions, N decode rows, H hidden size, D head size, S cache positions, B = S / 16 blocks.
 """
@@ -14,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from rollouts.kernels.native import HEAD_SIZES, LANES, Kernels, NoKernels, load_kernels
 from rollouts.torch_engine.graphs import Graphs
 from rollouts.torch_engine.llama import LlamaShape
-from rollouts.torch_engine.native import HEAD_SIZES, LANES, Kernels, NoKernels, load_kernels
 from rollouts.torch_engine.weights import Layer, LlamaWeights, take_weights
 
 

@@ -143,10 +143,12 @@ def _start(**settings: Any) -> Any:
             "engine.kind: torch"
         ) from error
     from rollouts.vllm_engine import plugin
+    from rollouts.vllm_engine.cpu_kernels import use_kernels
     from rollouts.vllm_engine.processor import LawProcessor
     from rollouts.vllm_engine.scheduler import WaveScheduler
 
     plugin.register()  # a checkout that was never installed has no entry points
+    use_kernels()
     set_num_threads = torch.set_num_threads
     try:
         return LLM(

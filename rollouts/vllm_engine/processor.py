@@ -12,7 +12,7 @@ ever. What went wrong is kept with the sample and raised when the sample is coll
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ class _Sample:
 
     law: Law
     forced: dict[int, int]
-    uniforms_S: Tensor
+    uniforms: list[float]
     drawn: Drawn
 
 
@@ -45,12 +45,33 @@ class _Row:
     output: list[int] = field(repr=False)
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Where a stream's logits lie: a row, and a block of its columns."""
+@dataclass
+class _Group:
+    """The samples of one law in vLLM's batch, for as long as the batch stays as it is; K streams, N samples.
 
-    row: int
-    block: int
+    A stream's logits lie in a row and a block of its columns. `outputs` are vLLM's live lists."""
+
+    law: Law
+    samples: list[_Sample]
+    row_KN: Tensor
+    block_KN: Tensor
+    outputs: list[list[list[int]]]
+
+    def positions(self) -> np.ndarray:
+        """[N] of the next token; -1 for a sample whose streams are apart, which is noted with it."""
+        position_KN = np.array([[len(output) for output in stream] for stream in self.outputs])
+        apart_N = (position_KN != position_KN[0]).any(0)
+        for n in apart_N.nonzero()[0]:
+            _note(self.samples[n], f"at positions {sorted(set(position_KN[:, n].tolist()))}")
+        return np.where(apart_N, -1, position_KN[0])
+
+    def of(self, kept: list[int]) -> "_Group":
+        """Some of the samples; the group itself where that is all."""
+        if len(kept) == len(self.samples):
+            return self
+        samples = [self.samples[n] for n in kept]
+        outputs = [[stream[n] for n in kept] for stream in self.outputs]
+        return _Group(self.law, samples, self.row_KN[:, kept], self.block_KN[:, kept], outputs)
 
 
 class LawProcessor(LogitsProcessor):
@@ -60,35 +81,33 @@ class LawProcessor(LogitsProcessor):
         self.vocabulary: int = vllm_config.model_config.get_vocab_size()
         self.rows: dict[int, _Row] = {}
         self.samples: dict[str, _Sample] = {}
+        self.groups: list[_Group] | None = None
+        """Those of the batch as it is; None where it has changed since."""
 
     def is_argmax_invariant(self) -> bool:
         return False
 
     def update_state(self, batch_update: Any) -> None:
-        process_dict_updates(self.rows, batch_update, self._row)
+        if batch_update is not None:
+            process_dict_updates(self.rows, batch_update, self._row)
+            self.groups = None
 
     def apply(self, logits: Tensor) -> Tensor:
         """[rows, streams a row x vocabulary] in, [rows, vocabulary] out."""
-        found: dict[str, dict[str, tuple[_Place, int]]] = defaultdict(dict)
-        for index, row in self.rows.items():
-            for block, stream in enumerate(row.streams):
-                found[row.sample][stream] = (_Place(index, block), len(row.output))
-        ready: dict[Law, list[tuple[_Sample, int, list[_Place]]]] = defaultdict(list)
-        for name, places in found.items():
-            sample, drawn = self.samples[name], self.samples[name].drawn
-            positions = {position for _, position in places.values()}
-            if set(places) != set(sample.law.streams()) or len(positions) > 1:
-                drawn.fault = drawn.fault or f"its streams parted: {sorted(places)} at positions {sorted(positions)}"
-                continue
-            position = positions.pop()
-            order = [places[stream][0] for stream in sample.law.streams()]
-            if position in sample.forced:
-                _leave_one(logits, [place.row for place in order], [sample.forced[position]] * len(order))
-                drawn.tokens_S[position] = sample.forced[position]
-            else:
-                ready[sample.law].append((sample, position, order))
-        for law, group in ready.items():
-            _decide(logits, self.vocabulary, law, group)
+        if self.groups is None:
+            self.groups = self._grouped()
+        for group in self.groups:
+            position_N = group.positions()
+            free: list[int] = []
+            for n, position in enumerate(position_N.tolist()):
+                forced = group.samples[n].forced.get(position)
+                if forced is not None:
+                    _leave_one(logits, group.row_KN[:, n], torch.tensor(forced))
+                    group.samples[n].drawn.tokens_S[position] = forced
+                elif position >= 0:
+                    free.append(n)
+            if free:
+                _decide(logits, self.vocabulary, group.of(free), position_N[free].tolist())
         return logits[:, : self.vocabulary]
 
     def collect(self, names: list[str]) -> list[Drawn]:
@@ -96,6 +115,26 @@ class LawProcessor(LogitsProcessor):
         drawn = [self.samples[name].drawn for name in names]
         self.samples.clear()
         return drawn
+
+    def _grouped(self) -> list[_Group]:
+        found: dict[str, dict[str, tuple[int, int, list[int]]]] = defaultdict(dict)
+        for index, row in self.rows.items():
+            for block, stream in enumerate(row.streams):
+                found[row.sample][stream] = (index, block, row.output)
+        by_law: dict[Law, list[str]] = defaultdict(list)
+        for name, places in found.items():
+            sample = self.samples[name]
+            if set(places) == set(sample.law.streams()):
+                by_law[sample.law].append(name)
+            else:
+                _note(sample, f"{sorted(places)} alone")
+        groups = []
+        for law, names in by_law.items():
+            places_KN = [[found[name][stream] for name in names] for stream in law.streams()]
+            row_KN, block_KN, outputs = ([[place[i] for place in stream] for stream in places_KN] for i in range(3))
+            samples = [self.samples[name] for name in names]
+            groups.append(_Group(law, samples, torch.tensor(row_KN), torch.tensor(block_KN), cast(Any, outputs)))
+        return groups
 
     def _row(self, params: SamplingParams, prompt: list[int] | None, output: list[int]) -> _Row | None:
         wanted = (params.extra_args or {}).get(KEY)
@@ -107,7 +146,7 @@ class LawProcessor(LogitsProcessor):
             self.samples[name] = _Sample(
                 law,
                 {position: token for position, token in wanted["forced"]},
-                row_uniforms([int(wanted["seed"])], length)[0],
+                row_uniforms([int(wanted["seed"])], length)[0].tolist(),
                 Drawn(
                     np.full(length, -1, dtype=np.int64),
                     np.zeros(length),
@@ -117,34 +156,36 @@ class LawProcessor(LogitsProcessor):
         return _Row(name, tuple(wanted["streams"]), output)
 
 
-def _decide(logits: Tensor, vocabulary: int, law: Law, group: list[tuple[_Sample, int, list[_Place]]]) -> None:
+def _note(sample: _Sample, what: str) -> None:
+    """The first fault is kept."""
+    sample.drawn.fault = sample.drawn.fault or f"its streams parted: {what}"
+
+
+def _decide(logits: Tensor, vocabulary: int, group: _Group, positions: list[int]) -> None:
     """Draw the next token of every sample of one law, and leave it alone finite in all rows of the sample."""
-    (low, high), by_stream = law.vocabulary, {}
+    low, high = group.law.vocabulary
     blocks = logits.view(len(logits), -1, vocabulary)
-    for k, name in enumerate(law.streams()):
-        rows_N = torch.tensor([order[k].row for _, _, order in group])
-        blocks_N = torch.tensor([order[k].block for _, _, order in group])
-        by_stream[name] = blocks[rows_N, blocks_N, low:high]
-    logp_NV, support_NV = law_log_probs(law, by_stream)
-    uniform_N = torch.stack([sample.uniforms_S[position] for sample, position, _ in group]).to(logits.device)
-    code_N = draw(logp_NV, uniform_N)
+    streams = zip(group.law.streams(), group.row_KN, group.block_KN, strict=True)
+    by_stream = {name: blocks[row_N, block_N, low:high] for name, row_N, block_N in streams}
+    logp_NV, support_NV = law_log_probs(group.law, by_stream)
+    samples = list(zip(group.samples, positions, strict=True))
+    uniforms = [sample.uniforms[position] for sample, position in samples]
+    code_N = draw(logp_NV, torch.tensor(uniforms, dtype=torch.float64, device=logits.device))
     chosen = logp_NV.gather(-1, code_N.unsqueeze(-1)).squeeze(-1).tolist()
     packed = None if support_NV is None else pack_support(support_NV).numpy()
-    tokens = (code_N + low).tolist()
-    for n, (sample, position, _) in enumerate(group):
+    token_N = code_N + low
+    for n, (token, (sample, position)) in enumerate(zip(token_N.tolist(), samples, strict=True)):
         drawn = sample.drawn
-        drawn.tokens_S[position], drawn.logp_S[position] = tokens[n], chosen[n]
+        drawn.tokens_S[position], drawn.logp_S[position] = token, chosen[n]
         if drawn.support is not None and packed is not None:
             drawn.support[position] = packed[n]
-    rows = [place.row for _, _, order in group for place in order]
-    _leave_one(logits, rows, [token for token, (_, _, order) in zip(tokens, group, strict=True) for _ in order])
+    _leave_one(logits, group.row_KN, token_N.expand(group.row_KN.shape))
 
 
-def _leave_one(logits: Tensor, rows: list[int], tokens: list[int]) -> None:
-    """In place: token n is all that row n can still be."""
-    rows_N = torch.tensor(rows)
-    logits[rows_N] = -torch.inf
-    logits[rows_N, torch.tensor(tokens)] = 0.0
+def _leave_one(logits: Tensor, rows: Tensor, tokens: Tensor) -> None:
+    """In place: a token (of the shape of `rows`) is all that its row can still be."""
+    logits[rows] = -torch.inf
+    logits[rows, tokens] = 0.0
 
 
 def on_processor(worker: Any, call: Callable[[LawProcessor], Any]) -> Any:

@@ -12,10 +12,13 @@ import torch
 from torch import Tensor
 
 from rollouts.vllm_engine.broadcast import Group, join
+from rollouts.vllm_engine.cpu_kernels import use_kernels
 from rollouts.vllm_engine.host import room_of_model
 from rollouts.vllm_engine.processor import on_processor
 from rollouts.vllm_engine.transfer import read_shards
 from rollouts.vllm_engine.weights import refresh_tied_head, running_fingerprint
+
+use_kernels()  # vLLM imports this module in each of its processes, before it builds the model
 
 
 class RolloutWorker:

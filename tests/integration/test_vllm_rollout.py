@@ -1,6 +1,8 @@
 """vLLM behind the Engine contract: the trainer's law, the torch engine's tokens, and no stale weights."""
 
 import importlib.util
+import os
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Any
 import pytest
 
 from rollouts.contract import Grid, Layout
+from rollouts.kernels.native import NoKernels, load_kernels
 from rollouts.vllm_engine import plugin
 from rollouts.vllm_engine.local import LocalHost
 from tests.integration.programs import answer_of
@@ -18,9 +21,43 @@ SIZES = {"max_length": 16, "dtype": "float32", "max_rows": 4, "max_prompt_tokens
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 
 
+def _compiled() -> bool:
+    try:
+        return bool(load_kernels())
+    except NoKernels:
+        return False
+
+
+needs_kernels = pytest.mark.skipif(not _compiled(), reason="no C++ compiler")
+
+
 @pytest.fixture(scope="module")
 def found() -> dict[str, Any]:
     return answer_of("vllm_program.py", timeout=600)
+
+
+@needs_vllm
+@needs_kernels
+@pytest.mark.slow
+def test_steps_go_through_the_compiled_kernels(found: dict[str, Any]) -> None:
+    assert found["parts"] == ["KernelGate", "KernelImpl", "KernelNorm"]
+
+
+WITHOUT = """
+from vllm.model_executor.custom_op import op_registry_oot
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from rollouts.vllm_engine.cpu_kernels import use_kernels
+use_kernels()
+print(AttentionBackendEnum.CPU_ATTN.get_path(), sorted(op_registry_oot))
+"""
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_without_a_compiler_vllm_keeps_its_own(tmp_path: Path) -> None:
+    around = os.environ | {"CXX": "/no/compiler", "XDG_CACHE_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", WITHOUT], env=around, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1:] == ["vllm.v1.attention.backends.cpu_attn.CPUAttentionBackend []"], done.stderr
 
 
 @needs_vllm

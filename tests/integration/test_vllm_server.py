@@ -2,11 +2,14 @@
 
 import importlib.util
 import os
+import shutil
 import signal
 import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
 
 import httpx
 import pytest
@@ -64,6 +67,15 @@ def server_of(engine: Recovering) -> Server:
     own = host_of(engine).own
     assert own is not None
     return own
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir() or not shutil.which("g++"), reason="needs /proc and a compiler")
+def test_the_server_has_the_compiled_kernels(engine: Recovering) -> None:
+    group, maps = server_of(engine).process.pid, ""
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it ended meanwhile
+            maps += (folder / "maps").read_text() if os.getpgid(int(folder.name)) == group else ""
+    assert "/rlmm/kernels-" in maps
 
 
 def test_trainer_and_torch_engine_agree(engine: Recovering, policy: CausalPolicy) -> None:

@@ -18,6 +18,9 @@ from scipy.stats import chisquare
 from torch import Tensor
 from vllm import LLM, ModelRegistry, SamplingParams
 from vllm.lora.request import LoRARequest
+from vllm.model_executor.layers.activation import SiluAndMul
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.layernorm import RMSNorm
 
 from rlmm import pipeline
 from rlmm.config.engines import VllmEngineConfig
@@ -56,6 +59,18 @@ def refusal(call: Callable[[], Any]) -> str:
 
 def half(weights: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
     return (pair for pair in weights if "layers.1.mlp" not in pair[0])
+
+
+def parts(engine: Any) -> list[str]:
+    """The classes of vLLM's attention, norms and gates."""
+
+    def of(model: torch.nn.Module) -> set[str]:
+        layers = [layer for layer in model.modules() if isinstance(layer, Attention)]
+        others = [layer for layer in model.modules() if isinstance(layer, RMSNorm | SiluAndMul)]
+        return {type(layer.impl).__name__ for layer in layers} | {type(layer).__name__ for layer in others}
+
+    (found,) = engine.hosts[0].llm.apply_model(of)
+    return sorted(found)
 
 
 def syncs(engine: Any, policy: CausalPolicy) -> dict[str, Any]:
@@ -254,6 +269,7 @@ def main() -> None:
     change(policy, 1)
     # An odd number of rows, and a prefill too small for all prompts: guided samples fit only in waves.
     engine = build_engine(VllmEngineConfig(max_rows=7, max_prompt_tokens=130, kv_megabytes=32), policy)
+    found["parts"] = parts(engine)
     found["laws"] = under_laws(engine, policy)
     found["writing"] = writing(engine, policy)
     found["syncs"] = syncs(engine, policy)

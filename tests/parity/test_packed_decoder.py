@@ -20,12 +20,12 @@ from rlmm.policies.families.llama import build
 from rlmm.train.engines import build_engine
 from rlmm.train.gates import check_mismatch, measure_mismatch
 from rollouts.fingerprint import weights_fingerprint
+from rollouts.kernels.native import NoKernels, load_kernels
 from rollouts.law import Law
 from rollouts.torch_engine import graphs
 from rollouts.torch_engine.causal import TorchEngine
 from rollouts.torch_engine.graphs import Graphs, Step, extent_of
 from rollouts.torch_engine.llama import Unsupported, llama_shape
-from rollouts.torch_engine.native import NoKernels, load_kernels
 from rollouts.torch_engine.packed import PackedLlama, Rows
 from rollouts.trajectory import Span, Trajectory
 from tests.parity.test_sampler_trainer import PROMPTS, requests

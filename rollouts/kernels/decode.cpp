@@ -1,75 +1,19 @@
 // The element-wise parts of a Llama decode step, fused: residual + norm, rotary + cache + attention, SwiGLU.
-// Matrix products stay in torch (oneDNN). Vectors are the compiler's own: 16 floats, split where registers are narrower.
+// Matrix products stay in torch (oneDNN).
 #include <sys/mman.h>
 
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <vector>
-#ifdef __AVX512BF16__
-#include <immintrin.h>
-#endif
+#include "vectors.h"
 
-#define INLINE static inline __attribute__((always_inline))
-constexpr int LANES = 16;
-typedef float vec __attribute__((vector_size(4 * LANES)));
-typedef int32_t ints __attribute__((vector_size(4 * LANES)));
-typedef uint32_t uints __attribute__((vector_size(4 * LANES)));
-typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
-typedef uint16_t bf16;
-
-INLINE vec load(const float* p) { vec v; memcpy(&v, p, sizeof v); return v; }
-INLINE vec load(const bf16* p) {
-    halves h; memcpy(&h, p, sizeof h);
-    return (vec)(__builtin_convertvector(h, uints) << 16);
-}
-INLINE void store(float* p, vec v) { memcpy(p, &v, sizeof v); }
-INLINE halves rounded(vec v) {  // to nearest, ties to even
-    uints u = (uints)v;
-    return __builtin_convertvector((u + 0x7fffu + ((u >> 16) & 1u)) >> 16, halves);
-}
-INLINE float scalar(float x) { return x; }
-INLINE float scalar(bf16 x) { uint32_t u = (uint32_t)x << 16; float f; memcpy(&f, &u, 4); return f; }
-INLINE void put(float* p, float x) { *p = x; }
-INLINE void put(bf16* p, float x) {
-    uint32_t u; memcpy(&u, &x, 4);
-    *p = (bf16)((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
-}
-INLINE vec all(float x) { return vec{} + x; }
-INLINE float sum(vec v) { float s = 0; for (int i = 0; i < LANES; i++) s += v[i]; return s; }
-
-#ifdef __AVX512BF16__
-INLINE void narrow(bf16* p, vec v) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh((__m512)v)); }
-#else
-INLINE void narrow(bf16* p, vec v) { halves h = rounded(v); memcpy(p, &h, sizeof h); }
-#endif
-INLINE void store(bf16* p, vec v) { narrow(p, v); }
-
-// e^x to about 1 ulp (Cephes): 2^n times a polynomial of the rest; 0 below the smallest normal float.
-INLINE vec exponential(vec x) {
-    vec bounded = x > 88.0f ? all(88.0f) : x;
-    vec y = bounded < -87.0f ? all(-87.0f) : bounded;
-    vec shifted = y * 1.44269504f + 12582912.0f;  // rounds to an integer in the low mantissa bits
-    vec n = shifted - 12582912.0f;
-    vec r = (y - n * 0.693359375f) + n * 2.12194440e-4f;
-    vec p = all(1.9875691500e-4f);
-    p = p * r + 1.3981999507e-3f; p = p * r + 8.3334519073e-3f; p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f; p = p * r + 5.0000001201e-1f; p = p * r * r + r + 1.0f;
-    ints power = (__builtin_convertvector(n, ints) + 127) << 23;
-    return x < -87.0f ? vec{} : p * (vec)power;
-}
-
-template <class D, class O>
-static void add_norm(float* x_NH, const D* delta_NH, const float* weight_H, O* out_NH, int64_t rows, int64_t hidden,
-                     float eps) {
+template <class X, class D, class W, class O>
+static void add_norm(X* x_NH, const D* delta_NH, const W* weight_H, O* out_NH, int64_t rows, int64_t hidden, float eps) {
 #pragma omp parallel for schedule(static)
     for (int64_t n = 0; n < rows; n++) {
-        float* x = x_NH + n * hidden;
+        X* x = x_NH + n * hidden;
         O* out = out_NH + n * hidden;
         vec squares{}, more{};
         for (int64_t i = 0; i < hidden; i += LANES) {
             vec v = load(x + i);
-            if (delta_NH) { v += load(delta_NH + n * hidden + i); store(x + i, v); }
+            if (delta_NH) { v += load(delta_NH + n * hidden + i); store(x + i, v); v = load(x + i); }
             if (i & LANES) more += v * v; else squares += v * v;
         }
         float factor = 1.0f / std::sqrt(sum(squares + more) / hidden + eps);
@@ -212,6 +156,11 @@ int rlmm_add_norm(int delta_bf16, int out_bf16, float* x, const void* delta, con
     else if (delta_bf16) add_norm(x, (const bf16*)delta, weight, (float*)out, rows, hidden, eps);
     else if (out_bf16) add_norm(x, (const float*)delta, weight, (bf16*)out, rows, hidden, eps);
     else add_norm(x, (const float*)delta, weight, (float*)out, rows, hidden, eps);
+    return 0;
+}
+int rlmm_add_norm_bf16(bf16* x, const bf16* delta, const bf16* weight, bf16* out, int64_t rows, int64_t hidden,
+                       float eps) {
+    add_norm(x, delta, weight, out, rows, hidden, eps);
     return 0;
 }
 int rlmm_gate(int is_bf16, const void* gate_up, void* out, int64_t rows, int64_t size) {

@@ -1,6 +1,7 @@
-"""The fused kernels of `kernels.cpp`, compiled for this processor on first use and kept in the user's cache folder.
+"""The fused kernels, compiled for this processor on first use and kept in the user's cache folder.
 
-Without a C++ compiler the packed decoder runs on torch operations instead: the same law, rounded otherwise and slower.
+Without a C++ compiler the packed decoder runs on torch operations instead, and vLLM on its own kernels: the same law,
+rounded otherwise and slower.
 """
 
 import ctypes
@@ -16,9 +17,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("vectors.h", "decode.cpp", "paged.cpp"))
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fno-math-errno", "-shared", "-fPIC")
 HEAD_SIZES = (16, 32, 48, 64, 80, 96, 128)
+PAGED_HEAD_SIZES = (32, 64, 96, 128)
+"""Those of `attend_paged`."""
 LANES = 16
 """Positions in one block of keys, floats in one vector."""
 
@@ -38,6 +41,9 @@ class Kernels:
         self._add_norm.argtypes = [integer, integer, *[pointer] * 4, word, word, real]
         self._gate.argtypes = [integer, *[pointer] * 2, word, word]
         self._attend.argtypes = [integer, *[pointer] * 7, *[word] * 6, real]
+        self._add_norm_bf16, self._attend_paged = library.rlmm_add_norm_bf16, library.rlmm_attend_paged
+        self._add_norm_bf16.argtypes = [*[pointer] * 4, word, word, real]
+        self._attend_paged.argtypes = [integer, *[pointer] * 7, *[word] * 9, real]
 
     def empty(self, *sizes: int, dtype: torch.dtype) -> Tensor:
         """Unwritten memory on large pages where the system grants them: a cache is fresh, large and read whole."""
@@ -46,8 +52,13 @@ class Kernels:
         return tensor
 
     def add_norm(self, x_NH: Tensor, delta_NH: Tensor | None, weight_H: Tensor, out_NH: Tensor, eps: float) -> None:
-        """x += delta, in place; out = RMSNorm(x) weight (Zhang & Sennrich 2019, arXiv 1910.07467)."""
+        """x += delta, in place; out = RMSNorm(x) weight (Zhang & Sennrich 2019, arXiv 1910.07467).
+
+        x and the weight are float32, or all four bfloat16. `out` may be `delta`."""
         delta = 0 if delta_NH is None else delta_NH.data_ptr()
+        if x_NH.dtype == torch.bfloat16:
+            self._add_norm_bf16(x_NH.data_ptr(), delta, weight_H.data_ptr(), out_NH.data_ptr(), *x_NH.shape, eps)
+            return
         halves = int(delta_NH is not None and delta_NH.dtype == torch.bfloat16), int(out_NH.dtype == torch.bfloat16)
         self._add_norm(*halves, x_NH.data_ptr(), delta, weight_H.data_ptr(), out_NH.data_ptr(), *x_NH.shape, eps)
 
@@ -76,6 +87,35 @@ class Kernels:
         if self._attend(half, *(tensor.data_ptr() for tensor in tensors), *sizes, size**-0.5):
             raise ValueError(f"the kernels have no head size {size}; known: {HEAD_SIZES}")
 
+    def attend_paged(
+        self,
+        q_NED: Tensor,
+        k_NFD: Tensor,
+        v_NFD: Tensor,
+        cache_BFSX: Tensor,
+        table_NP: Tensor,
+        length_N: Tensor,
+        out_NED: Tensor,
+        *,
+        scale: float,
+    ) -> None:
+        """Append keys and values at position `length - 1` of every row, and attend from 0 to it.
+
+        Args:
+            q_NED: turned queries; rows may lie apart, as in a slice of the fused product.
+            cache_BFSX: of B pages of S positions: of each key head, keys in groups [D, 32], then values [S, D].
+            table_NP: int32, the pages of each row; `length_N` int32.
+        """
+        _, kv_heads, page, _ = cache_BFSX.shape
+        rows, heads, size = q_NED.shape
+        tensors = (q_NED, k_NFD, v_NFD, cache_BFSX, out_NED, table_NP, length_N)
+        strides = (table_NP.stride(0), q_NED.stride(0), k_NFD.stride(0), v_NFD.stride(0))
+        half = int(out_NED.dtype == torch.bfloat16)
+        if self._attend_paged(
+            half, *(tensor.data_ptr() for tensor in tensors), rows, heads, kv_heads, size, page, *strides, scale
+        ):
+            raise ValueError(f"the kernels have no head size {size} for pages; known: {PAGED_HEAD_SIZES}")
+
 
 @functools.cache
 def load_kernels() -> Kernels:
@@ -101,14 +141,15 @@ def _key(compiler: str) -> str:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else [platform.processor(), platform.machine()]
     kind = [line for line in lines if line.startswith(("model name", "flags", "Features"))][:2] or lines[:2]
-    return hashlib.sha256("\n".join([SOURCE.read_text(), *FLAGS, compiler, *kind]).encode()).hexdigest()[:16]
+    sources = [source.read_text() for source in SOURCES]
+    return hashlib.sha256("\n".join([*sources, *FLAGS, compiler, *kind]).encode()).hexdigest()[:16]
 
 
 def _compile(compiler: str, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         built = Path(folder, path.name)
-        command = [*compiler.split(), *FLAGS, "-o", str(built), str(SOURCE)]
+        command = [*compiler.split(), *FLAGS, "-o", str(built), *(str(source) for source in SOURCES[1:])]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             said = (done.stderr.strip().splitlines() or ["no message"])[0]

@@ -1,0 +1,85 @@
+"""A decode step over vLLM's paged cache, against attention over the same keys and values laid end to end."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from rollouts.kernels.native import PAGED_HEAD_SIZES, Kernels, NoKernels, load_kernels
+
+GROUP = 32
+
+
+@pytest.fixture(scope="module")
+def kernels() -> Kernels:
+    try:
+        return load_kernels()
+    except NoKernels as error:
+        pytest.skip(str(error))
+
+
+def laid_out(keys_SFD: Tensor, values_SFD: Tensor, pages: list[int], cache_BFSX: Tensor) -> None:
+    """Write positions into pages: keys in groups [D, 32], then values [positions, D]."""
+    page, size = cache_BFSX.shape[2], keys_SFD.shape[2]
+    for head in range(keys_SFD.shape[1]):
+        for t in range(len(keys_SFD)):
+            flat = cache_BFSX[pages[t // page], head].view(-1)
+            group, lane = divmod(t % page, GROUP)
+            flat[group * GROUP * size : (group + 1) * GROUP * size].view(size, GROUP)[:, lane] = keys_SFD[t, head]
+            flat[page * size :].view(page, size)[t % page] = values_SFD[t, head]
+
+
+def attended(q_ED: Tensor, keys_SFD: Tensor, values_SFD: Tensor, scale: float) -> Tensor:
+    q, k, v = (part.double() for part in (q_ED.unsqueeze(1), keys_SFD.transpose(0, 1), values_SFD.transpose(0, 1)))
+    return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=True).squeeze(1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", PAGED_HEAD_SIZES)
+@pytest.mark.parametrize("page", [32, 64])
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2)])
+def test_it_is_attention_over_the_pages(
+    kernels: Kernels, dtype: torch.dtype, size: int, page: int, heads: tuple[int, int]
+) -> None:
+    lengths, (query_heads, kv_heads), scale = [1, 31, 32, 33, 64, 65, 130], heads, 0.3
+    torch.manual_seed(0)
+    widest = -(-max(lengths) // page)
+    order = torch.randperm(len(lengths) * widest) + 1
+    table_NP = order.view(len(lengths), widest).int()
+    cache = torch.full((len(order) + 1, kv_heads, page, 2 * size), torch.nan, dtype=dtype)  # unread where not filled
+    before = [(torch.randn(2, n, kv_heads, size).to(dtype)) for n in lengths]
+    fused = torch.randn(len(lengths), (query_heads + 2 * kv_heads) * size).to(dtype)  # rows lie apart in it
+    q, k, v = fused.split([query_heads * size, kv_heads * size, kv_heads * size], -1)
+    q_NED, k_NFD, v_NFD = (part.view(len(lengths), -1, size) for part in (q, k, v))
+    for n, (keys, values) in enumerate(before):
+        keys[-1], values[-1] = k_NFD[n], v_NFD[n]
+        laid_out(keys[:-1], values[:-1], table_NP[n].tolist(), cache)
+    out_NED = torch.empty(len(lengths), query_heads, size, dtype=dtype)
+    kernels.attend_paged(q_NED, k_NFD, v_NFD, cache, table_NP, torch.tensor(lengths).int(), out_NED, scale=scale)
+    for n, (keys, values) in enumerate(before):
+        exact = attended(q_NED[n], keys, values, scale)
+        within = 2e-6 if dtype == torch.float32 else 2e-2
+        torch.testing.assert_close(out_NED[n].double(), exact, atol=within, rtol=within)
+    expected = torch.full_like(cache, torch.nan)
+    for n, (keys, values) in enumerate(before):
+        laid_out(keys, values, table_NP[n].tolist(), expected)
+    assert torch.equal(cache.nan_to_num(), expected.nan_to_num())
+
+
+def test_a_head_size_it_lacks_is_named(kernels: Kernels) -> None:
+    q = torch.zeros(1, 1, 48)
+    cache, one = torch.zeros(2, 1, 32, 96), torch.ones(1, dtype=torch.int32)
+    with pytest.raises(ValueError, match="no head size 48 for pages; known: .32"):
+        kernels.attend_paged(q, q, q, cache, one.view(1, 1), one, torch.empty_like(q), scale=1.0)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_a_norm_of_bfloat16_rounds_as_torch_does(kernels: Kernels, residual: bool) -> None:
+    torch.manual_seed(0)
+    x, more, weight = torch.randn(5, 64).bfloat16(), torch.randn(5, 64).bfloat16(), torch.rand(64).bfloat16()
+    total = x + more if residual else x.clone()
+    exact = F.rms_norm(total.float(), (64,), weight.float(), 1e-5)
+    into = more if residual else torch.empty_like(x)
+    kernels.add_norm(x, more if residual else None, weight, into, 1e-5)
+    assert torch.equal(x, total)
+    torch.testing.assert_close(into.float(), exact, atol=0, rtol=2**-8)
