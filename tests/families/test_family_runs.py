@@ -86,8 +86,8 @@ def recipe(name: str, folder: Path, stages: dict[str, Any], **policy: Any) -> Re
     )  # fmt: skip
 
 
-LONG = ("glm_image", "lumina_mgpt", "chameleon")
-"""An edit of the same class is in the suite."""
+LONG = ("glm_image", "lumina_mgpt", "chameleon", "llamagen", "simplear")
+"""One much like each is in the suite."""
 
 
 @pytest.fixture(

@@ -18,7 +18,7 @@ from rollouts.vllm_engine.server import ServerHost
 from tests.integration.vllm_requests import agrees, change, check_laws, check_sync, gap, make_policy, sample
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.long,
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
 ]
 WAYS: dict[str, dict[str, Any]] = {"two servers": {"replicas": 2}, "two devices": {"tensor_parallel": 2}}
@@ -29,7 +29,7 @@ def policy() -> CausalPolicy:
     return make_policy(lora=True)
 
 
-@pytest.fixture(scope="module", params=["two servers", pytest.param("two devices", marks=pytest.mark.long)])
+@pytest.fixture(scope="module", params=list(WAYS))
 def engine(request: pytest.FixtureRequest, policy: CausalPolicy) -> Iterator[Recovering]:
     change(policy, 1)
     with pytest.MonkeyPatch.context() as patch:
