@@ -141,6 +141,12 @@ def _check_estimator(name: str, stage: GrpoStage, estimator: Estimator) -> None:
             f"{sampling.guidance} the log-prob is of another law, whose order that is not; use guidance: guided or "
             "none, or order: random"
         )
+    if order in ("confidence", "threshold") and estimator.order_term and stage.objective.kl.coefficient:
+        raise ValueError(
+            f"stage {name!r}: with order {order} the reference can find what was revealed impossible, and the policy "
+            "too after an update: a KL to it is infinite; set kl.coefficient 0, or estimator.order_term: false for a "
+            "KL of the tokens alone"
+        )
     if estimator.upper is not None and (stage.objective.surrogate != "reinforce" or estimator.kind != LogProbKind.ELBO):
         raise ValueError(
             f"stage {name!r}: an upper estimate has no ratio to an older one, and pairs with an ELBO; use objective "

@@ -32,6 +32,7 @@ from rollouts.unmasking import Unmasking
 TINY = Path(__file__).parents[1] / "recipes" / "tiny_masked.yaml"
 COUNT = "stages.grpo.estimator={kind: count}"
 CONFIDENT = "stages.grpo.sampling.unmasking={steps: 3, order: confidence}"
+NO_KL = "stages.grpo.objective.kl.coefficient=0"
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +125,7 @@ PLAIN, *OTHERS = [
     [],
     [f"stages.grpo.estimator={SANDWICH}", "stages.grpo.objective={name: reinforce, updates_per_rollout: 2}"],
     ["stages.grpo.estimator={kind: trajectory, steps: 2}"],
-    ["stages.grpo.sampling.unmasking={steps: 3, order: confidence}"],
+    [CONFIDENT, NO_KL],
     [CONFIDENT, "stages.grpo.estimator={steps: 2, order_term: false}"],
     [
         "stages.grpo.estimator={kind: stratified, draws: 3}",
@@ -162,8 +163,7 @@ def test_the_log_says_how_good_an_estimate_is(variant: Callable[..., Recipe]) ->
     quarters = [first[f"noise/masked_q{q}"] for q in range(1, 5)]
     assert quarters == pytest.approx([0.25] * 4, abs=1e-6)  # one draw in each quarter of 12 counts
     assert 0 < first["noise/deviation"] < 20
-    order = "stages.grpo.sampling.unmasking={steps: 3, order: confidence}"
-    (first, *_) = metrics(run_recipe(variant(order, name="order"), lambda _: None))
+    (first, *_) = metrics(run_recipe(variant(CONFIDENT, NO_KL, name="order"), lambda _: None))
     assert 0 < first["order/share"] < 1
 
 
@@ -227,6 +227,7 @@ def test_a_baseline_that_is_no_likelihood_runs_when_forced_and_says_so(variant: 
             ],
             "whose order that is not",
         ),
+        ([CONFIDENT], "a KL to it is infinite"),
         (["stages.grpo.sampling.unmasking.steps=500"], "at most 12"),
         (["stages.evaluation.unmasking={steps: 500}"], "at most 12"),
         (["stages.grpo.sampling.unmasking={steps: 1, order: blocks, block: 8}"], "between 2 and 12"),
