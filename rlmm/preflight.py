@@ -11,12 +11,14 @@ from rlmm.config.stages import GrpoStage, PairsStage, SftStage, Stage
 from rlmm.memory import has_sources
 from rlmm.policies.families.loading import load_spelling, not_here
 from rlmm.policies.responses import stop_tokens
+from rlmm.train.trackers import check_trackers
 from rollouts.contract import Layout, Seeing
 from rollouts.unmasking import check_steps
 
 
 def check_stages(recipe: Recipe, processes: int = 1) -> None:
     """Raises ValueError naming the stage, and what to do."""
+    check_trackers(recipe.runtime.trackers)
     for name, stage in recipe.stages.items():
         if isinstance(stage, GrpoStage) or (isinstance(stage, PairsStage) and stage.rollouts is None):
             _check_engine(name, stage.engine, processes)

@@ -10,7 +10,7 @@ from rlmm.train.context import StageContext
 from rlmm.train.metrics import Meter, MetricsFile
 from rlmm.train.progress import RichProgress
 from rlmm.train.resume import Fault, no_fault, resume_point
-from rlmm.train.trackers import others, tensorboard
+from rlmm.train.trackers import others, tensorboard, wandb_run
 from rlmm.train.trainer import LossFn, StageTrainer, StepSource, training_arguments
 
 
@@ -48,5 +48,6 @@ def train(
     trainer = StageTrainer(
         model, arguments, source, loss_fn, metrics, meter, every, gradient_agreement=gradient_agreement
     )
-    trainer.run(context.say, checkpoint)
+    with wandb_run(context):
+        trainer.run(context.say, checkpoint)
     return trainer

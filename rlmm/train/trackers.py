@@ -2,7 +2,9 @@
 
 import os
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
 
 from torch.utils.tensorboard import SummaryWriter
 from transformers import TrainerCallback
@@ -12,7 +14,17 @@ from rlmm.train.context import StageContext
 from rlmm.train.processes import world
 
 WANDB_ID = "wandb-id"
-"""The file of a run folder with the id of its run at Weights & Biases."""
+"""The file of a stage's folder with the id of its run at Weights & Biases."""
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Raises ValueError for one that is not installed."""
+    missing = [name for name in names if find_spec(name) is None]
+    if missing:
+        raise ValueError(
+            f"runtime.trackers names {', '.join(missing)}, which is not installed; install the extra `trackers`, or "
+            "leave it out: every figure is in metrics.jsonl and the report all the same"
+        )
 
 
 def tensorboard(context: StageContext, step: int) -> list[TrainerCallback]:
@@ -24,14 +36,38 @@ def tensorboard(context: StageContext, step: int) -> list[TrainerCallback]:
     return [TensorBoardCallback(SummaryWriter(folder, purge_step=step + 1))]
 
 
-def others(context: StageContext) -> Sequence[str]:
-    """The trackers that Trainer opens itself. Of wandb, a resumed run goes on with the run it began, by the variables
-    that wandb reads (https://docs.wandb.ai/guides/track/environment-variables); what the user has set stands."""
-    found = [tracker for tracker in context.recipe.runtime.trackers if tracker != "tensorboard"]
-    if "wandb" in found and world()[0] == 0:
-        path = context.run.path / WANDB_ID
-        if not path.is_file():
-            path.write_text(uuid.uuid4().hex[:16])
-        os.environ.setdefault("WANDB_RUN_ID", path.read_text())
-        os.environ.setdefault("WANDB_RESUME", "allow")
-    return found
+def others(context: StageContext) -> list[str]:
+    """The trackers that Trainer writes to itself."""
+    return [tracker for tracker in context.recipe.runtime.trackers if tracker != "tensorboard"]
+
+
+@contextmanager
+def wandb_run(context: StageContext) -> Iterator[None]:
+    """A run at Weights & Biases for as long as a stage trains: each stage counts its steps from one, so each has its
+    own, in a group named as the recipe; a resumed stage goes on with its run. What the user has set in the variables
+    that wandb reads (https://docs.wandb.ai/guides/track/environment-variables) stands."""
+    if "wandb" not in context.recipe.runtime.trackers or world()[0] > 0:
+        yield
+        return
+    import wandb
+
+    path = context.folder / WANDB_ID
+    if not path.is_file():
+        path.write_text(uuid.uuid4().hex[:16])
+    run = wandb.init(
+        project=_unless_set("WANDB_PROJECT", "rlmm"),
+        group=_unless_set("WANDB_RUN_GROUP", context.recipe.name),
+        name=_unless_set("WANDB_NAME", f"{context.recipe.name}-{context.name}"),
+        id=_unless_set("WANDB_RUN_ID", path.read_text()),
+        resume="allow" if "WANDB_RESUME" not in os.environ else None,
+    )
+    code = 1
+    try:
+        yield
+        code = 0
+    finally:
+        run.finish(exit_code=code)
+
+
+def _unless_set(variable: str, value: str) -> str | None:
+    return None if variable in os.environ else value

@@ -1,0 +1,86 @@
+"""What wandb is told by a run that is killed and started again, read from the files that it keeps offline."""
+
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from wandb.proto import wandb_internal_pb2
+
+from rlmm.train import trackers
+
+RECIPE = Path(__file__).parents[1] / "recipes" / "tiny.yaml"
+STEPS = 20
+
+
+def records(path: Path) -> Iterator[bytes]:
+    """Of a log in LevelDB's format, after wandb's own header of 7 bytes; a record may be in parts."""
+    data, place, part = path.read_bytes(), 7, b""
+    while place + 7 <= len(data):
+        if (left := 32768 - place % 32768) < 7:
+            place += left
+            continue
+        _, size, kind = struct.unpack("<IHB", data[place : place + 7])
+        chunk, place = data[place + 7 : place + 7 + size], place + 7 + size
+        part = chunk if kind in (1, 2) else part + chunk
+        if kind in (1, 4):
+            yield part
+
+
+def told(folder: Path) -> dict[str, Any]:
+    """A run's name, group, project, and the values of each logged step."""
+    found: dict[str, Any] = {"id": folder.name.rsplit("-", 1)[1], "rows": {}}
+    for raw in records(next(folder.glob("*.wandb"))):
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(raw)
+        if record.WhichOneof("record_type") == "run":
+            found |= {"name": record.run.display_name, "group": record.run.run_group, "project": record.run.project}
+        if record.WhichOneof("record_type") == "history":
+            items = record.history.item
+            row = {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in items}
+            if "train/loss" in row:
+                found["rows"][row["train/global_step"]] = row
+    return found
+
+
+def start(out: Path) -> "subprocess.Popen[bytes]":
+    given = [str(RECIPE), f"run_dir={out / 'run'}", f"stages.grpo.steps={STEPS}", "runtime.trackers=[wandb]"]
+    around = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
+    around |= {"WANDB_MODE": "offline", "WANDB_DIR": str(out), "WANDB_SILENT": "true"}
+    command = [sys.executable, "-m", "rlmm.cli", "run", *given]
+    return subprocess.Popen(command, env=around, cwd=RECIPE.parents[2], stdout=subprocess.DEVNULL)
+
+
+@pytest.mark.long
+def test_a_resumed_stage_goes_on_with_its_run_and_each_stage_has_its_own(tmp_path: Path) -> None:
+    first, metrics = start(tmp_path), tmp_path / "run" / "stages" / "03-grpo" / "metrics.jsonl"
+    while not metrics.is_file() or len(metrics.read_text().splitlines()) < STEPS // 2:
+        assert first.poll() is None, "it ended before it was killed"
+        time.sleep(0.05)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    assert start(tmp_path).wait() == 0
+    runs = [told(folder) for folder in sorted((tmp_path / "wandb").glob("offline-run-*"))]
+    assert [run["name"] for run in runs] == ["tiny-codec", "tiny-sft", "tiny-grpo", "tiny-grpo"]
+    assert {(run["group"], run["project"]) for run in runs} == {("tiny", "rlmm")}
+    codec, sft, killed, resumed = runs
+    assert killed["id"] == resumed["id"] and len({codec["id"], sft["id"], killed["id"]}) == 3
+    assert set(sft["rows"]) == set(range(1, 5))
+    rewards = {step: row["train/reward/mean"] for step, row in resumed["rows"].items() if "train/reward/mean" in row}
+    kept = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert rewards and max(resumed["rows"]) == STEPS and min(resumed["rows"]) > 1
+    assert rewards == {row["step"]: row["reward/mean"] for row in kept if row["step"] in rewards}
+
+
+def test_a_tracker_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trackers, "find_spec", lambda name: None if name == "trackio" else name)
+    trackers.check_trackers(["tensorboard", "wandb"])
+    with pytest.raises(ValueError, match="names trackio, which is not installed; install the extra `trackers`"):
+        trackers.check_trackers(["tensorboard", "trackio"])
