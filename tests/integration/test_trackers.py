@@ -68,9 +68,10 @@ def test_a_resumed_stage_goes_on_with_its_run_and_each_stage_has_its_own(tmp_pat
     first.wait()
     assert start(tmp_path).wait() == 0
     runs = [told(folder) for folder in sorted((tmp_path / "wandb").glob("offline-run-*"))]
-    assert [run["name"] for run in runs] == ["tiny-codec", "tiny-sft", "tiny-grpo", "tiny-grpo"]
-    assert {(run["group"], run["project"]) for run in runs} == {("tiny", "rlmm")}
-    codec, sft, killed, resumed = runs
+    codec, sft, killed, resumed = runs  # of a killed run wandb may not have written more than the id
+    ended = [codec, sft, resumed]
+    assert [run["name"] for run in ended] == ["tiny-codec", "tiny-sft", "tiny-grpo"]
+    assert {(run["group"], run["project"]) for run in ended} == {("tiny", "rlmm")}
     assert killed["id"] == resumed["id"] and len({codec["id"], sft["id"], killed["id"]}) == 3
     assert set(sft["rows"]) == set(range(1, 5))
     rewards = {step: row["train/reward/mean"] for step, row in resumed["rows"].items() if "train/reward/mean" in row}
