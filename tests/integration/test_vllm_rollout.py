@@ -82,6 +82,17 @@ def test_two_streams_in_one_request_are_the_same_samples(found: dict[str, Any]) 
 
 @needs_vllm
 @pytest.mark.slow
+def test_rows_that_are_apart_are_left_alone_and_noted_and_rows_that_move_are_followed(found: dict[str, Any]) -> None:
+    facts = found["by hand"]
+    assert facts.pop("gap") < 1e-6
+    assert facts == {
+        "together": True, "apart": "its streams parted: at positions [0, 1]", "left alone": True, "undrawn": -1,
+        "moved": True,
+    }  # fmt: skip
+
+
+@needs_vllm
+@pytest.mark.slow
 def test_a_text_and_its_image_are_the_torch_engines(found: dict[str, Any]) -> None:
     check_writing(found["writing"])
 
