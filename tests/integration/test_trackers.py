@@ -38,7 +38,7 @@ def told(folder: Path) -> dict[str, Any]:
     """A run's name, group, project, and the values of each logged step."""
     found: dict[str, Any] = {"id": folder.name.rsplit("-", 1)[1], "rows": {}}
     for raw in records(next(folder.glob("*.wandb"))):
-        record = wandb_internal_pb2.Record()
+        record = wandb_internal_pb2.Record()  # pyrefly: ignore  (made at import)
         record.ParseFromString(raw)
         if record.WhichOneof("record_type") == "run":
             found |= {"name": record.run.display_name, "group": record.run.run_group, "project": record.run.project}
