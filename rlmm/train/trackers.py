@@ -4,7 +4,7 @@ import os
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, version
 
 from torch.utils.tensorboard import SummaryWriter
 from transformers import TrainerCallback
@@ -19,12 +19,14 @@ WANDB_ID = "wandb-id"
 
 def check_trackers(names: Sequence[str]) -> None:
     """Raises ValueError for one that is not installed."""
-    missing = [name for name in names if find_spec(name) is None]
-    if missing:
-        raise ValueError(
-            f"runtime.trackers names {', '.join(missing)}, which is not installed; install the extra `trackers`, or "
-            "leave it out: every figure is in metrics.jsonl and the report all the same"
-        )
+    for name in names:
+        try:
+            version(name)
+        except PackageNotFoundError as error:
+            raise ValueError(
+                f"runtime.trackers names {name}, which is not installed; install the extra `trackers`, or leave it "
+                "out: every figure is in metrics.jsonl and the report all the same"
+            ) from error
 
 
 def tensorboard(context: StageContext, step: int) -> list[TrainerCallback]:

@@ -88,8 +88,8 @@ class KernelImpl(CPUAttentionBackendImpl):
         if attn_metadata is None:  # vLLM warms up
             return output
         step = attn_metadata
-        fits = self.plain and layer.isa == LAYOUT and kv_cache.dtype in DTYPES
-        if not (fits and step.causal and step.max_query_len == 1):
+        one_each = self.plain and step.causal and step.max_query_len == 1
+        if not (one_each and layer.isa == LAYOUT and self._readable(query, key, value, kv_cache)):
             if self.kv_sharing_target_layer_name is None:
                 self.do_kv_cache_update(layer, key, value, kv_cache, step.slot_mapping)
             scales = (output_scale, output_block_scale)
@@ -100,6 +100,11 @@ class KernelImpl(CPUAttentionBackendImpl):
             scale=self.scale,
         )  # fmt: skip
         return output
+
+    def _readable(self, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor) -> bool:
+        """Rows may lie apart, as in a slice of the fused product; a row's heads may not."""
+        together = all(part.stride()[1:] == (self.head_size, 1) for part in (query, key, value))
+        return together and kv_cache.dtype in DTYPES and kv_cache.is_contiguous()
 
 
 class KernelAttention(CPUAttentionBackend):

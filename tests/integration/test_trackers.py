@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,12 @@ def test_a_resumed_stage_goes_on_with_its_run_and_each_stage_has_its_own(tmp_pat
 
 
 def test_a_tracker_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trackers, "find_spec", lambda name: None if name == "trackio" else name)
+    def version(name: str) -> str:
+        if name == "trackio":
+            raise PackageNotFoundError(name)
+        return "1"
+
+    monkeypatch.setattr(trackers, "version", version)
     trackers.check_trackers(["tensorboard", "wandb"])
     with pytest.raises(ValueError, match="names trackio, which is not installed; install the extra `trackers`"):
         trackers.check_trackers(["tensorboard", "trackio"])

@@ -41,6 +41,7 @@ def found() -> dict[str, Any]:
 @pytest.mark.slow
 def test_steps_go_through_the_compiled_kernels(found: dict[str, Any]) -> None:
     assert found["parts"] == ["KernelGate", "KernelImpl", "KernelNorm"]
+    assert found["kernel steps"] > 100
 
 
 WITHOUT = """

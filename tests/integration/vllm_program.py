@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import yaml
@@ -31,6 +32,7 @@ from rlmm.policies.families.llama import build
 from rlmm.train.context import StageContext
 from rlmm.train.engines import build_engine
 from rollouts.contract import Request
+from rollouts.kernels.native import Kernels
 from rollouts.law import Law
 from rollouts.trajectory import Span
 from rollouts.vllm_engine import plugin
@@ -272,7 +274,9 @@ def main() -> None:
     # An odd number of rows, and a prefill too small for all prompts: guided samples fit only in waves.
     engine = build_engine(VllmEngineConfig(max_rows=7, max_prompt_tokens=130, kv_megabytes=32), policy)
     found["parts"] = parts(engine)
-    found["laws"] = under_laws(engine, policy)
+    with patch.object(Kernels, "attend_paged", autospec=True, side_effect=Kernels.attend_paged) as steps:
+        found["laws"] = under_laws(engine, policy)
+    found["kernel steps"] = steps.call_count
     found["writing"] = writing(engine, policy)
     found["syncs"] = syncs(engine, policy)
     found["faults"] = faults(engine, policy)
