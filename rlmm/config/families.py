@@ -130,18 +130,19 @@ def _check_estimator(name: str, stage: GrpoStage, estimator: Estimator) -> None:
             "scheme only a row's sum means something; leave it out, or use estimator trajectory"
         )
     order = "" if unmasking is None else unmasking.order
-    if not estimator.order_term and order not in ("confidence", "threshold"):
+    sure = order in ("confidence", "threshold")
+    if not estimator.order_term and not sure:
         raise ValueError(
             f"stage {name!r}: order {order} says nothing about the policy, so a log-prob has no order's term to leave "
             "out; leave estimator.order_term out, or sample with order confidence or threshold"
         )
-    if order in ("confidence", "threshold") and sampling.law((0, 1 << 31)).off_policy:
+    if sure and sampling.law((0, 1 << 31)).off_policy:
         raise ValueError(
             f"stage {name!r}: order {order} reveals what the sampled law is surest of, and under guidance "
             f"{sampling.guidance} the log-prob is of another law, whose order that is not; use guidance: guided or "
             "none, or order: random"
         )
-    if order in ("confidence", "threshold") and estimator.order_term and stage.objective.kl.coefficient:
+    if along and sure and estimator.order_term and stage.objective.kl.coefficient:
         raise ValueError(
             f"stage {name!r}: with order {order} the reference can find what was revealed impossible, and the policy "
             "too after an update: a KL to it is infinite; set kl.coefficient 0, or estimator.order_term: false for a "

@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
 from rlmm.train.context import StageContext
-from rlmm.train.processes import world
+from rlmm.train.processes import Stopped, world
 
 WANDB_ID = "wandb-id"
 """The file of a stage's folder with the id of its run at Weights & Biases."""
@@ -53,8 +53,11 @@ def wandb_run(context: StageContext) -> Iterator[None]:
         return
     import wandb
 
+    if wandb.run is not None:  # the user's own, which Trainer then writes to
+        yield
+        return
     path = context.folder / WANDB_ID
-    if not path.is_file():
+    if not (path.is_file() and path.read_text()):  # a kill may have left it empty
         path.write_text(uuid.uuid4().hex[:16])
     run = wandb.init(
         project=_unless_set("WANDB_PROJECT", "rlmm"),
@@ -67,6 +70,9 @@ def wandb_run(context: StageContext) -> Iterator[None]:
     try:
         yield
         code = 0
+    except Stopped:  # asked to, and goes on later
+        code = 0
+        raise
     finally:
         run.finish(exit_code=code)
 

@@ -22,6 +22,8 @@ FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fno-math-errno", "-
 HEAD_SIZES = (16, 32, 48, 64, 80, 96, 128)
 PAGED_HEAD_SIZES = (32, 64, 96, 128)
 """Those of `attend_paged`."""
+GROUP = 32
+"""A page's positions are a multiple of it."""
 LANES = 16
 """Positions in one block of keys, floats in one vector."""
 
@@ -31,7 +33,8 @@ class NoKernels(RuntimeError):
 
 
 class Kernels:
-    """The calls of the compiled library. Tensors must be contiguous, on the CPU, float32 or bfloat16."""
+    """The calls of the compiled library. Tensors must be on the CPU, float32 or bfloat16, and contiguous unless it says
+    otherwise."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         pointer, integer, word, real = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
@@ -99,11 +102,11 @@ class Kernels:
         *,
         scale: float,
     ) -> None:
-        """Append keys and values at position `length - 1` of every row, and attend from 0 to it.
+        """Append keys and values at position `length - 1` >= 0 of every row, and attend from 0 to it.
 
         Args:
-            q_NED: turned queries; rows may lie apart, as in a slice of the fused product.
-            cache_BFSX: of B pages of S positions: of each key head, keys in groups [D, 32], then values [S, D].
+            q_NED: turned queries. Rows of it, of keys and of values may lie apart, as in a slice of the fused product.
+            cache_BFSX: of B pages of S positions, a multiple of 32: of each key head, keys [D, S], then values [S, D].
             table_NP: int32, the pages of each row; `length_N` int32.
         """
         _, kv_heads, page, _ = cache_BFSX.shape

@@ -1,5 +1,5 @@
-// One new position a row over vLLM's paged cache, in the layout of its "vec" kernels: of every page and key head, keys in
-// groups [D, 32 positions], then values [positions, D].
+// One new position a row over vLLM's paged cache, in the layout of its "vec" kernels: of every page and key head, keys
+// [D, positions], then values [positions, D]. A page holds a multiple of 32 positions; every row has at least one.
 #include "vectors.h"
 
 constexpr int64_t GROUP = 32;
@@ -25,12 +25,12 @@ INLINE void attend_paged_one(const float* query, const T* cache, Place place, Ne
     for (int i = 0; i < LANES; i++) lane[i] = i;
     vec highest = all(-INFINITY);
     for (int64_t g = 0; g < groups; g++) {
-        const T* keys = cache + place(g / in_page) + (g % in_page) * GROUP * D;
-        const T* ahead = cache + next(g / in_page) + (g % in_page) * GROUP * D;
+        const T* keys = cache + place(g / in_page) + (g % in_page) * GROUP;
+        const T* ahead = cache + next(g / in_page) + (g % in_page) * GROUP;
         vec part[4] = {};
         for (int d = 0; d < D; d += 2)
             for (int j = 0; j < 4; j++) {
-                int64_t place_in = (d + j / 2) * GROUP + (j % 2) * LANES;
+                int64_t place_in = (d + j / 2) * page + (j % 2) * LANES;
                 part[j] += query[d + j / 2] * load(keys + place_in);
                 if (j % PER_LINE == 0) __builtin_prefetch(ahead + place_in, 0, 2);
             }
@@ -90,8 +90,7 @@ static void attend_paged(const T* q, const T* k, const T* v, T* cache, T* out, c
             int64_t held = (s.length_N[row] - 1) / pages.page;
             auto next = [&](int64_t p) { return pages.at(row, head, p < held ? p : held); };
             T* here = cache + place(last / pages.page);
-            T* key = here + off / GROUP * GROUP * D + off % GROUP;
-            for (int d = 0; d < D; d++) key[d * GROUP] = k[n * s.key_stride + h * D + d];
+            for (int d = 0; d < D; d++) here[d * pages.page + off] = k[n * s.key_stride + h * D + d];
             memcpy(here + (pages.page + off) * D, v + n * s.value_stride + h * D, D * sizeof(T));
             for (int64_t g = h * group; g < (h + 1) * group; g++) {
                 float query[D];

@@ -23,7 +23,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-from rollouts.kernels.native import LANES, PAGED_HEAD_SIZES, NoKernels, load_kernels
+from rollouts.kernels.native import GROUP, LANES, PAGED_HEAD_SIZES, NoKernels, load_kernels
 
 DTYPES = (torch.float32, torch.bfloat16)
 LAYOUT = "vec"
@@ -90,7 +90,7 @@ class KernelImpl(CPUAttentionBackendImpl):
         step = attn_metadata
         one_each = self.plain and step.causal and step.max_query_len == 1
         if not (one_each and layer.isa == LAYOUT and self._readable(query, key, value, kv_cache)):
-            if self.kv_sharing_target_layer_name is None:
+            if self.kv_sharing_target_layer_name is None and key is not None:
                 self.do_kv_cache_update(layer, key, value, kv_cache, step.slot_mapping)
             scales = (output_scale, output_block_scale)
             return super().forward(layer, query, key, value, kv_cache, step, output, *scales)
@@ -102,9 +102,11 @@ class KernelImpl(CPUAttentionBackendImpl):
         return output
 
     def _readable(self, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor) -> bool:
-        """Rows may lie apart, as in a slice of the fused product; a row's heads may not."""
+        """Whether all lies as the kernel takes it. Rows may lie apart, as in a slice of the fused product, and a row's
+        heads may not."""
         together = all(part.stride()[1:] == (self.head_size, 1) for part in (query, key, value))
-        return together and kv_cache.dtype in DTYPES and kv_cache.is_contiguous()
+        whole = kv_cache.is_contiguous() and kv_cache.shape[2] % GROUP == 0
+        return together and whole and kv_cache.dtype in DTYPES
 
 
 class KernelAttention(CPUAttentionBackend):

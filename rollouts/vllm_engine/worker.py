@@ -18,7 +18,7 @@ from rollouts.vllm_engine.processor import on_processor
 from rollouts.vllm_engine.transfer import read_shards
 from rollouts.vllm_engine.weights import refresh_tied_head, running_fingerprint
 
-use_kernels()  # vLLM imports this module in each of its processes, before it builds the model
+use_kernels()  # vLLM's workers import this module before they build the model
 
 
 class RolloutWorker:

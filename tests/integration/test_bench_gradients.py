@@ -25,6 +25,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     kept["stages"] = {name: kept["stages"][name] for name in ("codec", "sft", "grpo")}
     grpo = kept["stages"]["grpo"] | {"lora": None}
     surest = grpo | {"sampling": grpo["sampling"] | {"unmasking": {"steps": 3, "order": "confidence"}}}
+    surest["objective"] = grpo["objective"] | {"kl": {"coefficient": 0}}
     kept["stages"] |= {"grpo": grpo | {"start_from": "sft"}, "surest": surest | {"start_from": "sft"}}
     kept["stages"]["cut"] = {**kept["stages"]["grpo"], "sampling": grpo["sampling"] | {"top_k": 3}}
     kept["stages"]["after"] = grpo | {"start_from": "grpo"}

@@ -14,6 +14,7 @@ from rlmm.config.engines import TorchEngineConfig, VllmServerConfig
 from rlmm.config.policy import CheckpointPolicy
 from rlmm.config.recipe import Recipe, RecipeError, read_recipe, validate_recipe
 from rlmm.config.sampling import Sampling
+from rlmm.config.stages import GrpoStage
 from rlmm.pipeline import run_recipe
 from rlmm.policies.families.loading import load_policy
 from rlmm.policies.masked import MaskedPolicy
@@ -186,6 +187,16 @@ def test_a_baseline_that_is_no_likelihood_runs_when_forced_and_says_so(variant: 
         variant("stages.grpo.estimator={kind: mean_field}", "stages.grpo.objective={name: grpo}", name="m"), said.append
     )
     assert any("no likelihood" in line for line in said)
+
+
+@pytest.mark.parametrize("estimator", ["{order_term: false}", "{kind: mean_field}"])
+def test_a_kl_of_the_tokens_alone_is_read_with_a_confident_order(estimator: str) -> None:
+    (stage,) = [
+        stage
+        for stage in read_recipe(TINY, [CONFIDENT, f"stages.grpo.estimator={estimator}"]).stages.values()
+        if isinstance(stage, GrpoStage)
+    ]
+    assert stage.objective.kl.coefficient > 0
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ pytestmark = [
 ]
 
 
-LONG = ("lumina_mgpt", "llamagen", "simplear", "blip3o_next", "glm_image")
+LONG = ("lumina_mgpt", "llamagen", "simplear", "glm_image")
 """Families that another of the suite is much like."""
 FAMILIES = [pytest.param(name, marks=pytest.mark.long) if name in LONG else name for name in SIZES]
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+import torch
 
 from rlmm.config.engines import VllmServerConfig
 from rlmm.policies.causal import CausalPolicy
@@ -69,7 +70,10 @@ def server_of(engine: Recovering) -> Server:
     return own
 
 
-@pytest.mark.skipif(not Path("/proc").is_dir() or not shutil.which("g++"), reason="needs /proc and a compiler")
+@pytest.mark.skipif(
+    torch.cuda.is_available() or not Path("/proc").is_dir() or not shutil.which("g++"),
+    reason="a GPU, no /proc or no compiler",
+)
 def test_the_server_has_the_compiled_kernels(engine: Recovering) -> None:
     group, maps = server_of(engine).process.pid, ""
     for folder in Path("/proc").glob("[0-9]*"):

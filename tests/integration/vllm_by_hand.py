@@ -4,12 +4,41 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 from vllm import SamplingParams
+from vllm import _custom_ops as ops
 from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality
 
+from rollouts.kernels.native import load_kernels
 from rollouts.law import Law
+from rollouts.vllm_engine.cpu_kernels import LAYOUT
 from rollouts.vllm_engine.drawn import KEY
 from rollouts.vllm_engine.processor import LawProcessor
+
+
+def gap_of_pages(page: int) -> float:
+    """The kernel's error over a cache that vLLM itself has filled, pages of so many positions; heads 4 of 2."""
+    lengths, size, scale = [page - 1, page, page + 20], 64, 0.2
+    made = torch.Generator().manual_seed(0)
+    keys = torch.randn(3, max(lengths), 2, size, generator=made)
+    values = torch.randn(3, max(lengths), 2, size, generator=made)
+    query = torch.randn(3, 4, size, generator=made)
+    table, cache = torch.tensor([[3, 1], [5, 0], [2, 4]], dtype=torch.int32), torch.zeros(6, 2, page, 2 * size)
+    key_part, value_part = cache.view(6, 2, 2 * page, size).chunk(2, dim=2)
+    for n, length in enumerate(lengths):
+        slots = torch.tensor([int(table[n, t // page]) * page + t % page for t in range(length - 1)])
+        written = keys[n, : length - 1], values[n, : length - 1]
+        ops.cpu_attn_reshape_and_cache(*written, key_part, value_part, slots, LAYOUT)
+    last = torch.tensor(lengths) - 1
+    out = torch.empty_like(query)
+    new = keys[torch.arange(3), last], values[torch.arange(3), last]
+    load_kernels().attend_paged(query, *new, cache, table, torch.tensor(lengths).int(), out, scale=scale)
+    worst = 0.0
+    for n, length in enumerate(lengths):
+        q, k, v = query[n].unsqueeze(1), keys[n, :length].transpose(0, 1), values[n, :length].transpose(0, 1)
+        exact = F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=True).squeeze(1)
+        worst = max(worst, float((out[n] - exact).abs().max()))
+    return worst
 
 
 def processor_by_hand() -> dict[str, Any]:
@@ -36,6 +65,7 @@ def processor_by_hand() -> dict[str, Any]:
     mixes = [uncond + 2.0 * (cond - uncond) for uncond, cond in ((logits[0, 1], logits[0, 0]), logits[2])]
     exact = [float(mix[2:6].log_softmax(-1)[token - 2]) for mix, token in zip(mixes, drawn.tokens_S[:2], strict=True)]
     return {
+        "pages": {} if torch.cuda.is_available() else {page: gap_of_pages(page) for page in (32, 64, 128)},
         "together": [int(row.argmax()) for row in left[0]] == [int(drawn.tokens_S[0])] * 2,
         "apart": early, "left alone": bool(torch.equal(left[1], logits[1])), "undrawn": int(drawn.tokens_S[2]),
         "moved": [int(row.argmax()) for row in left[2]] == [int(drawn.tokens_S[1])] * 2,

@@ -19,9 +19,12 @@ from scipy.stats import chisquare
 from torch import Tensor
 from vllm import LLM, ModelRegistry, SamplingParams
 from vllm.lora.request import LoRARequest
+from vllm.model_executor.custom_op import op_registry_oot
 from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.attention.selector import _cached_get_attn_backend
 
 from rlmm import pipeline
 from rlmm.config.engines import VllmEngineConfig
@@ -290,6 +293,9 @@ def main() -> None:
     found["two streams"] = two_streams()
     with tempfile.TemporaryDirectory() as folder:
         kinds = [{"kind": "vllm", "max_rows": 16, "kv_megabytes": 32}, {"kind": "torch"}]
+        AttentionBackendEnum.CPU_ATTN.clear_override()  # stock vLLM has its own kernels
+        _cached_get_attn_backend.cache_clear()
+        op_registry_oot.clear()
         found["stock adapter"] = stock_adapter(Path(folder) / "stock")
         found["stage"] = stages(Path(folder), kinds)
     print(json.dumps(found))
