@@ -8,13 +8,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 
+from rlmm.config.recipe import read_recipe
+from rlmm.preflight import check_stages
 from rlmm.train import trackers
+from rlmm.train.processes import Stopped
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "tiny.yaml"
 STEPS = 20
@@ -92,3 +98,56 @@ def test_a_tracker_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatc
     trackers.check_trackers(["tensorboard", "wandb"])
     with pytest.raises(ValueError, match="names trackio, which is not installed; install the extra `trackers`"):
         trackers.check_trackers(["tensorboard", "trackio"])
+
+
+def test_it_is_said_before_the_first_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(trackers, "version", version)
+    with pytest.raises(ValueError, match="runtime.trackers names trackio"):
+        check_stages(read_recipe(RECIPE, ["runtime.trackers=[trackio]"]))
+
+
+@pytest.fixture
+def wandb(monkeypatch: pytest.MonkeyPatch) -> MagicMock:
+    made = MagicMock(run=None)
+    monkeypatch.setitem(sys.modules, "wandb", made)
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    return made
+
+
+def stage(folder: Path) -> Any:
+    recipe = SimpleNamespace(name="mine", runtime=SimpleNamespace(trackers=("wandb",)))
+    return SimpleNamespace(recipe=recipe, name="grpo", folder=folder)
+
+
+@pytest.mark.parametrize(("error", "code"), [(None, 0), (Stopped("asked"), 0), (RuntimeError("broken"), 1)])
+def test_a_run_that_broke_has_failed_and_one_that_was_stopped_has_not(
+    wandb: MagicMock, tmp_path: Path, error: BaseException | None, code: int
+) -> None:
+    with suppress(Stopped, RuntimeError), trackers.wandb_run(stage(tmp_path)):
+        if error is not None:
+            raise error
+    wandb.init.return_value.finish.assert_called_once_with(exit_code=code)
+
+
+def test_what_the_user_has_set_stands_and_an_id_that_was_not_written_whole_is_made_anew(
+    wandb: MagicMock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / trackers.WANDB_ID).write_text("")
+    monkeypatch.setenv("WANDB_PROJECT", "theirs")
+    with trackers.wandb_run(stage(tmp_path)):
+        pass
+    given = wandb.init.call_args.kwargs
+    assert given["project"] is None and given["group"] == "mine" and given["name"] == "mine-grpo"
+    assert given["id"] and given["id"] == (tmp_path / trackers.WANDB_ID).read_text() and given["resume"] == "allow"
+
+
+def test_a_run_of_the_users_own_is_neither_replaced_nor_ended(wandb: MagicMock, tmp_path: Path) -> None:
+    wandb.run = own = MagicMock()
+    with trackers.wandb_run(stage(tmp_path)):
+        pass
+    wandb.init.assert_not_called()
+    own.finish.assert_not_called()
