@@ -45,5 +45,6 @@ def server_plan(model: Path, host: str, config: VllmServerConfig) -> ServerPlan:
         kv_bytes=config.kv_megabytes << 20,
         tensor_parallel=config.tensor_parallel,
         host=host,
+        enforce_eager=config.enforce_eager,
         overrides=served_overrides(layout, found, (found.architectures or [""])[0], together=config.two_streams),
     )

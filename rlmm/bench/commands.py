@@ -19,7 +19,9 @@ def rollout(
     tokens: Annotated[int, typer.Option(min=1, help="Image tokens a sample")] = 256,
     repeats: Annotated[int, typer.Option(min=1, help="Interleaved repeats, of which medians are shown")] = 3,
     threads: Threads = 1,
-    engines: Annotated[str, typer.Option(help="Of torch, vllm and vllm-pairs (a request a stream)")] = "torch",
+    engines: Annotated[
+        str, typer.Option(help="Of torch, vllm, vllm-pairs (a request a stream) and vllm-compiled")
+    ] = "torch",
 ) -> None:
     """Image tokens a second of the rollout engines, against transformers' generate and the machine's own limit."""
     from rlmm.bench.rollout import RolloutPlan, bench_rollout

@@ -67,8 +67,8 @@ class Case:
         return f"{self.size} {self.precision}{' guided' if self.guided else ''}"
 
 
-ENGINES = ("torch", "vllm", "vllm-pairs")
-"""What can be measured; `vllm-pairs` draws a guided sample in two requests."""
+ENGINES = ("torch", "vllm", "vllm-pairs", "vllm-compiled")
+"""What can be measured; `vllm-pairs` draws a guided sample in two requests, `vllm-compiled` has a compiled model."""
 
 
 class Problem:
@@ -111,10 +111,10 @@ class Problem:
         blocks = rows * (-(-(PROMPT + case.tokens) // BLOCK) + 2)
         bytes_each = 2 if case.precision == "bfloat16" else 4
         size = blocks * BLOCK * config.num_hidden_layers * 2 * config.hidden_size * bytes_each
-        together = name == "vllm"
         return VllmEngineConfig(
-            max_rows=rows, max_prompt_tokens=rows * PROMPT, kv_megabytes=(size >> 20) + 1, two_streams=together
-        )
+            max_rows=rows, max_prompt_tokens=rows * PROMPT, kv_megabytes=(size >> 20) + 1,
+            two_streams=name != "vllm-pairs", enforce_eager=name != "vllm-compiled",
+        )  # fmt: skip
 
     def product_shapes(self) -> list[Shape]:
         """The matrix products of one decode step: the body in the case's dtype, the sliced head in float32."""

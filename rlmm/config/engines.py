@@ -27,6 +27,9 @@ class VllmSizes(Strict):
     dtype: Literal["float32", "bfloat16"] | None = None
     """What vLLM computes in and holds the weights in; None: the stage's precision. The gate on the mismatch of trainer
     and sampler says whether it does."""
+    enforce_eager: bool = True
+    """False: vLLM compiles the model when it starts, which takes a minute the first time, and on a GPU records CUDA
+    graphs."""
     two_streams: bool = True
     """Draw a guided sample in one request that carries both streams, where the policy's layout has a null token."""
 

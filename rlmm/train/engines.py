@@ -139,6 +139,7 @@ def _served(config: VllmSizes, policy: TransformerPolicy, law: Law | None) -> di
         "max_rows": config.max_rows,
         "max_prompt_tokens": config.max_prompt_tokens,
         "kv_bytes": config.kv_megabytes << 20,
+        "enforce_eager": config.enforce_eager,
         "overrides": served_overrides(policy.layout, model.config, type(model).__name__, together=together),
     }
 

@@ -12,10 +12,12 @@ from typing import Any, ClassVar, Literal, cast
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaModel
+from vllm.sequence import IntermediateTensors
 
 from rollouts.contract import Grid
 from rollouts.grid_positions import grid_positions
@@ -44,6 +46,10 @@ class GlmImageLayer(LlamaDecoderLayer):
         return self.post_mlp_layernorm(self.mlp(hidden)), residual
 
 
+# Positions are [3, N], and a Llama's [N]: compiled, it must know along which dimension steps differ.
+@support_torch_compile(
+    dynamic_arg_dims={"input_ids": 0, "positions": -1, "intermediate_tensors": 0, "inputs_embeds": 0}
+)
 class GlmImageModel(LlamaModel):
     """Takes positions as vLLM counts them."""
 
@@ -60,10 +66,18 @@ class GlmImageModel(LlamaModel):
         ids_BT = torch.tensor(ids).unsqueeze(0)
         return grid_positions(self.grid, self.image, ids_BT, torch.ones_like(ids_BT, dtype=torch.bool))[:, 0]
 
-    def forward(self, input_ids: Tensor | None, positions: Tensor, *inputs: Any, **named: Any) -> Any:
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        positions: Tensor,
+        intermediate_tensors: IntermediateTensors | None,
+        inputs_embeds: Tensor | None = None,
+        **named: Any,
+    ) -> Any:
         nth_N, end_N = positions[0] % FOLD, positions[0] // FOLD - 1
         drawn_3N = end_N + self.drawn_3L[:, nth_N.clamp_max(self.grid.length - 1)]
-        return super().forward(input_ids, torch.where(end_N >= 0, drawn_3N, positions), *inputs, **named)
+        counted_3N = torch.where(end_N >= 0, drawn_3N, positions)
+        return super().forward(input_ids, counted_3N, intermediate_tensors, inputs_embeds, **named)
 
 
 class GlmImage(InnerLlama):

@@ -38,6 +38,7 @@ class ServerPlan:
     kv_bytes: int = 1 << 30
     tensor_parallel: int = 1
     host: str = "127.0.0.1"
+    enforce_eager: bool = True
     overrides: Mapping[str, Any] = field(default_factory=dict)
     """Laid over the checkpoint's config.json (`plugin.two_stream_overrides`)."""
 
@@ -49,8 +50,9 @@ class ServerPlan:
             "--dtype", self.dtype, "--max-model-len", str(self.max_length), "--max-num-seqs", str(self.max_rows),
             "--max-num-batched-tokens", str(max(self.max_prompt_tokens, self.max_length)),
             "--kv-cache-memory-bytes", str(self.kv_bytes), "--block-size", str(BLOCK),
-            "--tensor-parallel-size", str(self.tensor_parallel), "--enforce-eager", "--no-enable-chunked-prefill",
-            "--no-async-scheduling", "--enable-prefix-caching", "--disable-log-stats", "--disable-uvicorn-access-log",
+            "--tensor-parallel-size", str(self.tensor_parallel), *(["--enforce-eager"] if self.enforce_eager else []),
+            "--no-enable-chunked-prefill", "--no-async-scheduling", "--enable-prefix-caching",
+            "--disable-log-stats", "--disable-uvicorn-access-log",
             "--logits-processors", "rollouts.vllm_engine.processor:LawProcessor",
             "--scheduler-cls", "rollouts.vllm_engine.scheduler.WaveScheduler",
             "--worker-extension-cls", "rollouts.vllm_engine.worker.RolloutWorker",

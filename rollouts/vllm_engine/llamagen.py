@@ -145,6 +145,11 @@ class LlamaGenText(LlamaGen):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         if vllm_config.scheduler_config.enable_chunked_prefill:
             raise NotImplementedError("LlamaGen's text is read whole: chunked prefill is not possible")
+        if not vllm_config.model_config.enforce_eager:
+            raise NotImplementedError(
+                "how LlamaGen's text is embedded depends on the prompts, which cannot be compiled; leave "
+                "engine.enforce_eager true"
+            )
         super().__init__(vllm_config=vllm_config, prefix=prefix)
 
     def add_condition(self) -> None:

@@ -14,7 +14,7 @@ from rollouts.vllm_engine.host import BLOCK, Room, Row, room_of_model
 
 
 class LocalHost:
-    """Eager, synchronous, and with the rest of the process as it was before.
+    """Synchronous, and with the rest of the process as it was before.
 
     `overrides` lay over the checkpoint's config.json (`plugin.two_stream_overrides`). With `chunked_prefill` long
     prompts are read in parts; requests that must keep step cannot be. With `sleep` (GPUs only) a rollout ends by giving
@@ -36,6 +36,7 @@ class LocalHost:
         max_rows: int,
         max_prompt_tokens: int,
         kv_bytes: int,
+        enforce_eager: bool = True,
         overrides: Mapping[str, Any] | None = None,
         chunked_prefill: bool = False,
         sleep: bool = False,
@@ -49,7 +50,7 @@ class LocalHost:
             model=str(folder), dtype=dtype, max_model_len=max_length, max_num_seqs=max_rows,
             max_num_batched_tokens=budget, kv_cache_memory_bytes=kv_bytes, block_size=BLOCK,
             hf_overrides=dict(overrides or {}), enable_chunked_prefill=chunked_prefill,
-            enable_sleep_mode=sleep, enable_prompt_embeds=embeds,
+            enable_sleep_mode=sleep, enable_prompt_embeds=embeds, enforce_eager=enforce_eager,
         )  # fmt: skip
         # Block 0 stands for "none".
         blocks = self.llm.llm_engine.vllm_config.cache_config.num_gpu_blocks - 1
@@ -152,7 +153,7 @@ def _start(**settings: Any) -> Any:
     set_num_threads = torch.set_num_threads
     try:
         return LLM(
-            skip_tokenizer_init=True, enforce_eager=True, async_scheduling=False,
+            skip_tokenizer_init=True, async_scheduling=False,
             enable_prefix_caching=True, logits_processors=[LawProcessor], scheduler_cls=WaveScheduler,
             disable_log_stats=True, **settings,
         )  # fmt: skip

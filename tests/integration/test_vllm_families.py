@@ -22,29 +22,36 @@ pytestmark = [
 
 LONG = ("lumina_mgpt", "llamagen", "simplear", "glm_image")
 """Families that another of the suite is much like."""
-FAMILIES = [pytest.param(name, marks=pytest.mark.long) if name in LONG else name for name in SIZES]
+EAGER = "llamagen_text"
+"""What cannot be compiled."""
+CASES = [
+    *(pytest.param(name, "eager", marks=[pytest.mark.long] if name in LONG else []) for name in SIZES),
+    *(pytest.param(name, "compiled", marks=pytest.mark.long) for name in SIZES if name != EAGER),
+]
+of_each_family = pytest.mark.parametrize(("name", "mode"), CASES)
 
 
-def _name(case: Any) -> str:
-    return case if isinstance(case, str) else case.values[0]
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "tests.integration.vllm_families", *arguments], cwd=Path(__file__).parents[2],
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=900,
+    )  # fmt: skip
 
 
 @functools.cache
-def ran(names: tuple[str, ...]) -> dict[str, Any]:
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.integration.vllm_families", *names], cwd=Path(__file__).parents[2],
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=900,
-    )  # fmt: skip
+def ran(*arguments: str) -> dict[str, Any]:
+    done = run(*arguments)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.fixture
-def found(name: str) -> dict[str, Any]:
-    return ran(LONG if name in LONG else tuple(one for one in SIZES if one not in LONG))
+def found(name: str, mode: str) -> dict[str, Any]:
+    long = name in LONG
+    return ran(*(one for one in SIZES if (one in LONG) == long and (mode, one) != ("compiled", EAGER)), f"--{mode}")
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@of_each_family
 def test_each_law_is_the_trainers_and_the_tokens_are_the_torch_engines(found: dict[str, Any], name: str) -> None:
     laws = found[name]["laws"]
     assert set(laws) == set(LAWS)
@@ -53,13 +60,19 @@ def test_each_law_is_the_trainers_and_the_tokens_are_the_torch_engines(found: di
     assert sorted(law["same"] for law in laws.values())[1] == 1.0, laws
 
 
-@pytest.mark.parametrize("name", [one for one in FAMILIES if _name(one) in WRITERS])
+@pytest.mark.parametrize(("name", "mode"), [case for case in CASES if case.values[0] in WRITERS])
 def test_a_thought_and_its_image_are_the_trainers_and_the_torch_engines(found: dict[str, Any], name: str) -> None:
     thought = found[name]["thought"]
     assert thought["gap"] < 1e-4 and thought["text"] > 0 and thought["image"] > 0, thought
     assert thought["same"] > 0.5, thought  # a draw at whose edge the engines round apart parts a row
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@of_each_family
 def test_the_weights_that_run_are_the_trainers_and_a_missed_sync_shows(found: dict[str, Any], name: str) -> None:
     assert found[name]["agrees"] == [True, False, True]
+
+
+@pytest.mark.long
+def test_what_cannot_be_compiled_says_so() -> None:
+    done = run(EAGER, "--compiled")
+    assert done.returncode and "leave engine.enforce_eager true" in done.stderr

@@ -34,9 +34,15 @@ def _compiled() -> bool:
 needs_kernels = pytest.mark.skipif(not _compiled(), reason="a GPU, or no C++ compiler")
 
 
-@pytest.fixture(scope="module")
-def found() -> dict[str, Any]:
-    return answer_of("vllm_program.py", timeout=600)
+@pytest.fixture(scope="module", params=["eager", pytest.param("compiled", marks=pytest.mark.long)])
+def found(request: pytest.FixtureRequest) -> dict[str, Any]:
+    return answer_of("vllm_program.py", f"--{request.param}", timeout=600) | {"mode": request.param}
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_the_model_is_compiled_where_that_is_asked_for(found: dict[str, Any]) -> None:
+    assert (found["compiled models"] > 0) == (found["mode"] == "compiled")
 
 
 @needs_vllm

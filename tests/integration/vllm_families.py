@@ -1,10 +1,11 @@
-"""Each family's real class on a real vLLM, against the trainer and the torch engine; prints one JSON object."""
+"""Each family's real class on a real vLLM, against the trainer and the torch engine; prints one JSON object.
+
+`--compiled`: with compiled models."""
 
 import json
 import sys
 from typing import Any
 
-from rlmm.config.engines import VllmEngineConfig
 from rlmm.config.policy import Lora
 from rlmm.config.sampling import Sampling, Written
 from rlmm.policies.layout_io import spell_image
@@ -18,7 +19,7 @@ from rollouts.torch_engine.causal import TorchEngine
 from rollouts.trajectory import Span
 from tests.families.checkpoints import PROMPTS, WRITERS, peaked, requests
 from tests.families.test_answers import picture
-from tests.integration.vllm_requests import LAWS, agrees, change, gap
+from tests.integration.vllm_requests import LAWS, agrees, change, gap, local
 
 TEXTS = ["a", "two red circles and a very long blue line between them", 'render "HELLO"']
 
@@ -28,7 +29,7 @@ def family(name: str) -> dict[str, Any]:
     policy.add_lora(Lora(rank=4, target_modules=("q_proj", "gate_proj")), seed=1)
     policy.model.eval()
     change(policy, 1)
-    engine = build_engine(VllmEngineConfig(max_rows=7, max_prompt_tokens=700, kv_megabytes=32), policy)
+    engine = build_engine(local(max_rows=7, max_prompt_tokens=700), policy)
     found: dict[str, Any] = {"agrees": [agrees(engine, policy)], "laws": {}}
     change(policy, 2)
     found["agrees"].append(agrees(engine, policy))
@@ -74,4 +75,4 @@ def thought(engine: Any, policy: TransformerPolicy) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps({name: family(name) for name in sys.argv[1:]}))
+    print(json.dumps({name: family(name) for name in sys.argv[1:] if not name.startswith("--")}))

@@ -1,10 +1,10 @@
-"""What a real vLLM does behind the Engine contract, measured; prints one JSON object.
+"""What a real vLLM does behind the Engine contract, measured; prints one JSON object. `--compiled`: with a compiled
+model.
 
 A program of its own: vLLM changes the process it lives in (threads, memory policy, a process group).
 """
 
 import json
-import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -14,11 +14,10 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-import yaml
 from scipy.stats import chisquare
 from torch import Tensor
-from vllm import LLM, ModelRegistry, SamplingParams
-from vllm.lora.request import LoRARequest
+from vllm import ModelRegistry
+from vllm.compilation.counter import compilation_counter
 from vllm.model_executor.custom_op import op_registry_oot
 from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.attention import Attention
@@ -26,13 +25,9 @@ from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.attention.selector import _cached_get_attn_backend
 
-from rlmm import pipeline
-from rlmm.config.engines import VllmEngineConfig
-from rlmm.config.policy import Lora, NewPolicy
-from rlmm.config.recipe import validate_recipe
+from rlmm.config.policy import NewPolicy
 from rlmm.policies.causal import CausalPolicy
 from rlmm.policies.families.llama import build
-from rlmm.train.context import StageContext
 from rlmm.train.engines import build_engine
 from rollouts.contract import Request
 from rollouts.kernels.native import Kernels
@@ -42,16 +37,17 @@ from rollouts.vllm_engine import plugin
 from rollouts.vllm_engine.engine import VllmEngine
 from tests.integration.vllm_by_hand import processor_by_hand
 from tests.integration.vllm_requests import (
-    PROMPTS,
     agrees,
     change,
     gap,
+    local,
     make_policy,
     requests,
     sample,
     under_laws,
     writing,
 )
+from tests.integration.vllm_stages import stages, stock_adapter
 
 
 def refusal(call: Callable[[], Any]) -> str:
@@ -130,7 +126,7 @@ def faults(engine: Any, policy: CausalPolicy) -> dict[str, Any]:
 
 def tied_and_gridded() -> dict[str, Any]:
     policy = make_policy(lora=False, tied=True, row_ends=True)
-    engine = build_engine(VllmEngineConfig(max_rows=16, kv_megabytes=32), policy)
+    engine = build_engine(local(max_rows=16), policy)
     start = agrees(engine, policy)
     change(policy, 4)
     skipped = agrees(engine, policy)
@@ -152,7 +148,7 @@ def two_streams() -> dict[str, Any]:
     """Guided samples in one request of a model that carries both streams."""
     policy = make_policy(lora=True, row_ends=True, null_token=True)
     law = Law(policy.layout.image, guidance_scale=3.0)
-    engine = build_engine(VllmEngineConfig(max_rows=4, kv_megabytes=32), policy, law)
+    engine = build_engine(local(max_rows=4), policy, law)
     assert isinstance(engine, VllmEngine)
     start = agrees(engine, policy)
     change(policy, 4)
@@ -176,7 +172,7 @@ def frequencies() -> dict[str, float]:
     with torch.no_grad():
         policy.model.lm_head.weight.mul_(8)
     policy.model.eval()
-    engine = build_engine(VllmEngineConfig(max_rows=64, kv_megabytes=32), policy)
+    engine = build_engine(local(max_rows=64), policy)
     prefix = policy.layout.prefix(policy.encode_prompt("ab"))
     streams = {"cond": prefix, "uncond": policy.layout.prefix(policy.layout.null([]))}
     seeds = tuple(range(3000))
@@ -201,7 +197,7 @@ def frequencies() -> dict[str, float]:
 
 def sleeping(engine: Any, policy: CausalPolicy) -> dict[str, Any]:
     """The order of sleep and wake; this platform pauses vLLM and empties its cache, and keeps the memory."""
-    config = VllmEngineConfig(max_rows=7, kv_megabytes=32, sleep=True)
+    config = local(max_rows=7, sleep=True)
     found: dict[str, Any] = {"refused": refusal(lambda: build_engine(config, policy))}
     (host,) = engine.hosts
     host.sleep = True
@@ -216,57 +212,6 @@ def sleeping(engine: Any, policy: CausalPolicy) -> dict[str, Any]:
     return found
 
 
-def stock_adapter(folder: Path) -> dict[str, float]:
-    """The largest difference of log-probs, over a prompt and an image, between the trainer's model with its adapter and
-    stock vLLM with the saved base and the saved adapter; and without the adapter."""
-    policy = make_policy(lora=False)
-    policy.save(folder / "base")
-    policy.add_lora(Lora(rank=8, target_modules=("q_proj", "v_proj", "o_proj", "gate_proj", "down_proj")), seed=1)
-    change(policy, 5)
-    policy.save_adapter(folder / "adapter", str(folder / "base"))
-    layout = policy.layout
-    ids = [*layout.prefix(policy.encode_prompt(PROMPTS[1])), *range(layout.image[0], layout.image[0] + 12)]
-    with torch.no_grad():
-        logits_TV = policy.model(torch.tensor([ids])).logits[0]
-    wanted_T = logits_TV.log_softmax(-1)[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
-    engine = LLM(
-        model=str(folder / "base"), skip_tokenizer_init=True, enforce_eager=True, dtype="float32", max_model_len=256,
-        kv_cache_memory_bytes=32 << 20, enable_lora=True, max_lora_rank=8, max_loras=1,
-    )  # fmt: skip
-
-    def gap(adapter: LoRARequest | None) -> float:
-        asked = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
-        (answer,) = engine.generate([{"prompt_token_ids": ids}], asked, lora_request=adapter, use_tqdm=False)
-        entries: list[Any] = list(answer.prompt_logprobs or [])[1:]
-        given = [entry[token].logprob for entry, token in zip(entries, ids[1:], strict=True)]
-        return float((torch.tensor(given) - wanted_T).abs().max())
-
-    found = {"with": gap(LoRARequest("trained", 1, str(folder / "adapter"))), "without": gap(None)}
-    engine.llm_engine.engine_core.shutdown()
-    return found
-
-
-def stages(folder: Path, engines: list[dict[str, Any]], **settings: Any) -> list[list[dict[str, float]]]:
-    """The GRPO metrics (timings aside) of the tiny recipe under each engine, from one SFT policy. `settings`: of the
-    stage."""
-    raw = yaml.safe_load((Path(__file__).parents[1] / "recipes" / "tiny.yaml").read_text())
-    raw["stages"] = {name: raw["stages"][name] for name in ("codec", "sft", "grpo")}
-    raw["policy"]["hidden_size"] = 64
-    found = []
-    for engine in engines:
-        raw["stages"]["grpo"] |= {"engine": engine, "steps": 4, **settings}
-        recipe = validate_recipe(raw | {"run_dir": str(folder)}, "tiny")
-        run = pipeline.run_folder(recipe)
-        shutil.rmtree(run.stage("grpo"), ignore_errors=True)
-        for name, config in recipe.stages.items():
-            if not run.stage(name).is_dir():
-                run.stage(name).mkdir(parents=True)
-                pipeline.STAGES[config.kind](StageContext(recipe, run, name, config, lambda _: None))
-        rows = [json.loads(line) for line in (run.stage("grpo") / "metrics.jsonl").read_text().splitlines()]
-        found.append([{k: value for k, value in row.items() if not k.startswith("time/")} for row in rows])
-    return found
-
-
 def main() -> None:
     plugin.MODELS["RlmmAlias"] = "vllm.model_executor.models.llama:LlamaForCausalLM"
     plugin.register()
@@ -275,8 +220,9 @@ def main() -> None:
     policy = make_policy(lora=True)
     change(policy, 1)
     # An odd number of rows, and a prefill too small for all prompts: guided samples fit only in waves.
-    engine = build_engine(VllmEngineConfig(max_rows=7, max_prompt_tokens=130, kv_megabytes=32), policy)
+    engine = build_engine(local(max_rows=7, max_prompt_tokens=130), policy)
     found["parts"] = parts(engine)
+    found["compiled models"] = compilation_counter.num_aot_compiles + compilation_counter.num_aot_artifacts_loaded
     with patch.object(Kernels, "attend_paged", autospec=True, side_effect=Kernels.attend_paged) as steps:
         found["laws"] = under_laws(engine, policy)
     found["kernel steps"] = steps.call_count
@@ -288,11 +234,11 @@ def main() -> None:
     found["frequencies"] = frequencies()
     found["group left"] = torch.distributed.is_initialized()
     wide = make_policy(lora=False, hidden=512)
-    found["small cache"] = refusal(lambda: build_engine(VllmEngineConfig(kv_megabytes=1), wide))
+    found["small cache"] = refusal(lambda: build_engine(local(kv_megabytes=1), wide))
     found["tied"] = tied_and_gridded()
     found["two streams"] = two_streams()
     with tempfile.TemporaryDirectory() as folder:
-        kinds = [{"kind": "vllm", "max_rows": 16, "kv_megabytes": 32}, {"kind": "torch"}]
+        kinds = [local(max_rows=16).model_dump(), {"kind": "torch"}]
         AttentionBackendEnum.CPU_ATTN.clear_override()  # stock vLLM has its own kernels
         _cached_get_attn_backend.cache_clear()
         op_registry_oot.clear()

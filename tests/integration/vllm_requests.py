@@ -1,11 +1,13 @@
 """What the tests of the vLLM engines ask for: a small peaked policy, prompts, laws, and the torch engine's answers."""
 
+import sys
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rlmm.config.engines import VllmEngineConfig
 from rlmm.config.policy import Lora, NewPolicy
 from rlmm.policies.causal import CausalPolicy
 from rlmm.policies.families.llama import build
@@ -27,6 +29,12 @@ LAWS: dict[str, dict[str, Any]] = {
 }
 # The second is longer than one block of the prefix cache, so that stale keys would be found and used.
 PROMPTS = ["a", "two red circles and a very long blue line between them", 'render "HELLO"']
+
+
+def local(**settings: Any) -> VllmEngineConfig:
+    """vLLM in this process, with a compiled model where the program was started with `--compiled`."""
+    given: dict[str, Any] = {"kv_megabytes": 32, "enforce_eager": "--compiled" not in sys.argv} | settings
+    return VllmEngineConfig(**given)
 
 
 def make_policy(

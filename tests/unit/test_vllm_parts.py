@@ -287,6 +287,12 @@ def test_a_server_is_stock_vllm_told_what_to_load() -> None:
     given = dict(zip(command, command[1:], strict=False))
     assert given["--max-num-batched-tokens"] == "9000" and given["--tensor-parallel-size"] == "2"
     assert given["--host"] == "127.0.0.1" and given["--port"] == "81" and given["--model"] == "model"
+    assert "--enforce-eager" in command
+
+
+def test_a_server_may_compile_its_model() -> None:
+    config = VllmServerConfig(enforce_eager=False)
+    assert "--enforce-eager" not in ServerPlan(Path("m"), max_length=9, enforce_eager=config.enforce_eager).command(81)
 
 
 CHILD = """
