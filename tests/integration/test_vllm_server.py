@@ -46,11 +46,15 @@ def policy() -> CausalPolicy:
     return make_policy(lora=True)
 
 
-@pytest.fixture(scope="module")
-def engine(policy: CausalPolicy, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Recovering]:
+@pytest.fixture(scope="module", params=["eager", pytest.param("compiled", marks=pytest.mark.long)])
+def engine(
+    request: pytest.FixtureRequest, policy: CausalPolicy, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Recovering]:
     change(policy, 1)
-    exchange = tmp_path_factory.mktemp("exchange")
-    config = VllmServerConfig(max_rows=7, max_prompt_tokens=300, kv_megabytes=32, exchange=str(exchange))
+    config = VllmServerConfig(
+        max_rows=7, max_prompt_tokens=300, kv_megabytes=32, exchange=str(tmp_path_factory.mktemp("exchange")),
+        enforce_eager=request.param == "eager",
+    )  # fmt: skip
     made = build_engine(config, policy)
     assert isinstance(made, Recovering)
     yield made
