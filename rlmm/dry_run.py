@@ -22,11 +22,23 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from rlmm.policies.masked import MaskedPolicy
 from rlmm.policies.transformer import TransformerPolicy
 from rollouts.law import Law
+from rollouts.unmasking import Unmasking
 
 NO_DRY_RUN = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException)
 """What a model raises whose forward asks for values."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a masked policy reads at once. states: partly masked sequences of a stream. decisions: masked positions of
+    all of them that the head reads. order: how a state's were chosen, where the log-prob of that is read with them."""
+
+    states: int
+    decisions: int
+    order: Unmasking | None = None
 
 
 @dataclass(frozen=True)
@@ -43,9 +55,12 @@ class Update:
     checkpointing: bool
     image_rows: bool = False
     """Whether of the head only the rows of image codes are trained."""
-    read: int | None = None
-    """Decisions of a masked policy's micro-batch: of its states' positions the head reads the masked ones it needs.
-    None: every decided position of every sequence."""
+    read: Reading | None = None
+    """Of a masked policy's micro-batch. None: every decided position of every sequence."""
+    gate: Reading | None = None
+    """What a masked policy reads without gradient between forward and backward."""
+    entropy: bool = False
+    """Whether the decisions' entropies have a gradient."""
 
 
 @dataclass(frozen=True)
@@ -183,29 +198,61 @@ def _bytes(tensors: Sequence[Tensor]) -> int:
 
 
 def _loss(policy: TransformerPolicy, law: Law, update: Update) -> Tensor:
-    """Through the model as a stage goes: the whole forward with its hidden states, one position of its own logits."""
-    shape = (update.rows, update.length)
-    ids_BT = torch.zeros(shape, dtype=torch.long)
-    mask_BT = torch.ones(shape, dtype=torch.bool)
-    # Which sees which, said outright, as where rows are padded: it cannot be asked of tensors without values.
-    seen = torch.ones(update.rows, update.length, update.length, dtype=torch.bool)
-    whole = policy.layout.mask is not None and not policy.layout.causal_prompt  # then each layer makes its own of it
-    mask = seen[:, None] if whole else policy.added_to_scores(seen)
-    with torch.autocast(ids_BT.device.type, torch.bfloat16, enabled=update.precision == "bfloat16"):
-        output = policy.model(
-            **policy.embedded(ids_BT),
-            attention_mask=mask,
-            position_ids=policy.positions(ids_BT, mask_BT),
-            use_cache=False,
-            output_hidden_states=True,
-            logits_to_keep=1,
-        )
-    hidden_BTH = output.hidden_states[-1].to(policy.base.dtype)
-    del output
+    """As a stage makes it, but for what is a number a position."""
+    hidden_BTH = _hidden(policy, update.rows, update, whole=True)
     if update.read is None:
         hidden_KNH = hidden_BTH[:, -update.decided - 1 : -1].unflatten(0, (update.streams, -1)).flatten(1, 2)
+        logp_N, entropy_N = _decided(policy, law, hidden_KNH, update.entropy)
     else:
-        hidden_KNH = hidden_BTH.unflatten(0, (update.streams, -1)).flatten(1, 2)[:, torch.arange(update.read)]
-    tokens_N = torch.full((hidden_KNH.shape[1],), law.vocabulary[0])
-    logp_N, _ = policy.decide(law, hidden_KNH, tokens_N)
-    return logp_N.sum()
+        logp_N, entropy_N = _read(policy, law, hidden_BTH, update.read, update)
+    if update.gate is not None:
+        with torch.no_grad():
+            rows = update.gate.states * update.streams
+            _read(policy, law, _hidden(policy, rows, update, whole=False), update.gate, update)
+    return logp_N.sum() + (entropy_N.sum() if update.entropy else 0.0)
+
+
+def _hidden(policy: TransformerPolicy, rows: int, update: Update, *, whole: bool) -> Tensor:
+    """Hidden states [rows, T, H]; `whole`: through the model as an update goes, with the hidden states of all layers
+    and one position of its own logits."""
+    ids_BT = torch.zeros(rows, update.length, dtype=torch.long)
+    mask_BT = torch.ones(rows, update.length, dtype=torch.bool)
+    # Which sees which, said outright, as where rows are padded: it cannot be asked of tensors without values.
+    seen = torch.ones(rows, update.length, update.length, dtype=torch.bool)
+    own = policy.layout.mask is not None and not policy.layout.causal_prompt  # then each layer makes its own of it
+    inputs = {
+        **policy.embedded(ids_BT),
+        "attention_mask": seen[:, None] if own else policy.added_to_scores(seen),
+        "position_ids": policy.positions(ids_BT, mask_BT),
+        "use_cache": False,
+    }
+    del seen
+    with torch.autocast(ids_BT.device.type, torch.bfloat16, enabled=update.precision == "bfloat16"):
+        if not whole:
+            return policy.base.base_model(**inputs).last_hidden_state.to(policy.base.dtype)
+        output = policy.model(**inputs, output_hidden_states=True, logits_to_keep=1)
+    return output.hidden_states[-1].to(policy.base.dtype)
+
+
+def _read(
+    policy: TransformerPolicy, law: Law, hidden_BTH: Tensor, reading: Reading, update: Update
+) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropies [N] of a masked policy's states."""
+    read_N = torch.arange(reading.decisions)
+    hidden_KNH = torch.stack([one.flatten(0, 1)[read_N] for one in hidden_BTH.unflatten(0, (update.streams, -1))])
+    if reading.order is None:
+        return _decided(policy, law, hidden_KNH, update.entropy)
+    assert isinstance(policy, MaskedPolicy), "no other has an order"
+    tokens_N = torch.full((reading.decisions,), law.vocabulary[0])
+    state_N, kept_N = torch.zeros_like(tokens_N), torch.ones(reading.decisions, dtype=torch.bool)
+    chosen_N, entropy_N, order_R = policy.transitions(
+        law, reading.order, hidden_KNH, tokens_N, state_N, kept_N, reading.states
+    )
+    return chosen_N + order_R.sum(), entropy_N
+
+
+def _decided(policy: TransformerPolicy, law: Law, hidden_KNH: Tensor, entropy: bool) -> tuple[Tensor, Tensor]:
+    decisions, codes = hidden_KNH.shape[1], law.vocabulary[1] - law.vocabulary[0]
+    support_NC = torch.zeros(decisions, -(-codes // 8), dtype=torch.uint8) if law.truncated else None
+    tokens_N = torch.full((decisions,), law.vocabulary[0])
+    return policy.decide(law, hidden_KNH, tokens_N, support_NC, entropy_gradient=entropy)

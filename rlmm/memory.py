@@ -7,21 +7,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
 import torch
 
 from rlmm.config.data import Data, RowsData, ScenesData
 from rlmm.config.engines import TorchEngineConfig, VllmServerConfig, VllmSizes
-from rlmm.config.masked import EstimatorConfig, NoiseConfig
 from rlmm.config.policy import CheckpointPolicy, NewPolicy
-from rlmm.config.preference import PairNoise
 from rlmm.config.recipe import Recipe
 from rlmm.config.stages import DpoStage, GrpoStage, PolicyStage, SftStage
 from rlmm.dry_run import NO_DRY_RUN, Update, dry_run
-from rlmm.objectives.noise import count_chances, mean_share
 from rlmm.policies.families import llama
 from rlmm.policies.families.loading import not_here, outline
 from rlmm.policies.transformer import TransformerPolicy
+from rlmm.readings import gate_reading, update_reading
 from rlmm.sharing import read_sharing, shared
 from rollouts.contract import Layout
 from rollouts.law import Law
@@ -160,8 +157,10 @@ def _law(stage: PolicyStage, layout: Layout) -> Law:
 def _update(stage: PolicyStage, layout: Layout, length: int, processes: int) -> Update:
     streams = len(_law(stage, layout).streams(replay=True))
     accumulated = _rows(stage) > stage.micro_batch_size * processes
+    positions = len(layout.grid.decided())
+    read = None if layout.mask is None else update_reading(stage, positions)
     return Update(
-        rows=stage.micro_batch_size * streams * _sequences(stage, layout),
+        rows=streams * (_sequences(stage) if read is None else read.states),
         streams=streams,
         length=length,
         decided=min(length - 1, layout.grid.length),
@@ -169,26 +168,10 @@ def _update(stage: PolicyStage, layout: Layout, length: int, processes: int) -> 
         precision=stage.precision,
         checkpointing=stage.gradient_checkpointing,
         image_rows=isinstance(stage, GrpoStage) and stage.trains_image_rows,
-        read=None if layout.mask is None else _decisions(stage, layout),
+        read=read,
+        gate=None if layout.mask is None else gate_reading(stage, positions),
+        entropy=isinstance(stage, GrpoStage) and stage.objective.entropy.coefficient > 0,
     )
-
-
-def _decisions(stage: PolicyStage, layout: Layout) -> int | None:
-    """Of an image, that a masked policy's head reads in a micro-batch, in the mean over masks; None where it reads
-    every position of every state, as the order's log-prob of a confident order nearly does."""
-    whole = stage.micro_batch_size * len(layout.grid.decided())
-    if isinstance(stage, SftStage):
-        chance = count_chances((stage.noise or NoiseConfig()).schedule, len(layout.grid.decided()))
-        return round(whole * float((chance * np.arange(1, len(chance) + 1)).sum()) / len(chance))
-    if isinstance(stage, DpoStage):
-        return round(whole * _sequences(stage, layout) * mean_share((stage.noise or PairNoise()).scheme))
-    estimator, unmasking = stage.estimator or EstimatorConfig(), stage.sampling.unmasking
-    assert unmasking is not None, "the recipe lets no masked policy be without"
-    if estimator.kind != "trajectory":
-        return round(whole * estimator.draws * mean_share(estimator.kind, estimator.ratios))
-    if estimator.order_term and not unmasking.record().policy_free:
-        return None
-    return round(whole * _states(stage) / unmasking.steps)
 
 
 def _rows(stage: PolicyStage) -> int:
@@ -199,12 +182,9 @@ def _rows(stage: PolicyStage) -> int:
     return stage.batch_size
 
 
-def _sequences(stage: PolicyStage, layout: Layout) -> int:
-    """Sequences that a row of a micro-batch is read as."""
-    if isinstance(stage, DpoStage):
-        draws = 1 if layout.mask is None else (stage.noise or PairNoise()).draws
-        return draws if stage.loss == "kto" else 2 * draws
-    return _states(stage) if isinstance(stage, GrpoStage) else 1
+def _sequences(stage: PolicyStage) -> int:
+    """Sequences of a next-token policy's micro-batch."""
+    return stage.micro_batch_size * (2 if isinstance(stage, DpoStage) and stage.loss != "kto" else 1)
 
 
 def _holds_reference(stage: PolicyStage, layout: Layout) -> bool:
@@ -213,16 +193,6 @@ def _holds_reference(stage: PolicyStage, layout: Layout) -> bool:
         live = layout.mask is not None or stage.loss == "kto"
         return live and (stage.lora is None or stage.reference is not None)
     return isinstance(stage, GrpoStage) and stage.objective.kl.coefficient > 0 and stage.lora is None
-
-
-def _states(stage: GrpoStage) -> int:
-    """Partly masked sequences that a sample's log-prob reads at once; 1 for a next-token policy."""
-    if stage.sampling.unmasking is None:
-        return 1
-    steps = stage.sampling.unmasking.steps
-    if stage.estimator is None:
-        return steps
-    return min(steps, stage.estimator.steps or steps) if stage.estimator.kind == "trajectory" else stage.estimator.draws
 
 
 def _gradients(stage: PolicyStage) -> int:

@@ -182,4 +182,6 @@ def pack_support(support: Tensor) -> Tensor:
 
 def unpack_support(packed: Tensor, size: int) -> Tensor:
     """Undo `pack_support` for a slice of `size` tokens."""
-    return torch.from_numpy(np.unpackbits(packed.cpu().numpy(), axis=-1, count=size)).bool().to(packed.device)
+    places_8 = torch.arange(7, -1, -1, dtype=torch.uint8, device=packed.device)
+    bits = packed.unsqueeze(-1).bitwise_right_shift(places_8).bitwise_and_(1)
+    return bits.flatten(-2)[..., :size].bool()

@@ -226,7 +226,7 @@ def order_log_probs(
     floor_N1, after_N1 = floor_R[row_N][:, None], (place_N > last_R[row_N])[:, None]
     under_NV = (rank_NV < floor_N1) | ((rank_NV == floor_N1) & after_N1)
     mass_N = logp_NV.masked_fill(~under_NV, -torch.inf).logsumexp(1)
-    return logp_NV.new_zeros(rows).index_add(0, row_N[~kept_N], mass_N[~kept_N])
+    return logp_NV.new_zeros(rows).index_add(0, row_N, mass_N.masked_fill(kept_N, 0.0))
 
 
 def _sure(threshold: float) -> float:

@@ -165,20 +165,49 @@ class MaskedPolicy(TransformerPolicy):
                 "and top-p"
             )
         everything = States(states.row_R, states.masked_RS, states.masked_RS)
-        names = span.law.streams(replay=True)
-        logits_KNV = self.head(self._hidden_at(trajectory, everything, span, model), span.law.vocabulary)
-        logp_NV, _ = law_log_probs(span.law, dict(zip(names, logits_KNV, strict=True)), replay=True)
         state_N, at_N = states.masked_RS.nonzero(as_tuple=True)
-        token_N = trajectory.ids[states.row_R[state_N], at_N] - span.law.vocabulary[0]
-        kept_N = states.read_RS[state_N, at_N]
-        order_R = order_log_probs(unmasking, logp_NV, token_N, state_N, kept_N, len(states.row_R))
+        chosen_N, entropy_N, order_R = self.transitions(
+            span.law,
+            unmasking,
+            self._hidden_at(trajectory, everything, span, model),
+            trajectory.ids[states.row_R[state_N], at_N],
+            state_N,
+            states.read_RS[state_N, at_N],
+            len(states.row_R),
+        )
         share_R1 = (order_R / states.read_RS.sum(1).clamp(min=1))[:, None]
-        chosen_N = logp_NV.gather(1, token_N[:, None]).squeeze(1)
         blank_RS = chosen_N.new_zeros(states.read_RS.shape)
         logp_RS = blank_RS.masked_scatter(states.masked_RS, chosen_N) + share_R1
-        entropy_N = -(logp_NV.exp() * logp_NV).sum(1)
         entropy_RS = blank_RS.masked_scatter(states.masked_RS, entropy_N)
         return torch.where(states.read_RS, logp_RS, 0.0), torch.where(states.read_RS, entropy_RS, 0.0)
+
+    def transitions(
+        self,
+        law: Law,
+        unmasking: Unmasking,
+        hidden_KNH: Tensor,
+        tokens_N: Tensor,
+        state_N: Tensor,
+        kept_N: Tensor,
+        states: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probs and entropies [N] of tokens at all masked positions of some states, and the log-prob [states] of
+        which of them each state kept. Every proposal is held, [N, V].
+
+        Args:
+            hidden_KNH: of the streams that the law's replay needs, in its order; state by state, in the order of their
+                positions.
+            tokens_N: token ids inside `law.vocabulary`; any where not kept.
+            state_N: the state that each position is of.
+            kept_N: whether it was decided in this state.
+        """
+        names, token_N = law.streams(replay=True), tokens_N - law.vocabulary[0]
+        by_stream = dict(zip(names, self.head(hidden_KNH, law.vocabulary), strict=True))
+        logp_NV, _ = law_log_probs(law, by_stream, replay=True)
+        del by_stream
+        order_R = order_log_probs(unmasking, logp_NV, token_N, state_N, kept_N, states)
+        chosen_N = logp_NV.gather(1, token_N[:, None]).squeeze(1)
+        return chosen_N, -(logp_NV.exp() * logp_NV).sum(1), order_R
 
     def _hidden_at(self, trajectory: Trajectory, states: States, span: Span, model: nn.Module | None) -> Tensor:
         """Hidden states [K, N, H] where the states are read, by one forward of all states and streams."""
