@@ -6,7 +6,8 @@ they are in a real update, and no formula has to know of them.
 """
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +60,8 @@ class Update:
     """Of a masked policy's micro-batch. None: every decided position of every sequence."""
     gate: Reading | None = None
     """What a masked policy reads without gradient between forward and backward."""
+    text: int = 0
+    """Decisions of text in a micro-batch, beside those of images."""
     entropy: bool = False
     """Whether the decisions' entropies have a gradient."""
 
@@ -97,14 +100,13 @@ class Live(TorchDispatchMode):
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        given = {_storage(leaf).cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        given = {_storage(leaf).cdata for leaf in _dense((args, kwargs))}
         made = func(*args, **kwargs)
-        for leaf in tree_leaves(made):
-            if isinstance(leaf, Tensor):
-                storage = _storage(leaf)
-                # A view, or an operation in place, of what was there before.
-                if storage.cdata not in given or storage.cdata in self._held:
-                    self._held[storage.cdata] = (storage, leaf.untyped_storage().nbytes())
+        for leaf in _dense(made):
+            storage = _storage(leaf)
+            # A view, or an operation in place, of what was there before.
+            if storage.cdata not in given or storage.cdata in self._held:
+                self._held[storage.cdata] = (storage, leaf.untyped_storage().nbytes())
         # What has been let go of is looked for only where it could matter.
         bound = sum(size for _, size in self._held.values())
         if bound > self.peak:
@@ -121,8 +123,27 @@ class Live(TorchDispatchMode):
         return sum(size for _, size in self._held.values())
 
 
+def _dense(tree: Any) -> list[Tensor]:
+    """Tensors with a storage: a packed one of oneDNN's has none that can be asked for."""
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.layout is torch.strided]
+
+
 def _storage(tensor: Tensor) -> StorageWeakRef:
     return StorageWeakRef(tensor.untyped_storage())
+
+
+@contextmanager
+def bare(make: Callable[[], TransformerPolicy], precision: str) -> Iterator[TransformerPolicy]:
+    """The policy that `make` builds, and inside everything is made without memory."""
+    with torch.device("meta"):
+        policy = make()
+    policy.precision = precision
+    policy.pictures = None  # which tokens refer to one cannot be asked of tensors without values
+    with warnings.catch_warnings(), FakeTensorMode():
+        # Whether the head's trained rows still are its own is asked by address, which means nothing here and is equal.
+        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
+        _onto_cpu(policy.model)
+        yield policy
 
 
 def dry_run(make: Callable[[], TransformerPolicy], law: Law, update: Update) -> Held:
@@ -130,14 +151,7 @@ def dry_run(make: Callable[[], TransformerPolicy], law: Law, update: Update) -> 
 
     `make` is called on the meta device, so it must load nothing; its model has an adapter where one is trained.
     """
-    with torch.device("meta"):
-        policy = make()
-    policy.precision = update.precision
-    policy.pictures = None  # which tokens refer to one cannot be asked of tensors without values
-    with warnings.catch_warnings(), FakeTensorMode():
-        # Whether the head's trained rows still are its own is asked by address, which means nothing here and is equal.
-        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
-        _onto_cpu(policy.model)
+    with bare(make, update.precision) as policy:
         weights = _bytes(list(policy.model.parameters()))  # rows of the head are a view of it
         if update.image_rows:
             policy.train_image_rows()
@@ -199,45 +213,55 @@ def _bytes(tensors: Sequence[Tensor]) -> int:
 
 def _loss(policy: TransformerPolicy, law: Law, update: Update) -> Tensor:
     """As a stage makes it, but for what is a number a position."""
-    hidden_BTH = _hidden(policy, update.rows, update, whole=True)
-    if update.read is None:
+    hidden_BTH = _hidden(policy, update)
+    parts: list[Tensor] = []
+    if update.text:
+        hidden_1NH = hidden_BTH.flatten(0, 1)[torch.arange(update.text)].unsqueeze(0)
+        parts += _decided(policy, Law(policy.layout.text), hidden_1NH, update.entropy)
+    if update.read is not None:
+        parts += _read(policy, law, hidden_BTH, update.read, update)
+    elif update.decided:
         hidden_KNH = hidden_BTH[:, -update.decided - 1 : -1].unflatten(0, (update.streams, -1)).flatten(1, 2)
-        logp_N, entropy_N = _decided(policy, law, hidden_KNH, update.entropy)
-    else:
-        logp_N, entropy_N = _read(policy, law, hidden_BTH, update.read, update)
+        parts += _decided(policy, law, hidden_KNH, update.entropy)
     if update.gate is not None:
         with torch.no_grad():
-            rows = update.gate.states * update.streams
-            _read(policy, law, _hidden(policy, rows, update, whole=False), update.gate, update)
-    return logp_N.sum() + (entropy_N.sum() if update.entropy else 0.0)
+            inputs = inputs_of(policy, update.gate.states * update.streams, update.length)
+            _read(policy, law, body_hidden(policy, inputs), update.gate, update)
+    return torch.stack([part.sum() for part in parts]).sum()
 
 
-def _hidden(policy: TransformerPolicy, rows: int, update: Update, *, whole: bool) -> Tensor:
-    """Hidden states [rows, T, H]; `whole`: through the model as an update goes, with the hidden states of all layers
-    and one position of its own logits."""
-    ids_BT = torch.zeros(rows, update.length, dtype=torch.long)
-    mask_BT = torch.ones(rows, update.length, dtype=torch.bool)
-    # Which sees which, said outright, as where rows are padded: it cannot be asked of tensors without values.
-    seen = torch.ones(rows, update.length, update.length, dtype=torch.bool)
-    own = policy.layout.mask is not None and not policy.layout.causal_prompt  # then each layer makes its own of it
-    inputs = {
-        **policy.embedded(ids_BT),
-        "attention_mask": seen[:, None] if own else policy.added_to_scores(seen),
-        "position_ids": policy.positions(ids_BT, mask_BT),
-        "use_cache": False,
-    }
-    del seen
-    with torch.autocast(ids_BT.device.type, torch.bfloat16, enabled=update.precision == "bfloat16"):
-        if not whole:
-            return policy.base.base_model(**inputs).last_hidden_state.to(policy.base.dtype)
-        output = policy.model(**inputs, output_hidden_states=True, logits_to_keep=1)
+def _hidden(policy: TransformerPolicy, update: Update) -> Tensor:
+    """Hidden states [rows, T, H], through the model as an update goes: with those of all layers, and one position of
+    its own logits."""
+    inputs = inputs_of(policy, update.rows, update.length)
+    with torch.autocast("cpu", torch.bfloat16, enabled=update.precision == "bfloat16"):
+        output = policy.model(**inputs, use_cache=False, output_hidden_states=True, logits_to_keep=1)
     return output.hidden_states[-1].to(policy.base.dtype)
 
 
-def _read(
-    policy: TransformerPolicy, law: Law, hidden_BTH: Tensor, reading: Reading, update: Update
-) -> tuple[Tensor, Tensor]:
-    """Log-probs and entropies [N] of a masked policy's states."""
+def body_hidden(policy: TransformerPolicy, inputs: Mapping[str, Any], cache: Any = None) -> Tensor:
+    """Hidden states [rows, T, H] through the body alone, as where nothing is trained."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=policy.precision == "bfloat16"):
+        output = policy.base.base_model(**inputs, past_key_values=cache, use_cache=cache is not None)
+    return output.last_hidden_state.to(policy.base.dtype)
+
+
+def inputs_of(policy: TransformerPolicy, rows: int, length: int, first: int = 0) -> dict[str, Any]:
+    """What the forward of rows takes, of their positions from `first` on."""
+    ids_BT = torch.zeros(rows, length, dtype=torch.long)
+    mask_BT = torch.ones(rows, length, dtype=torch.bool)
+    # Which sees which, said outright, as where rows are padded: it cannot be asked of tensors without values.
+    seen = torch.ones(rows, length - first, length, dtype=torch.bool)
+    own = policy.layout.mask is not None and not policy.layout.causal_prompt  # then each layer makes its own of it
+    return {
+        **policy.embedded(ids_BT[:, first:]),
+        "attention_mask": seen[:, None] if own else policy.added_to_scores(seen),
+        "position_ids": policy.positions(ids_BT, mask_BT)[..., first:],
+    }
+
+
+def _read(policy: TransformerPolicy, law: Law, hidden_BTH: Tensor, reading: Reading, update: Update) -> list[Tensor]:
+    """Of a masked policy's states as `_decided`."""
     read_N = torch.arange(reading.decisions)
     hidden_KNH = torch.stack([one.flatten(0, 1)[read_N] for one in hidden_BTH.unflatten(0, (update.streams, -1))])
     if reading.order is None:
@@ -248,11 +272,13 @@ def _read(
     chosen_N, entropy_N, order_R = policy.transitions(
         law, reading.order, hidden_KNH, tokens_N, state_N, kept_N, reading.states
     )
-    return chosen_N + order_R.sum(), entropy_N
+    return [chosen_N + order_R.sum(), *[entropy_N] * update.entropy]
 
 
-def _decided(policy: TransformerPolicy, law: Law, hidden_KNH: Tensor, entropy: bool) -> tuple[Tensor, Tensor]:
+def _decided(policy: TransformerPolicy, law: Law, hidden_KNH: Tensor, entropy: bool) -> list[Tensor]:
+    """What a loss is made of: log-probs [N], and with `entropy` entropies."""
     decisions, codes = hidden_KNH.shape[1], law.vocabulary[1] - law.vocabulary[0]
     support_NC = torch.zeros(decisions, -(-codes // 8), dtype=torch.uint8) if law.truncated else None
     tokens_N = torch.full((decisions,), law.vocabulary[0])
-    return policy.decide(law, hidden_KNH, tokens_N, support_NC, entropy_gradient=entropy)
+    logp_N, entropy_N = policy.decide(law, hidden_KNH, tokens_N, support_NC, entropy_gradient=entropy)
+    return [logp_N, *[entropy_N] * entropy]

@@ -1,6 +1,6 @@
 """A memory plan: what a stage will hold, in bytes, from the recipe alone.
 
-An update's part is that of a dry run (`rlmm.dry_run`); what sampling holds is reckoned.
+An update's part and what sampling holds are those of dry runs (`rlmm.dry_run`, `rlmm.dry_sampling`).
 """
 
 from collections.abc import Callable
@@ -15,10 +15,11 @@ from rlmm.config.policy import CheckpointPolicy, NewPolicy
 from rlmm.config.recipe import Recipe
 from rlmm.config.stages import DpoStage, GrpoStage, PolicyStage, SftStage
 from rlmm.dry_run import NO_DRY_RUN, Update, dry_run
+from rlmm.dry_sampling import Drawing, packed_shape, sampled
 from rlmm.policies.families import llama
 from rlmm.policies.families.loading import not_here, outline
 from rlmm.policies.transformer import TransformerPolicy
-from rlmm.readings import gate_reading, update_reading
+from rlmm.readings import gate_reading, supervised_share, update_reading, widest_step
 from rlmm.sharing import read_sharing, shared
 from rollouts.contract import Layout
 from rollouts.law import Law
@@ -40,7 +41,7 @@ class MemoryPlan:
     working: int
     """What an update holds beside these at its widest point: activations and logits."""
     sampling: int
-    """What sampling holds in their place: keys and values, or a forward of a masked policy."""
+    """What sampling holds in their place: keys and values, the forward of a masked policy, logits."""
     engine: int
     """The rollout engine's own copy of the weights, and the copy of what is trained that rollouts are drawn ahead
     with."""
@@ -108,22 +109,40 @@ def has_sources(data: Data) -> bool:
 
 def _length(stage: PolicyStage, layout: Layout, sources: bool) -> int:
     """Positions of a sequence: prompt, source image, text at its longest, image."""
-    written = stage.sampling.written if isinstance(stage, GrpoStage) else None
-    draws = not isinstance(stage, GrpoStage) or stage.sampling.answer is None
-    text = 0 if written is None else written.length_limit
+    text = _written(stage)
     # Before a text a source image may be seen through an encoder, with features of its own number.
     source = layout.seeing.length if layout.seeing is not None and text else layout.grid.length
-    return PROMPT_TOKENS + text + sources * source + draws * layout.grid.length
+    return PROMPT_TOKENS + text + sources * source + _draws(stage) * layout.grid.length
+
+
+def _draws(stage: PolicyStage) -> bool:
+    """Whether its sequences end in an image."""
+    return not isinstance(stage, GrpoStage) or stage.sampling.answer is None
+
+
+def _written(stage: PolicyStage) -> int:
+    """Positions of text that the policy writes, at its longest."""
+    written = stage.sampling.written if isinstance(stage, GrpoStage) else None
+    return 0 if written is None else written.length_limit
+
+
+def _text(stage: PolicyStage, layout: Layout, positions: int) -> int:
+    """Decisions of text in a micro-batch: what the policy writes, or what it learns of prompts."""
+    if isinstance(stage, SftStage) and layout.decides_text:
+        share = 1.0 if layout.mask is None else supervised_share(stage, positions) * (stage.text_weight > 0)
+        return round(stage.micro_batch_size * PROMPT_TOKENS * share)
+    return stage.micro_batch_size * _written(stage)
 
 
 def _plan(name: str, stage: PolicyStage, make: Make, sources: bool, processes: int) -> MemoryPlan:
     with torch.device("meta"):
         policy = make()
     layout, length = policy.layout, _length(stage, policy.layout, sources)
-    held = dry_run(partial(_adapted, make, stage), _law(stage, layout), _update(stage, layout, length, processes))
+    adapted = partial(_adapted, make, stage)
+    held = dry_run(adapted, _law(stage, layout), _update(stage, layout, length, processes))
     share = shared(held, read_sharing(stage.deepspeed, processes, policy.sizes.hidden_size))
     total = sum(weight.numel() for weight in policy.model.parameters())
-    sampling = _sampling(stage, policy, length, processes) if isinstance(stage, GrpoStage) else 0
+    sampling = _sampling(stage, adapted, length, processes) if isinstance(stage, GrpoStage) else 0
     ahead = isinstance(stage, GrpoStage) and stage.max_staleness > 0
     still = held.weights if stage.lora is None else held.gradients
     gradients = share.gradients * _gradients(stage)
@@ -135,7 +154,7 @@ def _plan(name: str, stage: PolicyStage, make: Make, sources: bool, processes: i
         reference=held.weights if _holds_reference(stage, layout) else 0,
         working=share.working,
         sampling=sampling if ahead else max(0, sampling - gradients),
-        engine=(_engine_copy(stage, total) if isinstance(stage, GrpoStage) else 0) + still * ahead,
+        engine=(_engine_copy(stage, adapted, total) if isinstance(stage, GrpoStage) else 0) + still * ahead,
         at_once=ahead,
         exchange=share.exchange,
         offloaded=share.offloaded,
@@ -163,13 +182,14 @@ def _update(stage: PolicyStage, layout: Layout, length: int, processes: int) -> 
         rows=streams * (_sequences(stage) if read is None else read.states),
         streams=streams,
         length=length,
-        decided=min(length - 1, layout.grid.length),
+        decided=positions if _draws(stage) else 0,
         again=accumulated,
         precision=stage.precision,
         checkpointing=stage.gradient_checkpointing,
         image_rows=isinstance(stage, GrpoStage) and stage.trains_image_rows,
         read=read,
         gate=None if layout.mask is None else gate_reading(stage, positions),
+        text=_text(stage, layout, positions),
         entropy=isinstance(stage, GrpoStage) and stage.objective.entropy.coefficient > 0,
     )
 
@@ -200,29 +220,50 @@ def _gradients(stage: PolicyStage) -> int:
     return 2 if isinstance(stage, GrpoStage) and stage.diagnostics.gradient_agreement else 1
 
 
-def _engine_copy(stage: GrpoStage, total: int) -> int:
-    """Under bfloat16 the torch engine keeps the float32 weights beside the rounded ones, for its fingerprint."""
+def _engine_copy(stage: GrpoStage, make: Make, total: int) -> int:
+    """The torch engine has a copy where it packs the weights: under bfloat16 the float32 ones stand beside the rounded
+    ones, for its fingerprint."""
     if isinstance(stage.engine, VllmServerConfig):
         return stage.engine.started * total * FLOAT_BYTES
-    both = stage.precision == "bfloat16" and isinstance(stage.engine, TorchEngineConfig)
-    return total * FLOAT_BYTES * 3 // 2 if both else total * FLOAT_BYTES
+    if not isinstance(stage.engine, TorchEngineConfig):
+        return total * FLOAT_BYTES
+    with torch.device("meta"):
+        packed = packed_shape(make()) is not None
+    return packed * total * FLOAT_BYTES * (3 if stage.precision == "bfloat16" else 2) // 2
 
 
-def _sampling(stage: GrpoStage, policy: TransformerPolicy, length: int, processes: int) -> int:
-    """Keys and values of the torch engine's widest batch, or what vLLM reserves; of a masked policy, a forward's."""
+def _sampling(stage: GrpoStage, make: Make, length: int, processes: int) -> int:
+    """What the torch engine holds in its widest batch, or what vLLM reserves."""
     if isinstance(stage.engine, VllmSizes):
         servers = stage.engine.started if isinstance(stage.engine, VllmServerConfig) else 1
         return servers * (stage.engine.kv_megabytes << 20)
-    sizes, streams = policy.sizes, len(_law(stage, policy.layout).streams())
-    rows = min(stage.rollouts // processes * streams, stage.engine.max_rows)
-    heads = getattr(sizes, "num_key_value_heads", None) or sizes.num_attention_heads
-    width = getattr(sizes, "head_dim", None) or sizes.hidden_size // sizes.num_attention_heads
-    position = sizes.num_hidden_layers * 2 * heads * width * FLOAT_BYTES
-    if stage.sampling.unmasking is None:
-        return rows * length * position
-    # One layer's widest activations at a time, and prompts' keys and values if they are kept.
-    forward = rows * length * (2 * sizes.intermediate_size + 4 * sizes.hidden_size) * FLOAT_BYTES
-    return forward + policy.layout.causal_prompt * rows * PROMPT_TOKENS * position
+    with torch.device("meta"):
+        layout = make().layout
+    answer = stage.sampling.answer
+    law = _law(stage, layout) if answer is None else answer.span(layout, ()).law
+    return sampled(make, law, _drawing(stage, layout, len(law.streams()), length, processes))
+
+
+def _drawing(stage: GrpoStage, layout: Layout, streams: int, length: int, processes: int) -> Drawing:
+    prompts = stage.prompts_per_step // processes
+    prompts = min(prompts, stage.score_chunk or prompts)
+    masked, positions = layout.mask is not None, len(layout.grid.decided())
+    # Samples are drawn prompt by prompt, but where each has its own: a masked policy's, and those that have thought.
+    each = 1 if masked or stage.sampling.thought is not None else stage.samples_per_prompt
+    requests = prompts * stage.samples_per_prompt // each
+    held = min(requests, max(1, stage.engine.max_rows // (streams * each)))
+    unmasking = None if stage.sampling.unmasking is None else stage.sampling.unmasking.record()
+    span = layout.grid.length if _draws(stage) else _written(stage)
+    return Drawing(
+        streams=streams,
+        prefixes=streams * (prompts if masked else held),
+        prefix=length - span,
+        rows=streams * held * each,
+        span=span,
+        drawn=held * each * (1 if unmasking is None else widest_step(unmasking, positions)),
+        precision=stage.precision,
+        order=None if unmasking is None or unmasking.policy_free else unmasking,
+    )
 
 
 def readable(size: int) -> str:

@@ -26,9 +26,7 @@ def update_reading(stage: PolicyStage, positions: int) -> Reading:
     """Of a stage's update, images of `positions` decided positions."""
     rows = stage.micro_batch_size
     if isinstance(stage, SftStage):
-        chance = count_chances((stage.noise or NoiseConfig()).schedule, positions)
-        share = float((chance * np.arange(1, len(chance) + 1)).sum()) / len(chance)
-        return Reading(rows, round(rows * positions * share))
+        return Reading(rows, round(rows * positions * supervised_share(stage, positions)))
     if isinstance(stage, DpoStage):
         noise = stage.noise or PairNoise()
         states = rows * noise.draws * (1 if stage.loss == "kto" else 2)
@@ -39,6 +37,15 @@ def update_reading(stage: PolicyStage, positions: int) -> Reading:
         return _along(_unmasking(stage), positions, rows, estimator.steps, estimator.order_term)
     states = rows * estimator.draws
     return Reading(states, round(states * positions * mean_share(estimator.kind, estimator.ratios)))
+
+
+def supervised_share(stage: SftStage, positions: int) -> float:
+    """Share of a row's targets that is masked to learn from; of a mask and its complement, the half."""
+    noise = stage.noise or NoiseConfig()
+    if noise.complementary:
+        return 0.5
+    chance = count_chances(noise.schedule, positions)
+    return float((chance * np.arange(1, len(chance) + 1)).sum()) / len(chance)
 
 
 def gate_reading(stage: PolicyStage, positions: int) -> Reading | None:

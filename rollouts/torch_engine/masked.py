@@ -183,6 +183,7 @@ class _Reveal:
             gumbel_BS = -(-uniforms[:, 1, step].clamp_min(1e-300).log()).log()
             kept_BS = keep_confident(unmasking, sure_BS + scale * gumbel_BS, self.masked_BS, step, counts)
             self._keep(made, kept_BS[made.row_N, made.at_N], step)
+            del made  # or its proposals would be there beside the next step's
 
     def _propose(self, where_BS: Tensor, uniform_BS: Tensor) -> _Proposals:
         """Draw at the positions `where_BS` of the present state."""

@@ -115,7 +115,7 @@ class PackedLlama:
         for layer in self.weights.layers:
             q, k, v = self._turned(self._normed(x_NH, layer.norm_in), layer, position_QP)
             keys.append(k)
-            values.append(v)
+            values.append(v.contiguous())  # a view would keep the queries, too
             x_NH = self._after_attention(x_NH, _attention(q, k, v, mask_Q1PP), layer)
         last_QH = x_NH.unflatten(0, (prompts, width))[:, -1]
         return Prefix(self._norm(last_QH, self.weights.norm_H), keys, values)
