@@ -48,7 +48,7 @@ def test_each_setting_moves_its_own_figure() -> None:
 def test_what_sampling_holds_by_hand() -> None:
     grpo = plan()
     position = 2 * 2 * 32 * 4  # keys and values of 2 layers of width 32
-    # 8 rows of 12 codes and 32 tokens of prompt, with and without the prompt, of 2 prompts; a layer's keys are gathered.
+    # 8 rows of 12 codes and 32 tokens of prompt, with and without the prompt, of 2 prompts; one layer is gathered.
     cache, prompts, gathered = (8 * 2) * 44 * position, (2 * 2) * 32 * position, (8 * 2) * 32 * position // 4
     assert grpo.sampling + grpo.gradients == pytest.approx(cache + prompts + gathered, rel=0.02)
     sft = memory_plans(read_recipe(TINY, []))[0]
