@@ -70,7 +70,7 @@ class Update:
 class Held:
     """Bytes: of all weights, of the trained ones' gradients and of the optimizer's state; `peak`: the most that an
     update holds beside the weights, those two among it; `passing`: the most that forward and backward hold beside the
-    optimizer's state; `activations`: the most beside both."""
+    optimizer's state; `activations`: the most beside both. again: whether a second micro-batch was added to a first."""
 
     weights: int
     gradients: int
@@ -78,6 +78,7 @@ class Held:
     peak: int
     passing: int
     activations: int
+    again: bool = False
 
     @property
     def working(self) -> int:
@@ -169,7 +170,7 @@ def dry_run(make: Callable[[], TransformerPolicy], law: Law, update: Update) -> 
                 torch.nn.utils.clip_grad_norm_(trained, 1.0)
                 optimizer.step()
                 optimizer.zero_grad()
-        return Held(weights, _bytes(trained), _state(optimizer), live.peak, **live.most)
+        return Held(weights, _bytes(trained), _state(optimizer), live.peak, **live.most, again=update.again)
 
 
 def _pass(

@@ -74,6 +74,8 @@ def shared(held: Held, sharing: Sharing) -> Share:
     weights = held.weights // each if sharing.zero == 3 else held.weights
     optimizer = held.optimizer // each + part
     gradients = trained if sharing.zero == 1 else part
+    if sharing.zero == 2 and held.again:
+        gradients = 2 * part  # those of a micro-batch are laid down beside the sum of those before it
     # The part that a process steps with is laid flat beside the one that was summed; ZeRO-3 keeps it flat.
     flat = 0 if sharing.zero == 3 else max(0, 2 * part - gradients)
     passing = max(0, held.passing - trained) if sharing.zero == 1 else held.activations

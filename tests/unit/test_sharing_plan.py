@@ -4,6 +4,7 @@ Activations take 450 bytes at most, and with the gradients that are there by the
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,13 @@ def test_plain_processes_hold_everything_and_buckets_of_all_gradients() -> None:
 )
 def test_zero_divides_more_with_every_stage(processes: int, zero: int, share: Share) -> None:
     assert shared(HELD, Sharing(processes, zero, BUCKET, LIVE)) == share
+
+
+def test_zero2_adds_the_gradients_of_a_micro_batch_to_those_before_it() -> None:
+    twice = replace(HELD, again=True)
+    assert shared(twice, Sharing(4, 2, BUCKET, LIVE)) == Share(1000, 2 * 200, 400 + 200, 450, BUCKET, 0)
+    for zero in (0, 1, 3):
+        assert shared(twice, Sharing(4, zero, BUCKET, LIVE)) == shared(HELD, Sharing(4, zero, BUCKET, LIVE))
 
 
 def test_no_more_weights_are_gathered_than_may_live() -> None:
