@@ -1,10 +1,12 @@
 """`rlmm bench scale`: its plan, what a point is made of, the powers it finds, and one point measured."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.axes import Axes
 
 from rlmm.bench import scale_problem
 from rlmm.bench.scale import ScalePlan, ScaleRow, along, bench_scale, growth, scale_plan, table
@@ -70,6 +72,20 @@ def test_the_plot_is_a_picture(tmp_path: Path) -> None:
     rows = [asdict(row(point)) for point in plan.points()]
     write_plot(rows, plan.axes, asdict(plan.base), tmp_path / "plots" / "scale.png")
     assert (tmp_path / "plots" / "scale.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_processes_share_is_compared_with_an_even_share(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    dotted: list[list[float]] = []
+
+    def plot(self: Axes, x: Sequence[float], y: Sequence[float], style: str, **kwargs: object) -> None:
+        dotted.extend([list(y)] if style == ":" else [])
+
+    monkeypatch.setattr(Axes, "plot", plot)
+    for axis, points in {"processes": (1, 2, 4), "rows": (8, 16, 32)}.items():
+        rows = [asdict(row(replace(BASE, **{axis: value}))) for value in points]
+        write_plot(rows, {axis: points[1:]}, asdict(BASE), tmp_path / "scale.png")
+    update = [dotted[1], dotted[5]]
+    assert [[y / line[0] for y in line] for line in update] == [[1, 1 / 2, 1 / 4], [1, 2, 4]]
 
 
 def test_a_decode_step_reads_the_body_the_heads_image_rows_and_the_cache() -> None:
