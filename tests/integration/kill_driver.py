@@ -124,7 +124,7 @@ def kill_in_save() -> None:
 
 
 def kill_in_save_of_two() -> None:
-    """Of the second checkpoint of GRPO, of which this process has written its part; the first one has sealed nothing."""
+    """Of the second checkpoint of GRPO, where this process has written its part, and nothing is sealed yet."""
     trainer_module._Seal.on_save = before(trainer_module._Seal.on_save, 2 + 2 + 2, die)  # codec 2, sft 2, GRPO's second
 
 

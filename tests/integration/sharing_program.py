@@ -1,8 +1,8 @@
 """GRPO of tiny recipes on one, two and four processes, each from one SFT policy: `FOLDER`.
 
 A next-token policy's, the same in float64, a masked one's by its trajectory's log-probs with all that is logged of a
-step, and by a noise plan's. And the stages before it, which start from nothing: `supervised-PROCESSES`. Beside each run's folder lies what its processes planned, RUN-plans-RANK.jsonl: the digest
-of every plan, by sample.
+step, and by a noise plan's. Beside each run's folder lies what its processes planned, RUN-plans-RANK.jsonl: the digest
+of every plan, by sample. And the stages before GRPO, which start from nothing: `CODEC-PROCESSES`.
 """
 
 import hashlib
@@ -87,15 +87,20 @@ def run(recipe: Path, folder: Path, count: int) -> None:
 
 
 def supervised(out: Path) -> None:
-    """A codec, and SFT of all weights and of an adapter."""
+    """A codec, and SFT of all weights and of an adapter; then each of the other codecs."""
     raw = yaml.safe_load((RECIPES / "tiny.yaml").read_text())
     stages = {name: raw["stages"][name] for name in ("codec", "sft")}
     stages["sft"] |= {"micro_batch_size": 2}
     stages["adapter"] = stages["sft"] | {"lora": {"rank": 4, "alpha": 4}}
-    recipe = out / "supervised.yaml"
-    recipe.write_text(yaml.safe_dump(raw | {"stages": stages}, sort_keys=False))
-    for count in SUPERVISED:
-        run(recipe, out / f"supervised-{count}", count)
+    size = {name: raw["codec"][name] for name in ("image_size", "channels", "patch", "width", "blocks")}
+    recipes = {"fsq": raw | {"stages": stages}}
+    for kind, sizes in {"vq": {"codebook_size": 64, "code_dim": 8}, "lfq": {"bits": 6}}.items():
+        recipes[kind] = raw | {"stages": {"codec": stages["codec"]}, "codec": {"kind": kind, **size, **sizes}}
+    for name, made in recipes.items():
+        recipe = out / f"{name}.yaml"
+        recipe.write_text(yaml.safe_dump(made, sort_keys=False))
+        for count in SUPERVISED:
+            run(recipe, out / f"{name}-{count}", count)
 
 
 def main(out: Path) -> None:

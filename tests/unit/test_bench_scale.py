@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -76,15 +77,21 @@ def test_the_plot_is_a_picture(tmp_path: Path) -> None:
 
 def test_what_processes_share_is_compared_with_an_even_share(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     dotted: list[list[float]] = []
+    drawn = Axes.plot
 
-    def plot(self: Axes, x: Sequence[float], y: Sequence[float], style: str, **kwargs: object) -> None:
+    def plot(self: Axes, x: Sequence[float], y: Sequence[float], style: str, **kwargs: Any) -> Any:
         dotted.extend([list(y)] if style == ":" else [])
+        return drawn(self, x, y, style, **kwargs)
 
     monkeypatch.setattr(Axes, "plot", plot)
-    for axis, points in {"processes": (1, 2, 4), "rows": (8, 16, 32)}.items():
-        rows = [asdict(row(replace(BASE, **{axis: value}))) for value in points]
-        write_plot(rows, {axis: points[1:]}, asdict(BASE), tmp_path / "scale.png")
-    update = [dotted[1], dotted[5]]
+    points = {
+        "processes": [BASE, replace(BASE, processes=2), replace(BASE, processes=4)],
+        "rows": [BASE, replace(BASE, rows=16), replace(BASE, rows=32)],
+    }
+    for axis, along_it in points.items():
+        rows = [asdict(row(point)) for point in along_it]
+        write_plot(rows, {axis: [one["point"][axis] for one in rows[1:]]}, asdict(BASE), tmp_path / "scale.png")
+    update = [dotted[1], dotted[5]]  # of each axis: rollout, update, and two of memory
     assert [[y / line[0] for y in line] for line in update] == [[1, 1 / 2, 1 / 4], [1, 2, 4]]
 
 
