@@ -18,15 +18,16 @@ GIB = 1 << 30
 def write_plot(
     rows: Sequence[Mapping[str, Any]], axes: Mapping[str, Sequence[Any]], base: Mapping[str, Any], file: Path
 ) -> None:
-    """Both scales logarithmic, so that a power is a straight line; dotted, what would grow as the axis does."""
+    """Both scales logarithmic, so that a power is a straight line; dotted, what would grow as the axis does, and along
+    processes what would be shared out evenly."""
     names = [name for name, values in axes.items() if name in NAMES and set(values) - {base[name]}]
     figure, drawn = plt.subplots(2, len(names), figsize=(3.3 * len(names), 5.2), layout="constrained", squeeze=False)
     for column, name in enumerate(names):
         chosen = [row for row in rows if {**row["point"], name: base[name]} == base]
         x = [float(row["parameters"] if name == "model" else row["point"][name]) for row in chosen]
-        found = sorted(zip(x, chosen, strict=True), key=lambda pair: pair[0])
-        _lines(drawn[0][column], found, {"rollout": ("rollout_s", 1), "update": ("update_s", 1)})
-        _lines(drawn[1][column], found, {"update": ("peak", GIB), "planned": ("planned", GIB)})
+        found, power = sorted(zip(x, chosen, strict=True), key=lambda pair: pair[0]), -1 if name == "processes" else 1
+        _lines(drawn[0][column], found, {"rollout": ("rollout_s", 1), "update": ("update_s", 1)}, power)
+        _lines(drawn[1][column], found, {"update": ("peak", GIB), "planned": ("planned", GIB)}, power)
         drawn[1][column].set_xlabel(NAMES[name])
     drawn[0][0].set_ylabel("seconds")
     drawn[1][0].set_ylabel("memory of the update, GiB")
@@ -38,13 +39,13 @@ def write_plot(
 
 
 def _lines(
-    axes: Axes, found: Sequence[tuple[float, Mapping[str, Any]]], columns: Mapping[str, tuple[str, float]]
+    axes: Axes, found: Sequence[tuple[float, Mapping[str, Any]]], columns: Mapping[str, tuple[str, float]], power: int
 ) -> None:
     x = [value for value, _ in found]
     for colour, (label, (field, unit)) in enumerate(columns.items()):
         y = [row[field] / unit for _, row in found]
         axes.plot(x, y, "o-", label=label, color=f"C{colour}")
-        axes.plot(x, [y[0] * value / x[0] for value in x], ":", color=f"C{colour}", alpha=0.5)
+        axes.plot(x, [y[0] * (value / x[0]) ** power for value in x], ":", color=f"C{colour}", alpha=0.5)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(x, [_short(value) for value in x])

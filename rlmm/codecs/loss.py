@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rlmm.codecs.base import Codec, CodecOutput, PatchCodec
+from rlmm.codecs.together import of_all, summed
 
 Distance = Callable[[Tensor, Tensor], Tensor]
 """(reconstruction [B,C,H,W], images [B,C,H,W]) -> their distance []."""
@@ -16,7 +17,8 @@ Distance = Callable[[Tensor, Tensor], Tensor]
 def codec_loss(
     codec: nn.Module, images_BCHW: Tensor, perceptual: Distance | None = None, perceptual_weight: float = 1.0
 ) -> tuple[Tensor, dict[str, float]]:
-    """L1 + MSE (+ edges) (+ perceptual) + the quantizer's own loss, as means over pixels; and figures of the batch.
+    """L1 + MSE (+ edges) (+ perceptual) + the quantizer's own loss, as means over pixels; and figures of the batch, of
+    equal parts on all processes that share it.
 
     `codec` may be a data-parallel wrapper: only its forward is called.
     """
@@ -27,8 +29,9 @@ def codec_loss(
     if own.edge_weight:
         loss = loss + own.edge_weight * edge_loss(output.reconstruction, images_BCHW)
     with torch.no_grad():
-        figures = {"psnr_db": psnr_db(output.reconstruction.clamp(0, 1), images_BCHW)}
-        figures |= code_use(output.ids, own.num_codes)
+        mse = (output.reconstruction.clamp(0, 1) - images_BCHW).square().mean()
+        figures = {"psnr_db": _decibels(of_all(mse).mean())}
+        figures |= _use(summed(_counts(output.ids, own.num_codes)))
     if perceptual is not None:
         distance = perceptual(output.reconstruction, images_BCHW)
         loss = loss + perceptual_weight * distance
@@ -50,14 +53,24 @@ def edge_loss(first: Tensor, second: Tensor, scales: int = 3) -> Tensor:
 
 def psnr_db(reconstruction: Tensor, images: Tensor) -> float:
     """Peak signal-to-noise ratio in decibels, of the mean squared error over all pixels in [0, 1]."""
-    mse = (reconstruction - images).square().mean().clamp_min(1e-12)
-    return float(-10 * mse.log10())
+    return _decibels((reconstruction - images).square().mean())
+
+
+def _decibels(mse: Tensor) -> float:
+    return float(-10 * mse.clamp_min(1e-12).log10())
 
 
 def code_use(ids: Tensor, num_codes: int) -> dict[str, float]:
     """`codebook_use`: share of codes that occur; `codebook_perplexity`: exp of the entropy of their frequencies."""
-    counts = torch.bincount(ids.flatten(), minlength=num_codes).double()
-    share = counts / counts.sum()
+    return _use(_counts(ids, num_codes))
+
+
+def _counts(ids: Tensor, num_codes: int) -> Tensor:
+    return torch.bincount(ids.flatten(), minlength=num_codes)
+
+
+def _use(counts: Tensor) -> dict[str, float]:
+    share = counts.double() / counts.sum()
     return {
         "codebook_use": float((counts > 0).double().mean()),
         "codebook_perplexity": float(torch.special.entr(share).sum().exp()),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rlmm.codecs.together import of_all, summed
 from rlmm.config.codec import FsqCodec, LfqCodec, VqCodec
 
 
@@ -79,8 +80,10 @@ class Vq(nn.Module):
         chosen = book[ids_BN]
         loss = (chosen - latents.detach()).square().mean()
         loss = loss + self.commitment * (latents - chosen.detach()).square().mean()
-        idle_C = torch.bincount(ids_BN.flatten(), minlength=len(book)) == 0
-        loss = loss + ((1 - cosine_BNC.flatten(0, 1).amax(0)) * idle_C).mean()
+        count_C, nearest_C = torch.bincount(ids_BN.flatten(), minlength=len(book)), cosine_BNC.flatten(0, 1).amax(0)
+        if self.training and torch.is_grad_enabled():  # of a batch that all processes share
+            count_C, nearest_C = summed(count_C), of_all(nearest_C).amax(0)
+        loss = loss + ((1 - nearest_C) * (count_C == 0)).mean()
         return latents + (chosen - latents).detach(), ids_BN, loss
 
     def codes(self, ids_BN: Tensor) -> Tensor:
@@ -103,7 +106,10 @@ class Lfq(nn.Module):
         signs = torch.where(latents_BND > 0, 1.0, -1.0)
         ids_BN = ((signs > 0).long() * self.basis_D).sum(-1)
         logits = 4 * latents_BND  # of +1: softmax over {-1, +1} of -(z - c)^2
-        penalty = _bit_entropy(logits).mean() - _bit_entropy(_logit_of_mean(logits.flatten(0, 1))).mean()
+        sides_2D = _sides(logits.flatten(0, 1))
+        if self.training and torch.is_grad_enabled():  # of a batch that all processes share
+            sides_2D = of_all(sides_2D).logsumexp(0)
+        penalty = _bit_entropy(logits).mean() - _bit_entropy(sides_2D[0] - sides_2D[1]).mean()
         loss = self.commitment * (latents_BND - signs).square().mean() + self.entropy_weight * penalty
         return latents_BND + (signs - latents_BND).detach(), ids_BN, loss
 
@@ -116,6 +122,7 @@ def _bit_entropy(logits: Tensor) -> Tensor:
     return F.softplus(logits) - logits * logits.sigmoid()
 
 
-def _logit_of_mean(logits_RD: Tensor) -> Tensor:
-    """The logit of the mean over rows of sigmoid(logit), from the logarithms of both sides: no division by 0."""
-    return F.logsigmoid(logits_RD).logsumexp(0) - F.logsigmoid(-logits_RD).logsumexp(0)
+def _sides(logits_RD: Tensor) -> Tensor:
+    """Logarithms of the sums over rows of sigmoid(logit) and of 1 - sigmoid(logit) [2, D]; their difference is the
+    logit of the mean, without a division by 0."""
+    return torch.stack([F.logsigmoid(logits_RD).logsumexp(0), F.logsigmoid(-logits_RD).logsumexp(0)])

@@ -50,7 +50,7 @@ def load_raw(config: RowsData, path: str, split: str) -> RawRows:
     found or read.
     """
     if config.format == "hub":
-        builder, root = path, None
+        builder, files, root = path, [], None
         arguments: dict[str, Any] = {"name": config.subset, "revision": config.revision}
     else:
         builder, files, root = _locate(path, config.format)
@@ -67,12 +67,25 @@ def load_raw(config: RowsData, path: str, split: str) -> RawRows:
             rows = _undecoded_table(datasets.load_dataset(builder, **arguments), config.limit)
     except (DatasetsError, OSError, ValueError, pa.ArrowInvalid) as error:
         cause, reader = error.__cause__ or error, "hub dataset" if config.format == "hub" else builder
+        torn = _unreadable(builder, files) if len(files) > 1 else None
         raise ValueError(
-            f"{path} (split {split!r}) cannot be read as {reader}: "
+            f"{path if torn is None else f'{torn}, a file of {path},'} (split {split!r}) cannot be read as {reader}: "
             f"{type(cause).__name__}: {cause}. Check the file, or set data.format"
         ) from error
     columns = rows.column_names if isinstance(rows, datasets.Dataset) else list(rows[0]) if rows else []
     return RawRows(rows, columns, root, path)
+
+
+def _unreadable(builder: str, files: Sequence[str]) -> str | None:
+    """The first of the files that cannot be read by itself; what goes wrong among several says not in which."""
+    for file in files:
+        try:
+            alone = datasets.load_dataset(builder, data_files={"train": [file]}, split="train", streaming=True)
+            for _ in alone.with_format("arrow").iter(1000):  # undecoded
+                pass
+        except (DatasetsError, OSError, ValueError, pa.ArrowInvalid):
+            return file
+    return None
 
 
 def _locate(path: str, format: str) -> tuple[str, list[str], Path]:

@@ -71,6 +71,18 @@ def after(original: Callable[..., Any], call: int, event: Callable[[], None]) ->
     return wrapped
 
 
+def before(original: Callable[..., Any], call: int, event: Callable[[], None]) -> Callable[..., Any]:
+    """`original`, and an event in place of its call number `call` (from 1)."""
+    calls = 0
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return event() if calls == call else original(*args, **kwargs)
+
+    return wrapped
+
+
 def kill_in_codec() -> None:
     StageTrainer.compute_loss = dying(StageTrainer.compute_loss, 3)  # of 4, after a checkpoint
 
@@ -109,6 +121,11 @@ def kill_in_save() -> None:
         torn(folder) if sealed[0] == 6 else write_manifest(folder)  # codec 2, sft 2, GRPO's second
 
     trainer_module.write_manifest = seal
+
+
+def kill_in_save_of_two() -> None:
+    """Of the second checkpoint of GRPO, where this process has written its part, and nothing is sealed yet."""
+    trainer_module._Seal.on_save = before(trainer_module._Seal.on_save, 2 + 2 + 2, die)  # codec 2, sft 2, GRPO's second
 
 
 def kill_after_the_last_step() -> None:
@@ -197,6 +214,7 @@ PLACES: dict[str, Callable[[], None]] = {
     "update": kill_in_update,
     "update of two": kill_in_update_of_two,
     "save": kill_in_save,
+    "save of two": kill_in_save_of_two,
     "result": kill_after_the_last_step,
     "between": kill_between_stages,
     "pairs": kill_in_pairs,

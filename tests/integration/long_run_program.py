@@ -5,7 +5,6 @@ import gc
 import json
 import os
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +21,11 @@ EVERY = 25
 def held(folder: Path) -> dict[str, int]:
     """Resident kilobytes, open files, threads, and files of the run."""
     gc.collect()
-    status = Path("/proc/self/status").read_text()
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return {
-        "resident": int(status.split("VmRSS:")[1].split()[0]),
+        "resident": int(status["VmRSS"].split()[0]),
         "open": len(os.listdir("/proc/self/fd")),
-        "threads": threading.active_count(),
+        "threads": int(status["Threads"]),  # of libraries, too
         "files": sum(len(files) for _, _, files in os.walk(folder)),
     }
 

@@ -2,7 +2,7 @@
 
 A next-token policy's, the same in float64, a masked one's by its trajectory's log-probs with all that is logged of a
 step, and by a noise plan's. Beside each run's folder lies what its processes planned, RUN-plans-RANK.jsonl: the digest
-of every plan, by sample.
+of every plan, by sample. And the stages before GRPO, which start from nothing: `CODEC-PROCESSES`.
 """
 
 import hashlib
@@ -36,6 +36,7 @@ CASES: dict[str, dict[str, Any]] = {
         "objective": {"name": "gspo", "clip_low": 0.2, "clip_high": 0.2, "updates_per_rollout": 2},
     },
 }
+SUPERVISED = (1, 2, 4)
 PROCESSES = {"next-token": (1, 2, 4), "float64": (1, 2, 4), "trajectory": (1, 2), "noise": (1, 2, 4)}
 STARTS = {
     "next-token": "next-token-1",
@@ -85,7 +86,25 @@ def run(recipe: Path, folder: Path, count: int) -> None:
         sys.exit(f"{folder.name}:\n{log.read_text()[-6000:]}")
 
 
+def supervised(out: Path) -> None:
+    """A codec, and SFT of all weights and of an adapter; then each of the other codecs."""
+    raw = yaml.safe_load((RECIPES / "tiny.yaml").read_text())
+    stages = {name: raw["stages"][name] for name in ("codec", "sft")}
+    stages["sft"] |= {"micro_batch_size": 2}
+    stages["adapter"] = stages["sft"] | {"lora": {"rank": 4, "alpha": 4}}
+    size = {name: raw["codec"][name] for name in ("image_size", "channels", "patch", "width", "blocks")}
+    recipes = {"fsq": raw | {"stages": stages}}
+    for kind, sizes in {"vq": {"codebook_size": 64, "code_dim": 8}, "lfq": {"bits": 6}}.items():
+        recipes[kind] = raw | {"stages": {"codec": stages["codec"]}, "codec": {"kind": kind, **size, **sizes}}
+    for name, made in recipes.items():
+        recipe = out / f"{name}.yaml"
+        recipe.write_text(yaml.safe_dump(made, sort_keys=False))
+        for count in SUPERVISED:
+            run(recipe, out / f"{name}-{count}", count)
+
+
 def main(out: Path) -> None:
+    supervised(out)
     for case, changes in CASES.items():
         name = "tiny.yaml" if case in ("next-token", "float64") else "tiny_masked.yaml"
         raw = yaml.safe_load((RECIPES / name).read_text())

@@ -5,7 +5,9 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -14,6 +16,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from rlmm.cli import run
 from rlmm.launcher import check_launcher, launch
 from rlmm.run_folder import RunFolder
+from rlmm.train.signals import EXIT_STOPPED
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "tests" / "recipes" / "tiny.yaml"
@@ -36,15 +39,21 @@ wait -n && wait -n
 SCONTROL = "#!/bin/bash\necho 127.0.0.1\necho 127.0.0.2\n"
 
 
-def ran(command: list[str], folder: Path, stages: str = f"{{codec: {CODEC}}}", **environment: str) -> Path:
-    """The folder of a run, of one codec stage by default, that the command started."""
-    run = folder / "run"
-    overrides = [str(RECIPE), f"run_dir={run}", f"stages={stages}", "runtime.trackers=[]"]
+def started(command: list[str], folder: Path, stages: str, **environment: str) -> "subprocess.Popen[str]":
+    """The command with the tiny recipe of these stages, in `run` of the folder."""
+    overrides = [str(RECIPE), f"run_dir={folder / 'run'}", f"stages={stages}", "runtime.trackers=[]"]
     path = f"{folder}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     given = {**os.environ, **environment, "PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, *overrides], cwd=ROOT, env=given, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return run
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([*command, *overrides], cwd=ROOT, env=given, **pipes)
+
+
+def ran(command: list[str], folder: Path, stages: str = f"{{codec: {CODEC}}}", **environment: str) -> Path:
+    """The folder of a run, of one codec stage by default, that the command started."""
+    process = started(command, folder, stages, **environment)
+    out, error = process.communicate(timeout=500)
+    assert process.returncode == 0, out[-2000:] + error[-4000:]
+    return folder / "run"
 
 
 def processes_of(run: Path) -> int:
@@ -60,6 +69,27 @@ def script(folder: Path, name: str, text: str) -> None:
 @pytest.mark.long
 def test_nproc_starts_processes_of_this_machine(tmp_path: Path) -> None:
     assert processes_of(ran([sys.executable, "-m", "rlmm.cli", "run", "--nproc", "2"], tmp_path)) == 2
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("more", [[], ["--nproc", "2"]], ids=["alone", "two"])
+def test_a_run_that_is_told_to_end_finishes_its_step_and_says_again(tmp_path: Path, more: list[str]) -> None:
+    steps, metrics = 60, tmp_path / "run" / "stages" / "03-grpo" / "metrics.jsonl"
+    stages = {"codec": json.loads(CODEC), "sft": SFT, "grpo": GRPO | {"steps": steps, "checkpoint_every": steps}}
+    command = [sys.executable, "-m", "rlmm.cli", "run", *more]
+    process = started(command, tmp_path, json.dumps(stages))
+    while not metrics.is_file() or not metrics.read_text():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    out, error = process.communicate(timeout=500)
+    assert process.returncode == EXIT_STOPPED, out[-2000:] + error[-4000:]
+    made = len(metrics.read_text().splitlines())
+    assert made < steps and "Go on with the same command" in out
+    process = started(command, tmp_path, json.dumps(stages))
+    out, error = process.communicate(timeout=500)
+    assert process.returncode == 0 and f"resuming from step {made} of {steps}" in out, out[-2000:] + error[-4000:]
+    assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == list(range(1, steps + 1))
 
 
 def test_nproc_under_a_launcher_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,8 @@ STOPS = ["stop"]
 SLOW_PLACES = ["result", "between"]
 SLOW_STOPS = ["stop in evaluation", "full"]
 MASKED_PLACES = ["rollout", "update"]
-MASKED_PLACES_OF_TWO = ["rollout", "update of two"]
+NOISE_PLACES_OF_TWO = ["rollout", "update of two"]
+MASKED_PLACES_OF_TWO = ["rollout", "scoring", "update of two", "save of two"]
 EVENTS_OF_TWO = ["stop of two", "hang of two"]
 DPO_PLACES = ["codec", "sft", "stop in pairs", "pairs", "pair files", "reference", "dpo", "evaluation", "export"]
 MASKED_DPO_PLACES = ["pairs", "dpo"]
@@ -76,7 +77,7 @@ def noise_report_of_two(tmp_path_factory: pytest.TempPathFactory) -> dict:
     made["stages"]["grpo"]["estimator"] = {"kind": "count", "draws": 2}
     path = out / "noise.yaml"
     path.write_text(yaml.safe_dump(made, sort_keys=False))
-    return killed_runs(out, str(path), MASKED_PLACES_OF_TWO, 2)
+    return killed_runs(out, str(path), NOISE_PLACES_OF_TWO, 2)
 
 
 @pytest.fixture(scope="module")
@@ -140,11 +141,13 @@ def test_resume_of_a_masked_policy_is_bit_identical(masked_report: dict, place: 
 @pytest.mark.parametrize("place", MASKED_PLACES_OF_TWO)
 def test_resume_of_a_masked_policy_on_two_processes_is_bit_identical(report_of_two: dict, place: str) -> None:
     check(report_of_two["places"][place])
-    assert "resuming from step" in report_of_two["places"][place]["log"]
+    log = report_of_two["places"][place]["log"]
+    assert "resuming from step 3 of 6" in log
+    assert ("passing over checkpoint-6: it has no manifest" in log) == (place == "save of two")
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("place", MASKED_PLACES_OF_TWO)
+@pytest.mark.parametrize("place", NOISE_PLACES_OF_TWO)
 def test_so_it_is_of_log_probs_by_noise_plans(noise_report_of_two: dict, place: str) -> None:
     check(noise_report_of_two["places"][place])
     assert "resuming from step" in noise_report_of_two["places"][place]["log"]
@@ -237,6 +240,7 @@ def check(found: dict, code: int = -signal.SIGKILL) -> None:
     assert found["killed"] == code, found["log"]
     assert found["resumed"] == 0, found["log"]
     assert found["differing"] == [], found["log"]
+    assert "no scores" not in found["log"], "each process goes on with what its judges have said"
 
 
 def test_a_torn_checkpoint_is_named_and_the_one_before_used(report: dict) -> None:

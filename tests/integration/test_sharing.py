@@ -1,4 +1,4 @@
-"""GRPO on several processes: the samples, the plans and the steps of one process alone."""
+"""Stages on several processes: the samples, the plans and the steps of one process alone."""
 
 import json
 import os
@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from rollouts.store import read_trajectory
-from tests.integration.sharing_program import PROCESSES, STARTS
+from tests.integration.sharing_program import PROCESSES, STARTS, SUPERVISED
 
 ROOT = Path(__file__).parents[2]
 SEVERAL = [(case, count) for case, counts in PROCESSES.items() for count in counts[1:]]
@@ -61,8 +61,14 @@ def advantages(folder: Path) -> dict[str, float]:
     return found
 
 
-def rows(folder: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (folder / "stages/03-grpo/metrics.jsonl").read_text().splitlines()]
+def rows(folder: Path, stage: str = "03-grpo") -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "stages" / stage / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_the_same_rows(alone: list[dict[str, float]], together: list[dict[str, float]]) -> None:
+    for one, other in zip(alone, together, strict=True):
+        wanted = {name: value for name, value in one.items() if not name.startswith("time/")}
+        assert {name: other[name] for name in wanted} == pytest.approx(wanted, rel=1e-4, abs=1e-6)
 
 
 def test_every_process_took_part(runs: Path) -> None:
@@ -97,9 +103,28 @@ def test_the_steps_are_the_same(runs: Path, case: str, count: int) -> None:
     alone, together = rows(runs / f"{case}-1"), rows(runs / f"{case}-{count}")
     assert len(alone) == len(together) == 4
     assert all(("gradient/agreement" in row) == (case == "trajectory") for row in alone)
-    for one, other in zip(alone, together, strict=True):
-        wanted = {name: value for name, value in one.items() if not name.startswith("time/")}
-        assert {name: other[name] for name in wanted} == pytest.approx(wanted, rel=1e-4, abs=1e-6)
+    assert_the_same_rows(alone, together)
+
+
+@pytest.mark.parametrize("count", SUPERVISED[1:])
+@pytest.mark.parametrize(
+    ("case", "stage", "made"),
+    [
+        *((codec, "01-codec", "codec/codec") for codec in ("fsq", "vq", "lfq")),
+        ("fsq", "02-sft", "model/model"),
+        ("fsq", "03-adapter", "model/model"),
+    ],
+)
+def test_so_they_are_of_codecs_and_sft(runs: Path, case: str, stage: str, made: str, count: int) -> None:
+    folders = [runs / f"{case}-{n}" / "stages" / stage for n in (1, count)]
+    records = [json.loads((folder / "stage.json").read_text()) for folder in folders]
+    assert [record["processes"] for record in records] == [1, count]
+    alone, together = (rows(folder.parents[1], stage) for folder in folders)
+    assert len(alone) == 4
+    assert_the_same_rows(alone, together)
+    one, other = (load_file(folder / f"{made}.safetensors") for folder in folders)
+    for name in one:
+        torch.testing.assert_close(other[name], one[name], rtol=0, atol=5e-5)  # Adam divides small by small
 
 
 @pytest.mark.parametrize(("case", "count"), SEVERAL)

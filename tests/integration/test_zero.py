@@ -28,7 +28,8 @@ OTHERS = {
 }
 """The other cases of the program, and their stages."""
 STAGES = ("zero1", "zero2", "zero3")
-LONG = ("zero3+resumed", "zero2_offload", "zero3_offload")
+RESUMED = ("zero1", "zero2", "zero3", "zero3_offload")
+LONG = ("zero2_offload", "zero3_offload", *(f"{kind}+resumed" for kind in RESUMED))
 EXACT = 2e-6
 
 
@@ -104,10 +105,11 @@ def test_offloaded_or_resumed_it_takes_the_steps_of_one_process(stage: str, kind
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("kind", RESUMED)
 @pytest.mark.parametrize("stage", FOLDERS.values())
-def test_resumed_in_parts_is_bit_identical(stage: str, every: Path) -> None:
-    assert rows(every, "zero3+resumed", stage) == rows(every, "zero3", stage)
-    whole, resumed = weights(every, "zero3", stage), weights(every, "zero3+resumed", stage)
+def test_resumed_in_parts_is_bit_identical(stage: str, kind: str, every: Path) -> None:
+    assert rows(every, f"{kind}+resumed", stage) == rows(every, kind, stage)
+    whole, resumed = weights(every, kind, stage), weights(every, f"{kind}+resumed", stage)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
@@ -116,9 +118,10 @@ def test_resumed_in_parts_is_bit_identical(stage: str, every: Path) -> None:
 def test_other_policies_and_losses_take_the_steps_of_one_process_in_parts(
     case: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    folder = start(tmp_path_factory.mktemp(case), case, "plain", "zero3")
+    folder = start(tmp_path_factory.mktemp(case), case, "plain", *STAGES)
     for stage in OTHERS[case]:
-        assert_equal_to_one_process(folder, "zero3", stage)
+        for kind in STAGES:
+            assert_equal_to_one_process(folder, kind, stage)
 
 
 @pytest.mark.long

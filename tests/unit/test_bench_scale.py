@@ -1,10 +1,13 @@
 """`rlmm bench scale`: its plan, what a point is made of, the powers it finds, and one point measured."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from matplotlib.axes import Axes
 
 from rlmm.bench import scale_problem
 from rlmm.bench.scale import ScalePlan, ScaleRow, along, bench_scale, growth, scale_plan, table
@@ -70,6 +73,26 @@ def test_the_plot_is_a_picture(tmp_path: Path) -> None:
     rows = [asdict(row(point)) for point in plan.points()]
     write_plot(rows, plan.axes, asdict(plan.base), tmp_path / "plots" / "scale.png")
     assert (tmp_path / "plots" / "scale.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_processes_share_is_compared_with_an_even_share(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    dotted: list[list[float]] = []
+    drawn = Axes.plot
+
+    def plot(self: Axes, x: Sequence[float], y: Sequence[float], style: str, **kwargs: Any) -> Any:
+        dotted.extend([list(y)] if style == ":" else [])
+        return drawn(self, x, y, style, **kwargs)
+
+    monkeypatch.setattr(Axes, "plot", plot)
+    points = {
+        "processes": [BASE, replace(BASE, processes=2), replace(BASE, processes=4)],
+        "rows": [BASE, replace(BASE, rows=16), replace(BASE, rows=32)],
+    }
+    for axis, along_it in points.items():
+        rows = [asdict(row(point)) for point in along_it]
+        write_plot(rows, {axis: [one["point"][axis] for one in rows[1:]]}, asdict(BASE), tmp_path / "scale.png")
+    update = [dotted[1], dotted[5]]  # of each axis: rollout, update, and two of memory
+    assert [[y / line[0] for y in line] for line in update] == [[1, 1 / 2, 1 / 4], [1, 2, 4]]
 
 
 def test_a_decode_step_reads_the_body_the_heads_image_rows_and_the_cache() -> None:

@@ -9,6 +9,7 @@ import torch
 from rlmm.config.recipe import RecipeError, read_recipe
 from rlmm.config.stages import EvalStage, SftStage
 from rlmm.evaluation.compute import compute, compute_lines
+from rlmm.pipeline import run_recipe
 from rlmm.run_folder import RunFolder
 from rlmm.train.context import StageContext
 from rlmm.train.launch import deepspeed_digest, processes
@@ -55,6 +56,14 @@ def test_a_stage_is_not_resumed_with_another_number_of_processes(tmp_path: Path)
     with pytest.raises(ValueError, match=r"started with 2 process\(es\) and this is a run with 1.*Resume with 2"):
         run.mark("sft", "sft", "running", processes=1)
     assert run.status("sft")["processes"] == 2
+
+
+def test_a_run_that_two_processes_began_is_not_gone_on_with_by_one(tmp_path: Path) -> None:
+    recipe = read_recipe(TINY, [f"run_dir={tmp_path}"])
+    RunFolder(tmp_path, tuple(recipe.stages)).mark("codec", "codec", "running", processes=2)
+    with pytest.raises(ValueError, match=r"stage 'codec' was started with 2 process\(es\) and this is a run with 1"):
+        run_recipe(recipe, lambda line: None)
+    assert not list((tmp_path / "stages" / "01-codec").glob("*.jsonl"))
 
 
 def test_a_stage_is_not_under_deepspeed_because_the_one_before_was(

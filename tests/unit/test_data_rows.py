@@ -338,6 +338,24 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
         read(tmp_path, str(tmp_path), format="parquet")
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("harm", ["torn", "a page", "empty", "a line"])
+def test_of_several_files_the_one_that_cannot_be_read_is_named(tmp_path: Path, harm: str, streaming: bool) -> None:
+    suffix = "jsonl" if harm == "a line" else "parquet"
+    for i in range(3):
+        table = pa.table({"prompt": [f"word {i} {j}" for j in range(500)]})
+        if suffix == "parquet":
+            pq.write_table(table, tmp_path / f"{i}.parquet")
+        else:
+            (tmp_path / f"{i}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in table.to_pylist()))
+    path = tmp_path / f"1.{suffix}"
+    whole = path.read_bytes()
+    harmed = {"torn": whole[:-30], "a page": whole[:60] + bytes(30) + whole[90:], "empty": b"", "a line": whole[:-9]}
+    path.write_bytes(harmed[harm])
+    with pytest.raises(ValueError, match=rf"^{path}, a file of {tmp_path}/.* cannot be read as "):
+        read(tmp_path, str(tmp_path / f"*.{suffix}"), limit=1500, streaming=streaming)
+
+
 def test_a_hub_dataset_that_cannot_be_reached_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"nobody/nothing \(split 'train'\) cannot be read as hub dataset"):
         read(tmp_path, "nobody/nothing", format="hub")

@@ -2,11 +2,15 @@
 
 import os
 import signal
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
+from rlmm import cli
 from rlmm.train import signals
+from rlmm.train.faults import StorageError
 from rlmm.train.processes import Stopped, everywhere, in_first
 from rlmm.train.signals import StopWhenAsked, asked, leaving, listening, stop_if_asked
 
@@ -75,3 +79,29 @@ def test_alone_a_process_has_its_own_results_and_errors() -> None:
     for run in (everywhere, in_first):
         with pytest.raises(ZeroDivisionError):
             run(lambda: 1 // 0)
+
+
+def test_the_command_ends_with_the_code_of_each_ending(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny = Path(__file__).parents[1] / "recipes" / "tiny.yaml"
+    monkeypatch.setattr(sys, "argv", ["rlmm", "run", str(tiny)])
+
+    def code_of(error: BaseException | None) -> int:
+        def run_recipe(*_: object) -> None:
+            if error is not None:
+                raise error
+            send(signal.SIGTERM)
+            stop_if_asked()
+
+        monkeypatch.setattr("rlmm.pipeline.run_recipe", run_recipe)
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return ended.value.code if isinstance(ended.value.code, int) else -1
+
+    assert code_of(None) == signals.EXIT_STOPPED == 75
+    assert f"stopped by SIGTERM; what is done is kept. Go on with the same command: rlmm run {tiny}" in (
+        capsys.readouterr().out.replace("\n", " ")
+    )
+    assert code_of(StorageError("the disk is full")) == 2
+    assert "error: the disk is full" in capsys.readouterr().err

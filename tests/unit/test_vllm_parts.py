@@ -17,7 +17,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from typer.testing import CliRunner
 
+from rlmm.cli import app
 from rlmm.config.engines import VllmServerConfig
 from rlmm.policies.causal import CausalPolicy
 from rlmm.rollout_server import serve_rollouts, server_config
@@ -288,6 +290,16 @@ def test_a_server_is_stock_vllm_told_what_to_load() -> None:
     assert given["--max-num-batched-tokens"] == "9000" and given["--tensor-parallel-size"] == "2"
     assert given["--host"] == "127.0.0.1" and given["--port"] == "81" and given["--model"] == "model"
     assert "--enforce-eager" in command
+
+
+def test_what_is_served_is_served_to_this_machine_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr("rlmm.rollout_server.serve_rollouts", lambda model, host, *_: told.append(host))
+    monkeypatch.setattr("rlmm.reward_server.serve_reward", lambda name, options, host, *_: told.append(host))
+    for command in (["rollout-server", "model"], ["reward", "serve", "scenes"]):
+        for more in ([], ["--host", "0.0.0.0"]):
+            assert CliRunner().invoke(app, [*command, *more]).exit_code == 0
+    assert told == ["127.0.0.1", "0.0.0.0"] * 2
 
 
 def test_a_server_may_compile_its_model() -> None:

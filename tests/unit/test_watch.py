@@ -1,15 +1,17 @@
 """Who is to blame when a run stands still, and that a process which does is ended with a word about it."""
 
+import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from rlmm.train.processes import EXIT_HUNG
-from rlmm.train.watch import GRACE_SECONDS, Beat, Seen, interval, verdict
+from rlmm.train.watch import GRACE_SECONDS, Beat, Seen, Watch, interval, verdict
 
 ROOT = Path(__file__).parents[2]
 LIMIT = 100.0
@@ -63,6 +65,29 @@ def test_a_failure_or_a_death_ends_the_others_after_a_while() -> None:
     told = verdict([seen(0, waits=True), seen(1, silent=GRACE_SECONDS + 1, gone=True)], 1e9)
     assert told is not None and "process 1" in told and "is gone" in told
     assert verdict([seen(0), seen(1, silent=1, gone=True)], 1e9) is None
+
+
+def test_of_another_process_is_seen_what_its_file_says_and_whether_there_is_one(tmp_path: Path) -> None:
+    watch, other = Watch(tmp_path, "this start", LIMIT), subprocess.Popen(["sleep", "600"])
+    told = replace(watch.mine, rank=1, pid=other.pid, phase="update", step=7, patient=False, written=1, moves=1)
+
+    def seen_at(moment: float, **beat: Any) -> Seen:
+        nonlocal told
+        told = replace(told, **beat)
+        watch.path(1).write_text(json.dumps(asdict(told)))
+        return watch._look(1, moment)
+
+    assert watch._look(1, 0.0).beat.patient, "one that has not come yet may be loading"
+    first = seen_at(10.0)
+    assert (first.silent, first.still, first.gone) == (0, 0, False) and "'update' of step 7" in first.beat.place
+    assert seen_at(25.0, written=2).still == 15 and watch._look(1, 30.0).silent == 5
+    assert seen_at(31.0, written=9, run="an earlier start").silent == 6
+    assert seen_at(40.0, written=3, run="this start", moves=2).still == 0
+    assert seen_at(50.0, written=4, failed="ValueError: no").failed == 0 and watch._look(1, 61.0).failed == 11
+    other.kill()
+    other.wait()
+    assert watch._look(1, 62.0).gone
+    assert not seen_at(63.0, written=5, host="another machine").gone
 
 
 PROGRAM = """
