@@ -9,6 +9,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator
 
 NAMES = {"rows": "rows", "tokens": "image tokens a row", "model": "parameters", "processes": "processes"}
 """The axes that something can grow along."""
@@ -49,12 +50,15 @@ def _lines(
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(x, [_short(value) for value in x])
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 5 * low else (*range(1, 10), 1.5)))
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.minorticks_off()
     axes.grid(alpha=0.3)
 
 
 def _short(value: float) -> str:
-    for scale, letter in ((1e9, "B"), (1e6, "M")):
-        if value >= scale:
+    for least, scale, letter in ((1e9, 1e9, "B"), (1e5, 1e6, "M")):
+        if value >= least:
             return f"{value / scale:.3g}{letter}"
     return f"{value:g}"
