@@ -1,10 +1,13 @@
 """The memory plan of supervised and of preference learning is what their updates hold."""
 
+from dataclasses import replace
+
 import pytest
 
 from rlmm.config.preference import DpoStage, PairNoise
 from rlmm.config.stages import SftStage
-from rlmm.dry_run import Live
+from rlmm.dry_run import Live, dry_run
+from rlmm.memory import _law, _update
 from rlmm.train.metrics import Meter
 from rlmm.train.preferences import Preference, preference_batch, sequence_log_probs
 from rlmm.train.sft import SftSource, sft_loss
@@ -35,6 +38,16 @@ def test_supervised(family: str, settings: tuple[str, ...]) -> None:
             sft_loss(made.policy, made.policy.model, batch, Meter()).backward()
     assert made.passing > 10 << 20
     assert made.passing == pytest.approx(live.peak, rel=0.15)
+
+
+def test_text_that_is_learnt_counts() -> None:
+    """By its logits at least, which the backward pass needs."""
+    made = planned(RECIPE["causal"], "sft", sizes(family="causal"))
+    layout = made.policy.layout
+    law, update = _law(made.stage, layout), _update(made.stage, layout, made.length, 1)
+    bare = dry_run(made.make, law, replace(update, text=0)).passing
+    text = dry_run(made.make, law, replace(update, text=10_000)).passing
+    assert text - bare > 10_000 * (layout.text[1] - layout.text[0]) * 4
 
 
 @pytest.mark.parametrize(
