@@ -141,11 +141,13 @@ static int attend_sized(const T* qkv, const float* cos_PD, const float* sin_PD, 
 
 extern "C" {
 // Ask for large pages under a range not yet touched: fewer faults and page walks. Without them all works as before.
-int rlmm_large_pages(void* memory, int64_t bytes) {
+// `zeros`: the range was touched and holds zeros alone, so its pages are given back first and come again as zeros.
+int rlmm_large_pages(void* memory, int64_t bytes, int zeros) {
 #ifdef MADV_HUGEPAGE
     constexpr uintptr_t PAGE = 4096;
     uintptr_t first = ((uintptr_t)memory + PAGE - 1) / PAGE * PAGE, last = ((uintptr_t)memory + bytes) / PAGE * PAGE;
-    return last > first ? madvise((void*)first, last - first, MADV_HUGEPAGE) : 0;
+    if (last <= first || (zeros && madvise((void*)first, last - first, MADV_DONTNEED))) return 0;
+    return madvise((void*)first, last - first, MADV_HUGEPAGE);
 #else
     return 0;
 #endif

@@ -40,7 +40,7 @@ class Kernels:
         pointer, integer, word, real = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
         self._add_norm, self._gate, self._attend = library.rlmm_add_norm, library.rlmm_gate, library.rlmm_attend
         self._large_pages = library.rlmm_large_pages
-        self._large_pages.argtypes = [pointer, word]
+        self._large_pages.argtypes = [pointer, word, integer]
         self._add_norm.argtypes = [integer, integer, *[pointer] * 4, word, word, real]
         self._gate.argtypes = [integer, *[pointer] * 2, word, word]
         self._attend.argtypes = [integer, *[pointer] * 7, *[word] * 6, real]
@@ -51,8 +51,12 @@ class Kernels:
     def empty(self, *sizes: int, dtype: torch.dtype) -> Tensor:
         """Unwritten memory on large pages where the system grants them: a cache is fresh, large and read whole."""
         tensor = torch.empty(sizes, dtype=dtype)
-        self._large_pages(tensor.data_ptr(), tensor.numel() * tensor.element_size())
+        self._large_pages(tensor.data_ptr(), tensor.numel() * tensor.element_size(), 0)
         return tensor
+
+    def zeros_anew(self, memory: torch.UntypedStorage) -> None:
+        """Memory of its own mapping that holds zeros alone, on large pages from now on where the system grants them."""
+        self._large_pages(memory.data_ptr(), memory.nbytes(), 1)
 
     def add_norm(self, x_NH: Tensor, delta_NH: Tensor | None, weight_H: Tensor, out_NH: Tensor, eps: float) -> None:
         """x += delta, in place; out = RMSNorm(x) weight (Zhang & Sennrich 2019, arXiv 1910.07467).

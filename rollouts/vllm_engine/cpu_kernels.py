@@ -58,7 +58,9 @@ class KernelBuilder(CPUAttentionMetadataBuilder):
 
 
 class KernelImpl(CPUAttentionBackendImpl):
-    """One layer's attention."""
+    """One layer's attention. `by_kernel`: whether its last step was one of `attend_paged`."""
+
+    by_kernel = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -89,7 +91,8 @@ class KernelImpl(CPUAttentionBackendImpl):
             return output
         step = attn_metadata
         one_each = self.plain and step.causal and step.max_query_len == 1
-        if not (one_each and layer.isa == LAYOUT and self._readable(query, key, value, kv_cache)):
+        self.by_kernel = one_each and layer.isa == LAYOUT and self._readable(query, key, value, kv_cache)
+        if not self.by_kernel:
             if self.kv_sharing_target_layer_name is None and key is not None:
                 self.do_kv_cache_update(layer, key, value, kv_cache, step.slot_mapping)
             scales = (output_scale, output_block_scale)

@@ -21,6 +21,7 @@ import httpx
 from rollouts.contract import EngineLost
 from rollouts.vllm_engine.guard import KEY_VARIABLE
 from rollouts.vllm_engine.host import BLOCK
+from rollouts.vllm_engine.plugin import worker_class
 
 LOG_LINES = 20
 """Last lines of a server's log that an error shows."""
@@ -55,6 +56,7 @@ class ServerPlan:
             "--disable-log-stats", "--disable-uvicorn-access-log",
             "--logits-processors", "rollouts.vllm_engine.processor:LawProcessor",
             "--scheduler-cls", "rollouts.vllm_engine.scheduler.WaveScheduler",
+            "--worker-cls", worker_class(),
             "--worker-extension-cls", "rollouts.vllm_engine.worker.RolloutWorker",
             "--hf-overrides", json.dumps(dict(self.overrides)),
             "--middleware", "rollouts.vllm_engine.guard.KeyMiddleware",

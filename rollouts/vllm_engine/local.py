@@ -155,7 +155,7 @@ def _start(**settings: Any) -> Any:
         return LLM(
             skip_tokenizer_init=True, async_scheduling=False,
             enable_prefix_caching=True, logits_processors=[LawProcessor], scheduler_cls=WaveScheduler,
-            disable_log_stats=True, **settings,
+            disable_log_stats=True, worker_cls=plugin.worker_class(), **settings,
         )  # fmt: skip
     except ValueError as error:
         if "KV cache" not in str(error):

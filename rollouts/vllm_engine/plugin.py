@@ -32,6 +32,13 @@ def register() -> None:
         ModelRegistry.register_model(architecture, target)
 
 
+def worker_class() -> str:
+    """vLLM's `worker_cls`: on a CPU one that takes several steps a turn (`steps`)."""
+    from vllm.platforms import current_platform
+
+    return "rollouts.vllm_engine.steps.StepsWorker" if current_platform.is_cpu() else "auto"
+
+
 def served_overrides(layout: Layout, config: Any, architecture: str, *, together: bool) -> dict[str, Any]:
     """What a checkpoint's config.json must say to vLLM beside what it says.
 

@@ -57,13 +57,16 @@ class _Group:
     block_KN: Tensor
     outputs: list[list[list[int]]]
 
-    def positions(self) -> np.ndarray:
+    def positions(self) -> list[int]:
         """[N] of the next token; -1 for a sample whose streams are apart, which is noted with it."""
-        position_KN = np.array([[len(output) for output in stream] for stream in self.outputs])
-        apart_N = (position_KN != position_KN[0]).any(0)
-        for n in apart_N.nonzero()[0]:
-            _note(self.samples[n], f"at positions {sorted(set(position_KN[:, n].tolist()))}")
-        return np.where(apart_N, -1, position_KN[0])
+        position_N, *others = [list(map(len, stream)) for stream in self.outputs]
+        if all(other == position_N for other in others):
+            return position_N
+        for n, found in enumerate(zip(position_N, *others, strict=True)):
+            if len(set(found)) > 1:
+                _note(self.samples[n], f"at positions {sorted(set(found))}")
+                position_N[n] = -1
+        return position_N
 
     def of(self, kept: list[int]) -> "_Group":
         """Some of the samples; the group itself where that is all."""
@@ -98,16 +101,14 @@ class LawProcessor(LogitsProcessor):
             self.groups = self._grouped()
         for group in self.groups:
             position_N = group.positions()
-            free: list[int] = []
-            for n, position in enumerate(position_N.tolist()):
-                forced = group.samples[n].forced.get(position)
-                if forced is not None:
-                    _leave_one(logits, group.row_KN[:, n], torch.tensor(forced))
-                    group.samples[n].drawn.tokens_S[position] = forced
-                elif position >= 0:
-                    free.append(n)
+            free = [n for n, position in enumerate(position_N) if position >= 0]
+            for n in [n for n in free if position_N[n] in group.samples[n].forced]:
+                forced = group.samples[n].forced[position_N[n]]
+                _leave_one(logits, group.row_KN[:, n], torch.tensor(forced))
+                group.samples[n].drawn.tokens_S[position_N[n]] = forced
+                free.remove(n)
             if free:
-                _decide(logits, self.vocabulary, group.of(free), position_N[free].tolist())
+                _decide(logits, self.vocabulary, group.of(free), [position_N[n] for n in free])
         return logits[:, : self.vocabulary]
 
     def collect(self, names: list[str]) -> list[Drawn]:

@@ -1,14 +1,20 @@
-"""vLLM's scheduler, with waves: see `waves`. Named in vLLM's `scheduler_cls`."""
+"""vLLM's scheduler, with waves (`waves`) and several steps a turn (`steps`). Named in vLLM's `scheduler_cls`."""
 
 from collections.abc import Iterable
 from typing import Any
 
+from vllm.platforms import current_platform
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreOutputs
+from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from rollouts.vllm_engine.drawn import KEY
+
+FURTHER = 31
+"""Decode steps added to one at most: so long a request that arrives meanwhile waits."""
 
 
 class WaveScheduler(Scheduler):
@@ -21,6 +27,8 @@ class WaveScheduler(Scheduler):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.held: dict[str, list[Request]] = {}
+        stock = self.num_lookahead_tokens == 0 and self.connector is None and not self.use_pp
+        self.goes_on = current_platform.is_cpu() and stock and not self.model_uses_mrope
 
     def add_request(self, request: Request) -> None:
         wave = _wave(request)
@@ -33,7 +41,23 @@ class WaveScheduler(Scheduler):
         if self.get_request_counts() == (0, 0) and (name := self._next_wave()) is not None:
             for request in self.held.pop(name):
                 super().add_request(request)
-        return super().schedule(throttle_prefills)
+        further = self._further() if self.goes_on else 0
+        running = len(self.running)
+        self.num_lookahead_tokens = further
+        planned = super().schedule(throttle_prefills)
+        if further and len(planned.num_scheduled_tokens) == running == planned.total_num_scheduled_tokens:
+            return _going_on(planned, further)
+        return planned
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> dict[int, EngineCoreOutputs]:
+        """Tokens after the first were computed by steps that this scheduler did not plan one by one."""
+        for name, taken in zip(model_runner_output.req_ids, model_runner_output.sampled_token_ids, strict=True):
+            request = self.requests.get(name)
+            if request is not None and len(taken) > 1:
+                request.num_computed_tokens += len(taken) - 1
+        return super().update_from_output(scheduler_output, model_runner_output)
 
     def get_num_unfinished_requests(self) -> int:
         """With the waves that could start: without them the engine would go to sleep before the last ones."""
@@ -52,8 +76,29 @@ class WaveScheduler(Scheduler):
             request.status = finished_status
         return [*dropped, *super().finish_requests(names, finished_status)]
 
+    def _further(self) -> int:
+        """Steps that can follow the next one without a look at the queues: as long as all that run are samples with
+        tokens to go, in decode, that no token can end, and nothing that waits could join them."""
+        joins = len(self.waiting) > 0 and len(self.running) < self.max_num_running_reqs
+        if joins or not all(_steady(request) for request in self.running):
+            return 0
+        return min([FURTHER, *(one.max_tokens - one.num_output_tokens - 1 for one in self.running)])
+
     def _next_wave(self) -> str | None:
         return next((name for name, found in self.held.items() if len(found) == _size(found[0])), None)
+
+
+def _going_on(planned: SchedulerOutput, further: int) -> SchedulerOutput:
+    from rollouts.vllm_engine.steps import StepsOutput  # vLLM's worker on a CPU, which elsewhere cannot be imported
+
+    return StepsOutput(**vars(planned), further=further)
+
+
+def _steady(request: Request) -> bool:
+    """Whether it is a sample of a law, its prompt read, that ends with its length alone."""
+    parameters = request.sampling_params
+    ours = parameters is not None and KEY in (parameters.extra_args or {}) and not parameters.stop_token_ids
+    return ours and request.num_tokens - request.num_computed_tokens == 1
 
 
 def _wave(request: Request) -> tuple[str, int] | None:

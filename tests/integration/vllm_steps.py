@@ -1,0 +1,156 @@
+"""Several decode steps a turn of vLLM's scheduler, against one; prints one JSON object. A program of its own: vLLM
+changes the process it lives in."""
+
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from vllm import SamplingParams
+
+from rlmm.config.policy import NewPolicy
+from rlmm.policies.causal import CausalPolicy
+from rlmm.policies.families.llama import build
+from rlmm.policies.transformer import TransformerPolicy
+from rollouts.law import Law
+from rollouts.trajectory import Span
+from rollouts.vllm_engine.arguments import row_arguments
+from rollouts.vllm_engine.engine import VllmEngine
+from rollouts.vllm_engine.host import BLOCK, Row
+from rollouts.vllm_engine.local import LocalHost
+from tests.integration.vllm_requests import gap, requests
+
+PAGE = 2 * 2 * BLOCK * 64 * 4
+"""Bytes of keys and values of two layers, float32."""
+
+
+def make_policy(hidden: int = 64) -> CausalPolicy:
+    config = NewPolicy(hidden_size=hidden, num_layers=2, num_heads=2, intermediate_size=96)
+    policy = build(config, num_codes=40, grid=(9, 8), seed=1)
+    assert isinstance(policy, CausalPolicy)
+    with torch.no_grad():
+        policy.model.lm_head.weight.mul_(40)
+    policy.model.eval()
+    return policy
+
+
+class Counted:
+    """A vLLM with a count of its scheduler's turns and evictions. `single`: a step a turn, as in stock vLLM."""
+
+    def __init__(self, policy: TransformerPolicy, **sizes: Any) -> None:
+        given: dict[str, Any] = {"max_rows": 16, "max_prompt_tokens": 512, "kv_bytes": 200 * PAGE} | sizes
+        with tempfile.TemporaryDirectory() as folder:
+            policy.save(Path(folder))
+            self.host = LocalHost(Path(folder), max_length=160, dtype="float32", **given)
+        self.engine = VllmEngine(policy.layout, [self.host], self.host.load)
+        self.scheduler = self.host.llm.llm_engine.engine_core.engine_core.scheduler
+        self.seen: Counter[str] = Counter()
+        for name in ("schedule", "_preempt_request"):
+            setattr(self.scheduler, name, self._counting(name))
+
+    def _counting(self, name: str) -> Any:
+        call = getattr(self.scheduler, name)
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            self.seen[name] += 1
+            return call(*args, **kwargs)
+
+        return counted
+
+    def both(self, call: Any) -> tuple[Any, Any, Counter[str]]:
+        """What `call` gives with several steps a turn and with one; the first's turns and evictions."""
+        self.seen.clear()
+        several, seen = call(), self.seen.copy()
+        self.scheduler.goes_on = False
+        single = call()
+        self.scheduler.goes_on = True
+        return several, single, seen
+
+
+def samples(counted: Counted, policy: TransformerPolicy, count: int, **law: Any) -> dict[str, Any]:
+    span = Span("image", Law(policy.layout.image, **law), policy.layout.grid.length)
+    several, single, seen = counted.both(lambda: counted.engine.generate(requests(policy, count), [span]))
+    return {
+        "same tokens": torch.equal(several.ids, single.ids),
+        "same log-probs": torch.equal(several.sampler_logp, single.sampler_logp),
+        "gap": gap(policy, several),
+        "turns": seen["schedule"],
+        "evicted": seen["_preempt_request"],
+        "held afterwards": counted.scheduler.kv_cache_manager.usage,
+    }
+
+
+def again(counted: Counted, policy: TransformerPolicy) -> dict[str, Any]:
+    """A prefix that ends inside a turn's tokens is found in the cache, with the keys that a step of its own wrote."""
+    span = Span("image", Law(policy.layout.image), policy.layout.grid.length)
+    first = counted.engine.generate(requests(policy, 1), [span])
+    row = first.ids[0, : -policy.layout.grid.length].tolist()
+    start = [token for token in row if token != policy.layout.pad]
+    longer = (*start, *first.ids[0, -policy.layout.grid.length :][:50].tolist())
+    tokens, drawn = counted.host.run([_row(policy, "longer", longer, 9)], ["longer"])
+    assert counted.host.llm.reset_prefix_cache()
+    wanted, fresh = counted.host.run([_row(policy, "fresh", longer, 9)], ["fresh"])
+    return {"same": tokens == wanted, "gap": float(abs(drawn[0].logp_S - fresh[0].logp_S).max())}
+
+
+def _row(policy: TransformerPolicy, name: str, prefix: Sequence[int], length: int) -> Row:
+    law = Law(policy.layout.image)
+    return Row(tuple(prefix), row_arguments(name, ("cond",), law, {}, 7 + length, length, None), length)
+
+
+def lengths(counted: Counted, policy: TransformerPolicy) -> dict[str, Any]:
+    """Rows of 1 to 72 tokens in one batch: no turn goes past the end of one."""
+    prefix = policy.layout.prefix(policy.encode_prompt("a"))
+    rows = [_row(policy, f"{length}", prefix, length) for length in (1, 2, 7, 33, 34, 72)]
+    names = [f"{row.length}" for row in rows]
+    several, single, seen = counted.both(lambda: counted.host.run(rows, names))
+    return {
+        "same": several[0] == single[0],
+        "lengths": [len(tokens) for tokens in several[0]],
+        "drawn": [int((one.tokens_S >= 0).sum()) for one in several[1]],
+        "turns": seen["schedule"],
+    }
+
+
+def beside(counted: Counted, policy: TransformerPolicy) -> dict[str, Any]:
+    """A request that is no sample of a law, which may want what only a step of its own gives."""
+    prefix = policy.layout.prefix(policy.encode_prompt("a"))
+    row = _row(policy, "ours", prefix, 40)
+    ours = SamplingParams(
+        temperature=0.0, max_tokens=40, ignore_eos=True, detokenize=False, extra_args={"rollouts": row.arguments}
+    )
+    other = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True, detokenize=False, logprobs=1)
+    prompts: Any = [{"prompt_token_ids": list(prefix)}] * 2
+
+    def call() -> list[Any]:
+        return counted.host.llm.generate(prompts, [ours, other], use_tqdm=False)
+
+    several, single, seen = counted.both(call)
+    tokens = [[list(one.outputs[0].token_ids) for one in made] for made in (several, single)]
+    return {"same": tokens[0] == tokens[1], "turns": seen["schedule"], "log-probs": len(several[1].outputs[0].logprobs)}
+
+
+def main() -> None:
+    policy = make_policy()
+    counted = Counted(policy)
+    found: dict[str, Any] = {
+        "plain": samples(counted, policy, 5),
+        "guided": samples(counted, policy, 2, guidance_scale=3.0),
+    }
+    found |= {"again": again(counted, policy), "lengths": lengths(counted, policy), "beside": beside(counted, policy)}
+    counted.host.close()
+    small = Counted(policy, max_rows=6, kv_bytes=13 * PAGE)
+    found["evicting"] = samples(small, policy, 2)
+    small.host.close()
+    wide = make_policy(160)
+    stock = Counted(wide)
+    found["stock attention"] = samples(stock, wide, 2)
+    stock.host.close()
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
