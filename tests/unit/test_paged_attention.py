@@ -1,5 +1,7 @@
 """A decode step over vLLM's paged cache, against attention over the same keys and values laid end to end."""
 
+import sys
+
 import pytest
 import torch
 from torch import Tensor
@@ -68,6 +70,16 @@ def test_a_head_size_it_lacks_is_named(kernels: Kernels) -> None:
     cache, one = torch.zeros(2, 1, 32, 96), torch.ones(1, dtype=torch.int32)
     with pytest.raises(ValueError, match="no head size 48 for pages; known: .32"):
         kernels.attend_paged(q, q, q, cache, one.view(1, 1), one, torch.empty_like(q), scale=1.0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="large pages are asked of Linux")
+def test_memory_on_large_pages_holds_zeros_and_can_be_written(kernels: Kernels) -> None:
+    memory = torch.ones(1 << 22)  # not zeros, so that pages that were not given back show
+    kernels.zeros_anew(memory.untyped_storage())
+    page = 4096 // 4
+    assert not memory[page:-page].any()
+    memory.fill_(2)
+    assert memory.eq(2).all()
 
 
 @pytest.mark.parametrize("residual", [False, True])
