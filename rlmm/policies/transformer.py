@@ -80,6 +80,12 @@ class TransformerPolicy(ABC):
         """Whether weights are kept in parts: then all processes must use the same heads, with or without a token."""
         return any(in_parts(parameter) for parameter in self.model.parameters())
 
+    @property
+    def gathering(self) -> nn.Module | None:
+        """See `Policy`. Where weights are in parts a pass of DeepSpeed's begins with the outermost module's forward."""
+        active = self.model if self._swapped is None else self._swapped
+        return active if any(in_parts(parameter) for parameter in active.parameters()) else None
+
     def to(self, device: torch.device) -> None:
         """Move the weights, in place."""
         nn.Module.to(self.model, device)
@@ -178,6 +184,7 @@ class TransformerPolicy(ABC):
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Full weights under the checkpoint's names. An adapter is folded into a copy: merging and unmerging in
         place drifts in bfloat16."""
+        settle(self.model)
         modules = dict(self.base.named_modules())
         for name, parameter in self.base.named_parameters():
             if ".lora_" in name or name.endswith(f".{ROWS}") or name.startswith(self.frozen_parts):
@@ -200,7 +207,7 @@ class TransformerPolicy(ABC):
         """The policy before this stage, or the one it is held against: what `freeze_reference` was given or copied, or
         the adapter switched off."""
         if self._frozen is None and isinstance(self.model, PeftModel):
-            with self.whole(), self.model.disable_adapter():
+            with self.model.disable_adapter():
                 yield
             return
         if self._frozen is None:
