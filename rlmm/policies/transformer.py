@@ -23,10 +23,11 @@ from rlmm.objectives.estimators import Estimator
 from rlmm.objectives.legality import LogProbKind
 from rlmm.policies.base import LogProbs, SequenceBatch
 from rlmm.policies.casting import cast_inside
+from rlmm.policies.full_weights import full_weights
 from rlmm.policies.head import OutputHead, decision_log_probs, sliced_head
-from rlmm.policies.head_rows import ROWS, train_rows
+from rlmm.policies.head_rows import train_rows
 from rlmm.policies.layout_io import save_layout
-from rlmm.policies.parts import gathered, in_parts, settle, whole
+from rlmm.policies.parts import in_parts, settle, whole
 from rlmm.policies.pictures import Pictures
 from rlmm.policies.spelling import Spelling
 from rollouts.contract import Layout
@@ -182,21 +183,9 @@ class TransformerPolicy(ABC):
         return sliced_head(self.output_head(vocabulary), hidden_NH, vocabulary)
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Full weights under the checkpoint's names. An adapter is folded into a copy: merging and unmerging in
-        place drifts in bfloat16."""
+        """Full weights under the checkpoint's names, one at a time (`full_weights`)."""
         settle(self.model)
-        modules = dict(self.base.named_modules())
-        for name, parameter in self.base.named_parameters():
-            if ".lora_" in name or name.endswith(f".{ROWS}") or name.startswith(self.frozen_parts):
-                continue
-            inner, _, last = name.rpartition(".base_layer.")
-            layer: Any = modules[inner] if inner and last == "weight" else None
-            low_rank = [] if layer is None else [p for n, p in layer.named_parameters() if "lora_" in n]
-            with gathered([parameter, *low_rank]):
-                weight = parameter.detach()
-                for adapter in [] if layer is None else layer.active_adapters:
-                    weight = weight + layer.get_delta_weight(adapter).detach()
-            yield name.replace(".base_layer.", "."), weight
+        return full_weights(self.base, self.frozen_parts)
 
     def whole(self) -> AbstractContextManager[None]:
         """See `Policy`."""
