@@ -59,7 +59,7 @@ class Update:
     read: Reading | None = None
     """Of a masked policy's micro-batch. None: every decided position of every sequence."""
     gate: Reading | None = None
-    """What a masked policy reads without gradient between forward and backward."""
+    """What a masked policy reads without gradient before the loss."""
     text: int = 0
     """Decisions of text in a micro-batch, beside those of images."""
     entropy: bool = False
@@ -214,6 +214,10 @@ def _bytes(tensors: Sequence[Tensor]) -> int:
 
 def _loss(policy: TransformerPolicy, law: Law, update: Update) -> Tensor:
     """As a stage makes it, but for what is a number a position."""
+    if update.gate is not None:
+        with torch.no_grad():
+            inputs = inputs_of(policy, update.gate.states * update.streams, update.length)
+            _read(policy, law, body_hidden(policy, inputs), update.gate, update)
     hidden_BTH = _hidden(policy, update)
     parts: list[Tensor] = []
     if update.text:
@@ -224,10 +228,6 @@ def _loss(policy: TransformerPolicy, law: Law, update: Update) -> Tensor:
     elif update.decided:
         hidden_KNH = hidden_BTH[:, -update.decided - 1 : -1].unflatten(0, (update.streams, -1)).flatten(1, 2)
         parts += _decided(policy, law, hidden_KNH, update.entropy)
-    if update.gate is not None:
-        with torch.no_grad():
-            inputs = inputs_of(policy, update.gate.states * update.streams, update.length)
-            _read(policy, law, body_hidden(policy, inputs), update.gate, update)
     return torch.stack([part.sum() for part in parts]).sum()
 
 

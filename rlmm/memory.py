@@ -14,13 +14,13 @@ from rlmm.config.engines import TorchEngineConfig, VllmServerConfig, VllmSizes
 from rlmm.config.policy import CheckpointPolicy, NewPolicy
 from rlmm.config.recipe import Recipe
 from rlmm.config.stages import DpoStage, GrpoStage, PolicyStage, SftStage
-from rlmm.dry_run import NO_DRY_RUN, Update, dry_run
+from rlmm.dry_run import NO_DRY_RUN, Held, Update, dry_run
 from rlmm.dry_sampling import Drawing, packed_shape, sampled
 from rlmm.policies.families import llama
 from rlmm.policies.families.loading import not_here, outline
 from rlmm.policies.transformer import TransformerPolicy
 from rlmm.readings import gate_reading, supervised_share, update_reading, widest_step
-from rlmm.sharing import read_sharing, shared
+from rlmm.sharing import Sharing, gathered, read_sharing, shared
 from rollouts.contract import Layout
 from rollouts.law import Law
 
@@ -41,7 +41,8 @@ class MemoryPlan:
     working: int
     """What an update holds beside these at its widest point: activations and logits."""
     sampling: int
-    """What sampling holds in their place: keys and values, the forward of a masked policy, logits."""
+    """What sampling holds in their place, and in that of gradients and gathered weights: keys and values, the forward
+    of a masked policy, logits; of weights in parts all, where it reads the policy's own."""
     engine: int
     """The rollout engine's own copy of the weights, and the copy of what is trained that rollouts are drawn ahead
     with."""
@@ -140,9 +141,12 @@ def _plan(name: str, stage: PolicyStage, make: Make, sources: bool, processes: i
     layout, length = policy.layout, _length(stage, policy.layout, sources)
     adapted = partial(_adapted, make, stage)
     held = dry_run(adapted, _law(stage, layout), _update(stage, layout, length, processes))
-    share = shared(held, read_sharing(stage.deepspeed, processes, policy.sizes.hidden_size))
+    sharing = read_sharing(stage.deepspeed, processes, policy.sizes.hidden_size)
+    share = shared(held, sharing)
     total = sum(weight.numel() for weight in policy.model.parameters())
-    sampling = _sampling(stage, adapted, length, processes) if isinstance(stage, GrpoStage) else 0
+    sampling = 0
+    if isinstance(stage, GrpoStage):
+        sampling = _sampling(stage, adapted, length, processes) + _whole(stage, adapted, held, sharing)
     ahead = isinstance(stage, GrpoStage) and stage.max_staleness > 0
     still = held.weights if stage.lora is None else held.gradients
     gradients = share.gradients * _gradients(stage)
@@ -153,7 +157,7 @@ def _plan(name: str, stage: PolicyStage, make: Make, sources: bool, processes: i
         optimizer=share.optimizer,
         reference=held.weights if _holds_reference(stage, layout) else 0,
         working=share.working,
-        sampling=sampling if ahead else max(0, sampling - gradients),
+        sampling=sampling if ahead else max(0, sampling - gradients - gathered(held, sharing)),
         engine=(_engine_copy(stage, adapted, total) if isinstance(stage, GrpoStage) else 0) + still * ahead,
         at_once=ahead,
         exchange=share.exchange,
@@ -230,6 +234,14 @@ def _engine_copy(stage: GrpoStage, make: Make, total: int) -> int:
     with torch.device("meta"):
         packed = packed_shape(make()) is not None
     return packed * total * FLOAT_BYTES * (3 if stage.precision == "bfloat16" else 2) // 2
+
+
+def _whole(stage: GrpoStage, make: Make, held: Held, sharing: Sharing) -> int:
+    """The weights, where they are in parts and the torch engine has no copy of them to draw from."""
+    if sharing.zero != 3 or not isinstance(stage.engine, TorchEngineConfig):
+        return 0
+    with torch.device("meta"):
+        return 0 if packed_shape(make()) is not None else held.weights
 
 
 def _sampling(stage: GrpoStage, make: Make, length: int, processes: int) -> int:

@@ -60,6 +60,11 @@ def read_sharing(path: str | None, processes: int, hidden_size: int) -> Sharing:
     )
 
 
+def gathered(held: Held, sharing: Sharing) -> int:
+    """Bytes of weights in parts that an update has whole at once, at most."""
+    return min(held.weights, sharing.live) if sharing.zero == 3 else 0
+
+
 def _offloads(part: dict[str, Any] | None) -> bool:
     return (part or {}).get("device", "none") != "none"
 
@@ -79,13 +84,12 @@ def shared(held: Held, sharing: Sharing) -> Share:
     # The part that a process steps with is laid flat beside the one that was summed; ZeRO-3 keeps it flat.
     flat = 0 if sharing.zero == 3 else max(0, 2 * part - gradients)
     passing = max(0, held.passing - trained) if sharing.zero == 1 else held.activations
-    gathered = min(held.weights, sharing.live) if sharing.zero == 3 else 0
     offloaded = sharing.offloads_optimizer * (optimizer + part) + sharing.offloads_weights * weights
     return Share(
         weights=0 if sharing.offloads_weights else weights,
         gradients=0 if sharing.offloads_optimizer and sharing.zero > 1 else gradients,
         optimizer=0 if sharing.offloads_optimizer else optimizer,
         working=max(passing, flat),
-        exchange=sharing.bucket + gathered,
+        exchange=sharing.bucket + gathered(held, sharing),
         offloaded=offloaded,
     )

@@ -239,6 +239,12 @@ class Engine(Protocol):
     @property
     def dtype(self) -> torch.dtype: ...
 
+    @property
+    def reads_policy(self) -> bool:
+        """Whether it draws by the policy's own modules, and not by a copy of the weights: then the policy has to be
+        whole for as long as it draws."""
+        ...
+
     def generate(self, requests: Sequence[Request], spans: Sequence[Span]) -> Trajectory:
         """One span; several are chained by `rollouts.interleaved.generate_spans`."""
         ...

@@ -82,6 +82,12 @@ class Policy(Protocol):
 
     def sequence_log_probs(self, batch: SequenceBatch, *, model: nn.Module | None = None) -> Tensor: ...
 
+    @property
+    def gathering(self) -> nn.Module | None:
+        """The `model` of forwards between updates: None, or where training keeps each weight in parts what gathers them
+        module by module. Such forwards are collectives: all processes make the same number of them."""
+        ...
+
     def image_hidden(self, trajectory: Trajectory) -> Tensor:
         """For codecs that read it: what the last layer holds at drawn images [B, 1 + L, H]."""
         ...
@@ -90,7 +96,7 @@ class Policy(Protocol):
 
     def whole(self) -> AbstractContextManager[None]:
         """Inside, what is read without `model` is there whole, also where training keeps each weight in parts. All
-        processes enter and leave it."""
+        processes enter it."""
         ...
 
     def reference(self) -> AbstractContextManager[None]:

@@ -23,10 +23,11 @@ from rlmm.objectives.estimators import Estimator
 from rlmm.objectives.legality import LogProbKind
 from rlmm.policies.base import LogProbs, SequenceBatch
 from rlmm.policies.casting import cast_inside
+from rlmm.policies.full_weights import full_weights
 from rlmm.policies.head import OutputHead, decision_log_probs, sliced_head
-from rlmm.policies.head_rows import ROWS, train_rows
+from rlmm.policies.head_rows import train_rows
 from rlmm.policies.layout_io import save_layout
-from rlmm.policies.parts import gathered, in_parts, settle, whole
+from rlmm.policies.parts import in_parts, settle, whole
 from rlmm.policies.pictures import Pictures
 from rlmm.policies.spelling import Spelling
 from rollouts.contract import Layout
@@ -79,6 +80,12 @@ class TransformerPolicy(ABC):
     def in_parts(self) -> bool:
         """Whether weights are kept in parts: then all processes must use the same heads, with or without a token."""
         return any(in_parts(parameter) for parameter in self.model.parameters())
+
+    @property
+    def gathering(self) -> nn.Module | None:
+        """See `Policy`. Where weights are in parts a pass of DeepSpeed's begins with the outermost module's forward."""
+        active = self.model if self._swapped is None else self._swapped
+        return active if any(in_parts(parameter) for parameter in active.parameters()) else None
 
     def to(self, device: torch.device) -> None:
         """Move the weights, in place."""
@@ -176,20 +183,9 @@ class TransformerPolicy(ABC):
         return sliced_head(self.output_head(vocabulary), hidden_NH, vocabulary)
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Full weights under the checkpoint's names. An adapter is folded into a copy: merging and unmerging in
-        place drifts in bfloat16."""
-        modules = dict(self.base.named_modules())
-        for name, parameter in self.base.named_parameters():
-            if ".lora_" in name or name.endswith(f".{ROWS}") or name.startswith(self.frozen_parts):
-                continue
-            inner, _, last = name.rpartition(".base_layer.")
-            layer: Any = modules[inner] if inner and last == "weight" else None
-            low_rank = [] if layer is None else [p for n, p in layer.named_parameters() if "lora_" in n]
-            with gathered([parameter, *low_rank]):
-                weight = parameter.detach()
-                for adapter in [] if layer is None else layer.active_adapters:
-                    weight = weight + layer.get_delta_weight(adapter).detach()
-            yield name.replace(".base_layer.", "."), weight
+        """Full weights under the checkpoint's names, one at a time (`full_weights`)."""
+        settle(self.model)
+        return full_weights(self.base, self.frozen_parts)
 
     def whole(self) -> AbstractContextManager[None]:
         """See `Policy`."""
@@ -200,7 +196,7 @@ class TransformerPolicy(ABC):
         """The policy before this stage, or the one it is held against: what `freeze_reference` was given or copied, or
         the adapter switched off."""
         if self._frozen is None and isinstance(self.model, PeftModel):
-            with self.whole(), self.model.disable_adapter():
+            with self.model.disable_adapter():
                 yield
             return
         if self._frozen is None:

@@ -25,7 +25,7 @@ from rlmm.train.experience import Timed, png_bytes, rollout_path
 from rlmm.train.faults import storing
 from rlmm.train.gates import Mismatch, check_mismatch, measure_mismatch
 from rlmm.train.processes import gather, world
-from rlmm.train.read_back import figures_of_finished, gate_settings
+from rlmm.train.read_back import finished, gate_settings
 from rlmm.train.rounds import Roller
 from rlmm.train.sync import synced
 from rollouts.store import write_trajectory
@@ -126,16 +126,17 @@ class Ahead:
         self.still.take()
         weights = synced(self.still.live, self.roller.engine, version)
         path = rollout_path(self.context.folder, rollout)
-        finished = figures_of_finished(path, lambda: weights, gate_settings(self.context)) is not None
-        self.under_way = self.worker.submit(self._drawn, rollout, weights, path if finished else None)
+        record = finished(path, gate_settings(self.context))
+        made = record is not None and record["weights"] == weights
+        self.under_way = self.worker.submit(self._drawn, rollout, weights, path if made else None)
 
     @torch.no_grad()
-    def _drawn(self, rollout: int, weights: str, finished: Path | None) -> Drawn:
+    def _drawn(self, rollout: int, weights: str, made_before: Path | None) -> Drawn:
         """Drawn, or read back where a run that was ended has drawn it with these weights, and finished it."""
         device = self.still.policy.base.device
         if device.type == "cuda":
             torch.cuda.set_device(device)  # each thread has its own
-        made, samples = self.roller.draw(rollout) if finished is None else self.roller.read(finished)[:2]
+        made, samples = self.roller.draw(rollout) if made_before is None else self.roller.read(made_before)[:2]
         return Drawn(rollout, weights, made, samples, self._mismatch(made))
 
     def _mismatch(self, made: Trajectory) -> Mismatch:

@@ -91,7 +91,7 @@ def _reference(policy: Policy, batch: PreferenceBatch) -> Tensor:
     if batch.reference_D is not None:
         return batch.reference_D[:, None]
     with policy.reference():
-        return sequence_log_probs(policy, batch)
+        return sequence_log_probs(policy, batch, policy.gathering)
 
 
 def _loss(config: DpoStage, batch: PreferenceBatch, policy_D: Tensor, reference_D: Tensor) -> DPOLoss:

@@ -93,10 +93,9 @@ def reference_point(source: PreferenceSource, step: int, *, per_token: bool) -> 
             noise=source.noise,
             seeds=[derive(source.seed, "point", step, place) for place in mine],
         ).to(device())
-        with policy.whole():
-            ratio_D = sequence_log_probs(policy, batch).mean(1)
+        ratio_D = sequence_log_probs(policy, batch, policy.gathering).mean(1)
         with policy.reference():
-            ratio_D = ratio_D - sequence_log_probs(policy, batch).mean(1)
+            ratio_D = ratio_D - sequence_log_probs(policy, batch, policy.gathering).mean(1)
         total += float((ratio_D.double() / (batch.length_D if per_token else 1)).sum())
     return max(0.0, sum(gather(total)) / len(rows))
 

@@ -3,7 +3,8 @@
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,14 +28,20 @@ from rollouts.vllm_engine.plugin import STREAMS, served_overrides
 
 log = logging.getLogger(__name__)
 
+Kept = tempfile.TemporaryDirectory[str] | None
+"""The folder of the model that servers are started from, as long as the engine lives."""
 
-def build_engine(config: EngineConfig, policy: TransformerPolicy, law: Law | None = None) -> Engine:
-    """The engine of a stage, best prepared for `law` (it can sample from others). A new kind is one config class in
+
+def build_engine(
+    config: EngineConfig, policy: TransformerPolicy, law: Law | None = None, *, parting: bool = False
+) -> Engine:
+    """The engine of a stage, best prepared for `law` (it can sample from others). `parting`: training is to keep the
+    policy's weights in parts, so that they cannot be saved again. A new kind is one config class in
     `rlmm.config.engines` and one entry here."""
-    return ENGINES[config.kind](config, policy, law)
+    return ENGINES[config.kind](config, policy, law, parting)
 
 
-def _torch(config: TorchEngineConfig, policy: TransformerPolicy, law: Law | None) -> Engine:
+def _torch(config: TorchEngineConfig, policy: TransformerPolicy, law: Law | None, parting: bool) -> Engine:
     if isinstance(policy, MaskedPolicy):
         return MaskedTorchEngine(policy, max_rows=config.max_rows)
     layers, packed = policy.sizes.num_hidden_layers, packed_decoder(policy)
@@ -59,7 +66,7 @@ def packed_decoder(policy: TransformerPolicy) -> PackedLlama | None:
     return packed
 
 
-def _vllm(config: VllmEngineConfig, policy: TransformerPolicy, law: Law | None) -> Engine:
+def _vllm(config: VllmEngineConfig, policy: TransformerPolicy, law: Law | None, parting: bool) -> Engine:
     from rollouts.vllm_engine.engine import VllmEngine
     from rollouts.vllm_engine.local import LocalHost
 
@@ -76,11 +83,12 @@ def _embedded(policy: TransformerPolicy, prefix: tuple[int, ...]) -> Tensor:
     return policy.embedded(ids_BT)["inputs_embeds"][0].cpu()
 
 
-def _vllm_server(config: VllmServerConfig, policy: TransformerPolicy, law: Law | None) -> Engine:
-    return Recovering(lambda: _connected(config, policy, law), policy)
+def _vllm_server(config: VllmServerConfig, policy: TransformerPolicy, law: Law | None, parting: bool) -> Engine:
+    kept = tempfile.TemporaryDirectory() if parting and not config.urls else None
+    return Recovering(lambda: _connected(config, policy, law, kept), policy)
 
 
-def _connected(config: VllmServerConfig, policy: TransformerPolicy, law: Law | None) -> Engine:
+def _connected(config: VllmServerConfig, policy: TransformerPolicy, law: Law | None, kept: Kept) -> Engine:
     from rollouts.vllm_engine.engine import VllmEngine
     from rollouts.vllm_engine.launch import ServerPlan
     from rollouts.vllm_engine.server import ServerHost, start_servers
@@ -89,12 +97,22 @@ def _connected(config: VllmServerConfig, policy: TransformerPolicy, law: Law | N
         token = _token(config)
         hosts = [ServerHost(url, token=token) for url in _own_urls(config.urls)]
         return VllmEngine(policy.layout, hosts, _transfer(config, hosts, policy.base.device))
-    with tempfile.TemporaryDirectory() as folder:
-        with by_this_process():
-            policy.save(Path(folder))
-        plan = ServerPlan(Path(folder), tensor_parallel=config.tensor_parallel, **_served(config, policy, law))
+    with _model_folder(policy, kept) as folder:
+        plan = ServerPlan(folder, tensor_parallel=config.tensor_parallel, **_served(config, policy, law))
         hosts = start_servers(plan, config.replicas, config.start_seconds)
         return VllmEngine(policy.layout, hosts, _transfer(config, hosts, policy.base.device))
+
+
+@contextmanager
+def _model_folder(policy: TransformerPolicy, kept: Kept) -> Iterator[Path]:
+    """Where servers find the model. A kept folder is written at the first start; a later one begins with the same
+    weights, and takes those of then by the sync that follows it."""
+    with tempfile.TemporaryDirectory() if kept is None else nullcontext(kept.name) as name:
+        folder = Path(name)
+        if not any(folder.iterdir()):
+            with by_this_process():
+                policy.save(folder)
+        yield folder
 
 
 def _transfer(config: VllmServerConfig, hosts: Sequence[Any], device: torch.device) -> Callable[[Any], None]:
@@ -144,7 +162,7 @@ def _served(config: VllmSizes, policy: TransformerPolicy, law: Law | None) -> di
     }
 
 
-ENGINES: dict[str, Callable[[Any, TransformerPolicy, Law | None], Engine]] = {
+ENGINES: dict[str, Callable[[Any, TransformerPolicy, Law | None, bool], Engine]] = {
     "torch": _torch,
     "vllm": _vllm,
     "vllm_server": _vllm_server,

@@ -41,10 +41,11 @@ def grpo_loss(
     """sum(weight x (clipped policy loss + coefficient x KL - coefficient x entropy)) of a micro-batch; the mismatch
     gate stands before it. `weighting`: the user's factors on the weights."""
     objective, trajectory = config.objective, batch.trajectory
+    sampled = _sampled_step(policy, config, batch)
     current = policy.log_probs(
         trajectory, model=model, entropy_gradient=batch.entropy_coefficient > 0, estimator=estimator_of(config)
     )
-    _gate(policy, current, config, batch, meter)
+    _gate(current if sampled is None else sampled, config, batch, meter)
     # With one update a rollout the old policy is the current one: its log-probs are these, without gradient.
     old_BS = current.logp_BS.detach() if batch.old_logp_BS is None else batch.old_logp_BS
     loss = POLICY_LOSSES[objective.surrogate](
@@ -82,14 +83,22 @@ def _driving(current: LogProbs, config: GrpoStage, batch: GrpoBatch) -> Tensor:
     return sandwiched(current.logp_BS, current.upper_BS, batch.advantage, estimator.upper.share)
 
 
-def _gate(policy: TransformerPolicy, current: LogProbs, config: GrpoStage, batch: GrpoBatch, meter: Meter) -> None:
+@torch.no_grad()
+def _sampled_step(policy: TransformerPolicy, config: GrpoStage, batch: GrpoBatch) -> LogProbs | None:
+    """What the gate looks at where the loss reads an estimate of a likelihood: that is not what was sampled, and the
+    law still must be the sampler's. Read before the loss, whose activations are not there yet; and where weights are in
+    parts no forward may come between another one and its backward."""
+    estimator = estimator_of(config)
+    kind = policy.log_prob_kind if estimator is None else estimator.kind
+    if not batch.gate or kind in (LogProbKind.EXACT, LogProbKind.TRAJECTORY):
+        return None
+    return policy.log_probs(batch.trajectory, model=policy.gathering, estimator=ONE_STEP)
+
+
+def _gate(current: LogProbs, config: GrpoStage, batch: GrpoBatch, meter: Meter) -> None:
     if not batch.gate:
         return
     trajectory = batch.trajectory
-    if current.kind not in (LogProbKind.EXACT, LogProbKind.TRAJECTORY):
-        # An estimate of a likelihood is not what was sampled; the law still must be the sampler's.
-        with torch.no_grad(), policy.whole():
-            current = policy.log_probs(trajectory, estimator=ONE_STEP)
     checked_BS = evaluated(current, trajectory.target_mask)
     found = measure_mismatch(current.logp_BS, trajectory.sampler_logp, checked_BS)
     meter.add("mismatch/mean", found.total, found.count)

@@ -26,9 +26,10 @@ from rlmm.train.experience import Experience, Timed
 from rlmm.train.gates import check_mismatch, check_shares, measure_mismatch
 from rlmm.train.grpo_batch import GrpoBatch
 from rlmm.train.judges import bind_judges
+from rlmm.train.launch import keeps_parts
 from rlmm.train.metrics import Meter, MetricsFile
 from rlmm.train.processes import gather, share
-from rlmm.train.read_back import figures_of_finished, finish, gate_settings, record_path, scores_of_finished
+from rlmm.train.read_back import finish, finished, gate_settings, record_path
 from rlmm.train.replay import Replayed, replay
 from rlmm.train.rounds import Roller, Rollout, replaced_figure
 from rlmm.train.score_cache import Scores
@@ -54,7 +55,7 @@ class GrpoSource:
             data,
             sampled,
             image_tokens(context, codec, policy),
-            build_engine(self.config.engine, sampled, response.law),
+            build_engine(self.config.engine, sampled, response.law, parting=keeps_parts(self.config.deepspeed)),
             response,
             build_composite(context.recipe.rewards),
             context.recipe.rewards.invalid_output_penalty,
@@ -92,8 +93,7 @@ class GrpoSource:
     def micro_batches(self, step: int) -> list[GrpoBatch]:
         rollout, update = divmod(step, self.updates)
         if update == 0:
-            with self.policy.whole():
-                experience = self.make(rollout)
+            experience = self.make(rollout)
         else:
             experience = self._resume(rollout)
         # The gate of a rollout that was drawn ahead stood where the weights were those that drew it.
@@ -130,13 +130,17 @@ class GrpoSource:
 
     def _read_back(self, rollout: int, drawn: Drawn | None) -> tuple[Experience, dict[str, float]] | None:
         path = phases.rollout_path(self.context.folder, rollout)
-        weights = (lambda: fingerprint(self.policy, self.engine)) if drawn is None else (lambda: drawn.weights)
-        figures = figures_of_finished(path, weights, gate_settings(self.context))
-        if not all(gather(figures is not None)):
+        record = finished(path, gate_settings(self.context))
+        if not all(gather(record is not None)):
+            return None
+        # By all processes or by none: where weights are in parts their fingerprint is a collective.
+        weights = fingerprint(self.policy, self.engine) if drawn is None else drawn.weights
+        assert record is not None, "all have one"
+        if not all(gather(record["weights"] == weights)):
             return None
         self.context.say(f"rollout {rollout} is read back: it was finished, and drawn by these weights")
-        self.scores.remember(scores_of_finished(path), record_path(path))
-        return phases.restore(path), figures or {}
+        self.scores.remember(record.get("scores", {}), record_path(path))
+        return phases.restore(path), record["figures"]
 
     def _roll(
         self, rollout: int, drawn: Drawn | None, figures: dict[str, float], timed: Timed

@@ -101,6 +101,11 @@ def check_deepspeed(path: Path) -> None:
         )
 
 
+def keeps_parts(path: str | None) -> bool:
+    """Whether a stage with this DeepSpeed configuration keeps its weights in parts, one on each process."""
+    return path is not None and _deepspeed(Path(path))["zero_optimization"]["stage"] == 3
+
+
 def deepspeed_digest(path: Path) -> str:
     """What the file says, however it is laid out: a SHA-256."""
     return hashlib.sha256(json.dumps(_deepspeed(path), sort_keys=True).encode()).hexdigest()

@@ -1,7 +1,7 @@
 """Rollouts that a resumed run reads back instead of drawing them again: finished, whole, and of the same weights."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,18 +33,12 @@ def finish(
         write_json_atomically(record_path(path), record)
 
 
-def figures_of_finished(path: Path, weights: Callable[[], str], settings: Mapping[str, Any]) -> dict[str, float] | None:
-    """The figures of a rollout that may be read back; None where it has to be made."""
+def finished(path: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What was recorded of a rollout that may be read back, if its `weights` are those of now; None where it has to be
+    made."""
     try:
         record = json.loads(record_path(path).read_text())
         whole = record["sha256"] == file_digest(path)
     except (FileNotFoundError, json.JSONDecodeError):
         return None
-    if not whole or record["settings"] != settings or record["weights"] != weights():
-        return None
-    return record["figures"]
-
-
-def scores_of_finished(path: Path) -> dict[str, Any]:
-    """What the judges were asked for a rollout that may be read back."""
-    return json.loads(record_path(path).read_text()).get("scores", {})
+    return record if whole and record["settings"] == settings else None

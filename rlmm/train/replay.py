@@ -20,10 +20,11 @@ class Replayed:
 
 @torch.no_grad()
 def replay(policy: TransformerPolicy, trajectory: Trajectory, estimator: Estimator | None, size: int) -> Replayed:
-    """Under the policy's present weights, `size` rows at a time."""
+    """Under the policy's present weights, `size` rows at a time. Where weights are in parts every process has as many
+    rows."""
     runs = [list(range(at, min(at + size, len(trajectory)))) for at in range(0, len(trajectory), size)]
-    device = policy.base.device
-    found = [policy.log_probs(trajectory.rows(rows).to(device), estimator=estimator) for rows in runs]
+    device, model = policy.base.device, policy.gathering
+    found = [policy.log_probs(trajectory.rows(rows).to(device), model=model, estimator=estimator) for rows in runs]
     draws = [one.draws_Bn for one in found if one.draws_Bn is not None]
     return Replayed(_joined([one.logp_BS for one in found]), _joined(draws) if draws else None)
 

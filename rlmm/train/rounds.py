@@ -1,6 +1,7 @@
 """One set of rollouts: sampled, decoded, scored; groups without spread are replaced by other prompts' where asked."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,16 @@ from rlmm.train.drawing import decode_images
 from rlmm.train.drawn import picture
 from rlmm.train.experience import Timed
 from rlmm.train.processes import gather
+from rlmm.train.recovery import PutOff, regained
 from rlmm.train.tokens import ImageTokens
 from rollouts.contract import Engine
 from rollouts.store import read_trajectory
 from rollouts.trajectory import Trajectory, concatenate
+
+Prompts = Sequence[tuple[int, Example]]
+"""(place in the step, row) pairs."""
+Made = tuple[Trajectory, list[Sample]]
+Part = tuple[Made, list[Scored]]
 
 
 @dataclass(frozen=True)
@@ -58,23 +65,26 @@ class Roller:
         (DAPO, arXiv 2503.14476, eq. 11); what is still flat after that stays and is dropped from the loss.
 
         A replacement is a function of rollout, round and place, so neither a resumed run nor one with other processes
-        draws another.
+        draws another. Where weights are in parts processes make the same number of rounds: one that has nothing to
+        replace stands by.
         """
-        config = self.config
+        config, together = self.config, self.policy.in_parts
         prompts = phases.step_prompts(self.data, config, rollout, self.seed)
-        found = self._once(rollout, prompts, 0, timed)
+        found = self._joined(self._round(rollout, prompts, 0, timed))
         for extra in range(1, config.resample_flat + 1):
             flat = self._flat(found)
-            if not flat:
+            if not any(gather(bool(flat)) if together else [flat]):
                 break
             count = config.prompts_per_step
             first = (rollout * config.resample_flat + extra - 1) * count
             rows = epoch_indices(len(self.data), first, count, self.seed, "replacements")
             others = [(prompts[i][0], self.data[rows[prompts[i][0]]]) for i in flat]
-            found = self._replace(found, flat, self._once(rollout, others, extra, timed))
+            new = self._round(rollout, others, extra, timed)
+            if flat:
+                found = self._replace(found, flat, self._joined(new))
         return found
 
-    def draw(self, rollout: int) -> tuple[Trajectory, list[Sample]]:
+    def draw(self, rollout: int) -> Made:
         """The step's samples, not scored."""
         return self._drawn(rollout, phases.step_prompts(self.data, self.config, rollout, self.seed), 0, Timed())
 
@@ -90,29 +100,49 @@ class Roller:
         with timed("score"):
             return Rollout(made, samples, self.reward.score(samples))
 
-    def _each(self, prompts: Sequence[tuple[int, Example]]) -> list[Example]:
+    def _each(self, prompts: Prompts) -> list[Example]:
         return [example for _, example in prompts for _ in range(self.config.samples_per_prompt)]
 
-    def _once(self, rollout: int, prompts: Sequence[tuple[int, Example]], extra: int, timed: Timed) -> Rollout:
+    def _round(self, rollout: int, prompts: Prompts, extra: int, timed: Timed) -> list[Part]:
         """The prompts' rollouts: chunk after chunk of `score_chunk` prompts, each scored while the next is drawn. What
-        comes out does not depend on the chunks: a row draws by its own seed, and a chunk has whole groups."""
-        size = self.config.score_chunk or len(prompts)
+        comes out does not depend on the chunks: a row draws by its own seed, and a chunk has whole groups. An engine
+        that was lost goes on with the chunk that it was lost in."""
+        size = self.config.score_chunk or max(1, len(prompts))
         chunks = [prompts[at : at + size] for at in range(0, len(prompts), size)]
-        drawn = (self._drawn(rollout, chunk, extra, timed) for chunk in chunks)
+        parts = self._scored(rollout, chunks, extra, timed)
+        if regained(self.engine):
+            parts += self._scored(rollout, chunks[len(parts) :], extra, timed)
+        return parts
+
+    def _scored(self, rollout: int, chunks: Sequence[Prompts], extra: int, timed: Timed) -> list[Part]:
+        """Of the chunks, up to one in which the engine was lost."""
+        drawn = self._draws(rollout, chunks, extra, timed)
         with timed.rest("score", "rollout"):
-            if len(chunks) == 1:
-                parts = [(one, self.reward.score(one[1])) for one in drawn]
-            else:
-                parts = scored_behind(drawn, lambda one: self.reward.score(one[1]))
+            if len(chunks) > 1:
+                return scored_behind(drawn, lambda one: self.reward.score(one[1]))
+            return [(one, self.reward.score(one[1])) for one in list(drawn)]
+
+    def _draws(self, rollout: int, chunks: Sequence[Prompts], extra: int, timed: Timed) -> Iterator[Made]:
+        with self._held():
+            for chunk in chunks:
+                try:
+                    made = self._drawn(rollout, chunk, extra, timed)
+                except PutOff:
+                    return
+                yield made
+
+    def _held(self) -> AbstractContextManager[None]:
+        """Around drawing: the whole policy, where the engine draws or the codec decodes by its own modules."""
+        return self.policy.whole() if self.engine.reads_policy or self.tokens.codec.reads_hidden else nullcontext()
+
+    def _joined(self, parts: Sequence[Part]) -> Rollout:
         return Rollout(
             concatenate([made for (made, _), _ in parts], self.policy.layout.pad),
             [sample for (_, samples), _ in parts for sample in samples],
             [one for _, scored in parts for one in scored],
         )
 
-    def _drawn(
-        self, rollout: int, prompts: Sequence[tuple[int, Example]], extra: int, timed: Timed
-    ) -> tuple[Trajectory, list[Sample]]:
+    def _drawn(self, rollout: int, prompts: Prompts, extra: int, timed: Timed) -> Made:
         config = self.config
         with timed("rollout"):
             requests = phases.rollout_requests(self.response, self.tokens, prompts, config, rollout, self.seed, extra)

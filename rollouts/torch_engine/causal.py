@@ -49,6 +49,11 @@ class TorchEngine:
         if packed is not None:
             packed.take(decoder.named_weights())
 
+    @property
+    def reads_policy(self) -> bool:
+        """Without a packed decoder."""
+        return self.packed is None
+
     @torch.no_grad()
     def generate(self, requests: Sequence[Request], spans: Sequence[Span]) -> Trajectory:
         """One span a row. Raises ValueError on several and on a request that lacks a stream of the law."""

@@ -41,6 +41,11 @@ class VllmEngine:
     def dtype(self) -> torch.dtype:
         return getattr(torch, self.hosts[0].room.dtype)
 
+    @property
+    def reads_policy(self) -> bool:
+        """Where the policy embeds prefixes for it."""
+        return self.embed is not None
+
     @torch.no_grad()
     def generate(self, requests: Sequence[Request], spans: Sequence[Span]) -> Trajectory:
         """One span a row.

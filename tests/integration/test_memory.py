@@ -14,6 +14,7 @@ from rlmm.dry_run import Held, Live, Update, dry_run
 from rlmm.memory import MemoryPlan, memory_plans
 from rlmm.policies.tokenizer import character_tokenizer
 from rlmm.policies.transformer import TransformerPolicy
+from rlmm.sharing import read_sharing
 from rollouts.law import Law
 from tests.integration.conftest import TINY, TinyRun
 
@@ -43,6 +44,23 @@ def test_each_setting_moves_its_own_figure() -> None:
     assert ahead.total - plain.total == plain.gradients + plain.sampling + plain.gradients  # sampled during updates
     halved = plan("stages.grpo.precision=bfloat16", "stages.grpo.engine={kind: vllm, kv_megabytes: 64}")
     assert halved.engine == plain.engine  # rounded in one's own process, or loaded in another's
+
+
+def test_weights_in_parts_are_whole_while_one_draws_that_has_no_copy_of_them() -> None:
+    def planned(path: Path, *overrides: str) -> MemoryPlan:
+        return memory_plans(read_recipe(path, list(overrides)), processes=2)[-1]
+
+    zero3 = "stages.grpo.deepspeed=configs/deepspeed/zero3.json"
+    for path in (TINY, TINY.with_name("tiny_masked.yaml")):
+        alone, parts = planned(path), planned(path, zero3)
+        weights = 2 * parts.weights
+        gathered = parts.exchange - read_sharing("configs/deepspeed/zero3.json", 2, 32).bucket
+        assert weights == pytest.approx(alone.weights, abs=1) and gathered == alone.weights
+        masked = path != TINY
+        # In place of gradients and of what an update gathers: keys and values, and where there is no copy the weights.
+        held = alone.sampling + alone.gradients + masked * alone.weights - parts.gradients - gathered
+        assert parts.sampling == max(0, held)
+    assert masked and parts.sampling > 0
 
 
 def test_what_sampling_holds_by_hand() -> None:

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import sys
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 import rlmm.train.grpo as grpo
 from rlmm import pipeline
 from rlmm.config.recipe import Recipe, validate_recipe
+from rlmm.policies.transformer import TransformerPolicy
 from rlmm.train.context import StageContext
 from rlmm.train.launch import check_deepspeed, processes
 from rlmm.train.processes import wait
@@ -59,6 +61,8 @@ class Case:
     stages: dict[str, dict[str, Any]]
     policy: dict[str, Any] = field(default_factory=dict)
     processes: int = 2
+    zero: dict[str, Any] = field(default_factory=dict)
+    """Laid over the ZeRO settings of the shipped file."""
 
 
 CASES = {
@@ -97,16 +101,16 @@ def recipe_of(folder: Path, case: Case, kind: str) -> Recipe:
     stages = {name: dict(stage) for name, stage in case.stages.items()}
     if kind != "plain":
         for stage in stages.values():
-            stage["deepspeed"] = str(configuration(folder, kind))
+            stage["deepspeed"] = str(configuration(folder, kind, case.zero))
     shared = {name: raw["stages"][name] for name in case.shared}
     own = {"run_dir": str(folder), "stages": shared | stages, "policy": raw["policy"] | case.policy}
     return validate_recipe(raw | own, case.recipe)
 
 
-def configuration(folder: Path, kind: str) -> Path:
+def configuration(folder: Path, kind: str, settings: dict[str, Any]) -> Path:
     """The shipped file, made to keep also tiny weights in parts. Every process writes the same, whole at any time."""
     made = json.loads((ROOT / "configs" / "deepspeed" / f"{kind}.json").read_text())
-    made["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    made["zero_optimization"] |= {"stage3_param_persistence_threshold": 0} | settings
     path = folder.parent / f"{kind}.deepspeed.json"
     partial = path.with_suffix(f".{os.getpid()}.partial")
     partial.write_text(json.dumps(made))
@@ -116,16 +120,23 @@ def configuration(folder: Path, kind: str) -> Path:
 
 
 def watch(path: Path) -> None:
-    """Note what the GRPO loss goes through, and how much of its weights a process holds between its modules."""
-    original = grpo.grpo_loss
+    """Note what the GRPO loss goes through, how much of its weights a process holds between its modules, and how often
+    all of them were asked for by then."""
+    original, gather, asked = grpo.grpo_loss, TransformerPolicy.whole, list[None]()
+
+    def noted(policy: TransformerPolicy) -> AbstractContextManager[None]:
+        asked.append(None)
+        return gather(policy)
 
     def watched(policy: Any, config: Any, model: nn.Module, *rest: Any) -> Tensor:
         there = sum(parameter.numel() for parameter in model.parameters())
         seen = {"kind": type(model).__name__, "processes": int(os.environ.get("WORLD_SIZE", "1")), "there": there}
+        seen |= {"whole": len(asked)}
         path.write_text(json.dumps(seen))
         return original(policy, config, model, *rest)
 
     grpo.grpo_loss = watched  # pyrefly: ignore
+    TransformerPolicy.whole = noted  # pyrefly: ignore
 
 
 def dying() -> None:
