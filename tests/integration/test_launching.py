@@ -36,7 +36,8 @@ SRUN = """#!/bin/bash
 for node in 0 1; do SLURM_NODEID=$node "$@" & done
 wait -n && wait -n
 """
-SCONTROL = "#!/bin/bash\necho 127.0.0.1\necho 127.0.0.2\n"
+# Slow, so that a reader which stops at the first name has gone when the second is written.
+SCONTROL = "#!/bin/bash\necho 127.0.0.1\nsleep 0.3\necho 127.0.0.2\n"
 
 
 def started(command: list[str], folder: Path, stages: str, **environment: str) -> "subprocess.Popen[str]":
