@@ -126,9 +126,12 @@ def test_image_reward_is_the_mark_of_the_published_weights(blip: Made) -> None:
 def test_a_prompt_beyond_35_tokens_is_cut_and_it_is_told(blip: Made) -> None:
     reward = build("image_reward", model=blip[1])
     texts = ["cat " * 33, "cat " * 33 + "sea", "cat " * 33 + "blue dog"]
-    scores = reward.score([Sample(text, "g", text, (IMAGES[0],)) for text in texts])
+    others = [*texts, "cat " * 32 + "sea"]
+    *scores, other = reward.score([Sample(text, "g", text, (IMAGES[0],)) for text in others])
     assert [score.parts["cut"] for score in scores] == [0, 1, 1]
-    assert scores[0].value == scores[1].value == scores[2].value
+    first, *rest = values(scores)
+    assert rest == pytest.approx([first, first], abs=1e-5)  # products round rows of a batch apart on some processors
+    assert abs(values([other])[0] - first) > 1e-4
 
 
 def test_scale_and_weights_are_in_the_fingerprint(blip: Made, tmp_path: Path) -> None:
