@@ -60,7 +60,6 @@ class Case:
     shared: tuple[str, ...]
     stages: dict[str, dict[str, Any]]
     policy: dict[str, Any] = field(default_factory=dict)
-    processes: int = 2
     zero: dict[str, Any] = field(default_factory=dict)
     """Laid over the ZeRO settings of the shipped file."""
 
@@ -74,9 +73,7 @@ CASES = {
         {"tie_embeddings": True},
     ),
     "thought": Case("tiny_thought", ("codec", "sft"), {"whole": GRPO | {"sampling": THOUGHT}}),
-    "served": Case(
-        "tiny", ("codec", "sft"), {"adapter": GRPO | {"lora": LORA, "engine": SERVER}}, {"hidden_size": 64}, processes=1
-    ),
+    "served": Case("tiny", ("codec", "sft"), {"adapter": GRPO | {"lora": LORA, "engine": SERVER}}, {"hidden_size": 64}),
     "masked": Case(
         "tiny_masked",
         ("codec", "sft"),
@@ -181,7 +178,7 @@ def main(place: Path, case: Case, kinds: list[str]) -> None:
             statuses = fork_group(
                 lambda rank, folder=folder, kind=kind, death=death: run(folder, case, kind, death),
                 log,
-                count=1 if kind == "plain" else case.processes,
+                count=1 if kind == "plain" else 2,
             )
             if any(statuses) != (death is not None):
                 raise SystemExit(f"{name}, death in {death}: {statuses}\n{log.read_text()[-8000:]}")
