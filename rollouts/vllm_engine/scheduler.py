@@ -41,9 +41,9 @@ class WaveScheduler(Scheduler):
         if self.get_request_counts() == (0, 0) and (name := self._next_wave()) is not None:
             for request in self.held.pop(name):
                 super().add_request(request)
-        further = self._further() if self.goes_on else 0
-        running = len(self.running)
-        self.num_lookahead_tokens = further
+        further, running = 0, len(self.running)
+        if self.goes_on:
+            further = self.num_lookahead_tokens = self._further()
         planned = super().schedule(throttle_prefills)
         if further and len(planned.num_scheduled_tokens) == running == planned.total_num_scheduled_tokens:
             return _going_on(planned, further)
@@ -80,7 +80,7 @@ class WaveScheduler(Scheduler):
         """Steps that can follow the next one without a look at the queues: as long as all that run are samples with
         tokens to go, in decode, that no token can end, and nothing that waits could join them."""
         joins = len(self.waiting) > 0 and len(self.running) < self.max_num_running_reqs
-        if joins or not all(_steady(request) for request in self.running):
+        if not self.running or joins or not all(_steady(request) for request in self.running):
             return 0
         return min([FURTHER, *(one.max_tokens - one.num_output_tokens - 1 for one in self.running)])
 
