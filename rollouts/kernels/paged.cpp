@@ -1,8 +1,9 @@
 // One new position a row over vLLM's paged cache, in the layout of its "vec" kernels: of every page and key head, keys
 // [D, positions], then values [positions, D]. A page holds a multiple of 32 positions; every row has at least one.
+#include <omp.h>
 #include "vectors.h"
 
-constexpr int64_t GROUP = 32;
+constexpr int64_t GROUP = 32, AHEAD = 2;
 
 struct Pages {
     const int32_t* table_NP;
@@ -14,58 +15,55 @@ struct Pages {
     }
 };
 
-// A query over positions 0..last. `next` gives where each page of the head after it starts: that is fetched meanwhile,
-// since a page is too short for the processor to see the next one coming.
-template <class T, int C, class Place, class Next>
-INLINE void attend_paged_one(const float* query, const T* cache, Place place, Next next, int64_t page, int64_t last, T* out,
-                             float* scores) {
-    constexpr int D = C * LANES, PER_LINE = 64 / (LANES * sizeof(T));
-    int64_t groups = last / GROUP + 1, in_page = page / GROUP;
+// A query's softmax over the positions seen so far: the highest score, and what was summed relative to it.
+template <int C>
+struct Seen {
+    float query[C * LANES], top = -INFINITY;
+    vec total{}, even[C]{}, odd[C]{};
+};
+
+// One more group of positions: `count` of them (at most GROUP), keys [D, ...] with `stride` between rows, values [.., D].
+// What lies `ahead` is fetched meanwhile in bfloat16 alone: in float32 the processor's own prefetching is faster.
+template <class T, int C>
+INLINE void see(Seen<C>& seen, const T* keys, int64_t stride, const T* values, int64_t count, int64_t ahead) {
+    constexpr int D = C * LANES;
+    constexpr bool FETCH = sizeof(T) == 2;  // then two vectors a line
     ints lane{};
     for (int i = 0; i < LANES; i++) lane[i] = i;
-    vec highest = all(-INFINITY);
-    for (int64_t g = 0; g < groups; g++) {
-        const T* keys = cache + place(g / in_page) + (g % in_page) * GROUP;
-        const T* ahead = cache + next(g / in_page) + (g % in_page) * GROUP;
-        vec part[4] = {};
-        for (int d = 0; d < D; d += 2)
-            for (int j = 0; j < 4; j++) {
-                int64_t place_in = (d + j / 2) * page + (j % 2) * LANES;
-                part[j] += query[d + j / 2] * load(keys + place_in);
-                if (j % PER_LINE == 0) __builtin_prefetch(ahead + place_in, 0, 2);
-            }
-        for (int half = 0; half < 2; half++) {
-            ints t = lane + (int32_t)(g * GROUP + half * LANES);
-            vec score = part[half] + part[half + 2];
-            score = t <= (int32_t)last ? score : all(-INFINITY);
-            highest = score > highest ? score : highest;
-            store(scores + g * GROUP + half * LANES, score);
+    vec part[4] = {};
+    for (int d = 0; d < D; d += 2)
+        for (int j = 0; j < 4; j++) {
+            const T* place = keys + (d + j / 2) * stride + (j % 2) * LANES;
+            part[j] += seen.query[d + j / 2] * load(place);
+            if (FETCH && j % 2 == 0) __builtin_prefetch(place + ahead, 0, 2);
         }
+    vec score[2];
+    for (int half = 0; half < 2; half++)
+        score[half] = lane + half * LANES < (int32_t)count ? part[half] + part[half + 2] : all(-INFINITY);
+    vec larger = score[0] > score[1] ? score[0] : score[1];
+    float top = seen.top;
+    for (int i = 0; i < LANES; i++) top = larger[i] > top ? larger[i] : top;
+    if (top > seen.top) {
+        vec less = exponential(all(seen.top - top));
+        seen.total *= less;
+        for (int c = 0; c < C; c++) { seen.even[c] *= less; seen.odd[c] *= less; }
+        seen.top = top;
     }
-    float top = highest[0];
-    for (int i = 1; i < LANES; i++) top = highest[i] > top ? highest[i] : top;
-    vec total{};
-    for (int64_t t = 0; t < groups * GROUP; t += LANES) {
-        vec p = exponential(load(scores + t) - top);
-        total += p;
-        store(scores + t, p);
+    float weight[GROUP];
+    for (int half = 0; half < 2; half++) {
+        vec p = exponential(score[half] - top);
+        seen.total += p;
+        store(weight + half * LANES, p);
     }
-    vec even[C] = {}, odd[C] = {};
-    for (int64_t first = 0; first <= last; first += page) {
-        const T* values = cache + place(first / page) + page * D;
-        const T* ahead = cache + next(first / page) + page * D;
-        int64_t count = last + 1 - first < page ? last + 1 - first : page, t = 0;
-        for (; t + 1 < count; t += 2)
-            for (int c = 0; c < C; c++) {
-                even[c] += scores[first + t] * load(values + t * D + c * LANES);
-                odd[c] += scores[first + t + 1] * load(values + (t + 1) * D + c * LANES);
-                for (int l = 0; l < 2; l += PER_LINE) __builtin_prefetch(ahead + t * D + (2 * c + l) * LANES, 0, 2);
-            }
-        if (t < count)
-            for (int c = 0; c < C; c++) even[c] += scores[first + t] * load(values + t * D + c * LANES);
-    }
-    float normal = 1.0f / sum(total);
-    for (int c = 0; c < C; c++) store(out + c * LANES, (even[c] + odd[c]) * normal);
+    int64_t t = 0;
+    for (; t + 1 < count; t += 2)
+        for (int c = 0; c < C; c++) {
+            seen.even[c] += weight[t] * load(values + t * D + c * LANES);
+            seen.odd[c] += weight[t + 1] * load(values + (t + 1) * D + c * LANES);
+            if (FETCH) __builtin_prefetch(values + ahead + t * D + 2 * c * LANES, 0, 2);
+        }
+    if (t < count)
+        for (int c = 0; c < C; c++) seen.even[c] += weight[t] * load(values + t * D + c * LANES);
 }
 
 struct Step {
@@ -74,31 +72,50 @@ struct Step {
     float scale;
 };
 
+// Row n's key heads first..end-1. Pages come first and heads within them, since the heads of a page lie side by side:
+// so the cache is read in pieces that are long enough for the processor to see the next one coming.
 template <class T, int C>
-static void attend_paged(const T* q, const T* k, const T* v, T* cache, T* out, const Pages& pages, const Step& s) {
+static void attend_row(int64_t n, int64_t first, int64_t end, const T* q, const T* k, const T* v, T* cache, T* out,
+                       const Pages& pages, const Step& s) {
     constexpr int D = C * LANES;
-    int64_t group = s.heads / pages.kv_heads;
-#pragma omp parallel for collapse(2) schedule(static)
-    for (int64_t n = 0; n < s.rows; n++)
-        for (int64_t h = 0; h < pages.kv_heads; h++) {
-            static thread_local std::vector<float> scores;
-            int64_t last = s.length_N[n] - 1, off = last % pages.page;
-            scores.resize((last / GROUP + 1) * GROUP);
-            auto place = [&](int64_t p) { return pages.at(n, h, p); };
-            bool same = h + 1 < pages.kv_heads;
-            int64_t row = same || n + 1 == s.rows ? n : n + 1, head = same ? h + 1 : 0;
-            int64_t held = (s.length_N[row] - 1) / pages.page;
-            auto next = [&](int64_t p) { return pages.at(row, head, p < held ? p : held); };
-            T* here = cache + place(last / pages.page);
-            for (int d = 0; d < D; d++) here[d * pages.page + off] = k[n * s.key_stride + h * D + d];
-            memcpy(here + (pages.page + off) * D, v + n * s.value_stride + h * D, D * sizeof(T));
-            for (int64_t g = h * group; g < (h + 1) * group; g++) {
-                float query[D];
-                for (int d = 0; d < D; d++) query[d] = scalar(q[n * s.query_stride + g * D + d]) * s.scale;
-                attend_paged_one<T, C>(query, cache, place, next, pages.page, last, out + (n * s.heads + g) * D,
-                                       scores.data());
+    static thread_local std::vector<Seen<C>> seen;
+    int64_t group = s.heads / pages.kv_heads, last = s.length_N[n] - 1, off = last % pages.page;
+    seen.assign((end - first) * group, Seen<C>{});
+    for (int64_t g = 0; g < (end - first) * group; g++)
+        for (int d = 0; d < D; d++)
+            seen[g].query[d] = scalar(q[n * s.query_stride + (first * group + g) * D + d]) * s.scale;
+    for (int64_t h = first; h < end; h++) {
+        T* here = cache + pages.at(n, h, last / pages.page);
+        for (int d = 0; d < D; d++) here[d * pages.page + off] = k[n * s.key_stride + h * D + d];
+        memcpy(here + (pages.page + off) * D, v + n * s.value_stride + h * D, D * sizeof(T));
+    }
+    for (int64_t p = 0; p <= last / pages.page; p++)
+        for (int64_t h = first; h < end; h++) {
+            const T* keys = cache + pages.at(n, h, p);
+            bool same = h + AHEAD < end || p == last / pages.page;
+            int64_t next = h + AHEAD < end ? h + AHEAD : same ? h : first + (h + AHEAD - end) % (end - first);
+            int64_t ahead = pages.at(n, next, same ? p : p + 1) - pages.at(n, h, p);
+            for (int64_t t = 0; t < pages.page && p * pages.page + t <= last; t += GROUP) {
+                int64_t left = last + 1 - p * pages.page - t;
+                for (int64_t g = (h - first) * group; g < (h - first + 1) * group; g++)
+                    see<T, C>(seen[g], keys + t, pages.page, keys + (pages.page + t) * D, left < GROUP ? left : GROUP, ahead);
             }
         }
+    for (int64_t g = 0; g < (end - first) * group; g++) {
+        float normal = 1.0f / sum(seen[g].total);
+        T* mine = out + (n * s.heads + first * group + g) * D;
+        for (int c = 0; c < C; c++) store(mine + c * LANES, (seen[g].even[c] + seen[g].odd[c]) * normal);
+    }
+}
+
+template <class T, int C>
+static void attend_paged(const T* q, const T* k, const T* v, T* cache, T* out, const Pages& pages, const Step& s) {
+    // A task is a row, or with few rows a key head of one; what is computed is the same.
+    int64_t width = s.rows < omp_get_max_threads() ? 1 : pages.kv_heads;
+#pragma omp parallel for collapse(2) schedule(static)
+    for (int64_t n = 0; n < s.rows; n++)
+        for (int64_t h = 0; h < pages.kv_heads; h += width)
+            attend_row<T, C>(n, h, h + width, q, k, v, cache, out, pages, s);
 }
 
 template <class T>
