@@ -22,6 +22,7 @@ from rlmm.train.experience import Timed
 from rlmm.train.faults import storing
 from rlmm.train.processes import world
 from rlmm.train.signals import asked, leaving, stop_if_asked
+from rlmm.train.sync import synced
 from rlmm.train.tokens import ImageTokens
 from rollouts.contract import Engine
 from rollouts.store import write_trajectory
@@ -122,6 +123,8 @@ def draw(context: StageContext, policy: TransformerPolicy, codec: Codec, what: D
     rank, processes = world()
     missing = [number for number in range(rank, len(starts), processes) if not paths[number].is_file()]
     engine = build_engine(config.engine, policy, what.response.law) if missing else None
+    if engine is not None:
+        synced(policy, engine, 0)  # a server that runs already may hold any weights
     tokens = image_tokens(context, codec, policy)
     for number in missing:
         if asked():

@@ -11,6 +11,7 @@ from rlmm.policies.parts import several_processes
 from rlmm.policies.transformer import TransformerPolicy
 from rlmm.train.heart import phase
 from rlmm.train.processes import everywhere, gather
+from rlmm.train.sync import compare, fingerprint
 from rollouts.contract import Engine, EngineLost, Request
 from rollouts.trajectory import Span, Trajectory
 
@@ -81,7 +82,7 @@ class Recovering:
         everyone = self.together
         if not any(gather(self._lost is not None) if everyone else [self._lost is not None]):
             return False
-        for work in (self._rebuild, self._take):
+        for work in (self._rebuild, self._take, self._compare):
             everywhere(work) if everyone else work()
         self._lost = None
         return True
@@ -120,6 +121,15 @@ class Recovering:
                 self._unless_lost(lambda: self.engine.sync(weights, self.version))
         finally:
             _pass_over(weights if self.together else ())
+
+    def _compare(self) -> None:
+        """An engine that was built again is believed by its fingerprint, too. The trainer's is taken by all where
+        weights are in parts."""
+        mine = fingerprint(self.policy, self.engine)
+        if self._lost is not None:
+            theirs = self._unless_lost(lambda: self.engine.fingerprint())
+            assert theirs is not None, "a second loss is raised"
+            compare(mine, theirs, self.version)
 
 
 def regained(engine: Engine) -> bool:

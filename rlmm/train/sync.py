@@ -14,11 +14,16 @@ def synced(policy: TransformerPolicy, engine: Engine, rollout: int) -> str:
     """Hand the engine the weights, as version `rollout`; their fingerprint. Raises RuntimeError where the engine has
     others."""
     engine.sync(policy.named_weights(), rollout)
-    mine, theirs = fingerprint(policy, engine), engine.fingerprint()
+    mine = fingerprint(policy, engine)
+    compare(mine, engine.fingerprint(), rollout)
+    return mine
+
+
+def compare(mine: str, theirs: str, rollout: int) -> None:
+    """Raises RuntimeError where the engine's fingerprint (`theirs`) is not the trainer's."""
     if mine != theirs:
         raise RuntimeError(
             f"after the weight sync of rollout {rollout} the engine's weights ({theirs}) are not the trainer's "
             f"({mine}); its samples would be of another policy. This is a fault of the engine: use engine.kind "
             "torch, and report it"
         )
-    return mine

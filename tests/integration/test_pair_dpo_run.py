@@ -113,6 +113,21 @@ def test_the_stages_own_engine_draws_and_answers(run: TinyRun, tmp_path: Path, m
     assert [row["chosen_id"] for row in again] == [row["chosen_id"] for row in pairs(run, "self_play")]
 
 
+def test_an_engine_with_other_weights_draws_nothing(
+    run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def other(*built_for: Any) -> Any:
+        engine: Any = build_engine(*built_for)
+        engine.fingerprint = lambda: "another"
+        return engine
+
+    monkeypatch.setattr("rlmm.train.pair_samples.build_engine", other)
+    context = StageContext(run.recipe, run.folder, "self_play", run.recipe.stages["self_play"], print, tmp_path)
+    with pytest.raises(RuntimeError, match=r"the engine's weights \(another\) are not the trainer's"):
+        run_pairs(context)
+    assert not list(tmp_path.rglob("*.parquet"))
+
+
 def test_what_does_not_fit_is_refused() -> None:
     for override, message in (
         ("stages.pairs.split=prompts", "asks about a row's picture, and split prompts has none"),

@@ -2,7 +2,7 @@
 and the rest is drawn again, from the same seeds, through the same gates.
 
 Two runs of four kills with vLLM in the training process, one with two processes that have a server each, and one of
-which only the server is killed, twice, which the run survives.
+which only the server is killed, more than once, which the run survives.
 """
 
 import importlib.util
@@ -89,7 +89,7 @@ def test_what_was_finished_is_kept_and_the_rest_drawn_again(whole: Whole, run: i
 
 
 @pytest.mark.parametrize("whole", ["in process"], indirect=True)
-def test_a_server_killed_twice_at_any_moment_changes_nothing(whole: Whole, tmp_path: Path) -> None:
+def test_a_server_killed_at_any_moment_changes_nothing(whole: Whole, tmp_path: Path) -> None:
     command, killed = Command(tmp_path / "run", SERVER), list[int]()
     asked = {moment.line: moment.delay for moment in moments(0, whole) if moment.line != "grpo (grpo)"}
     for line in command.lines():

@@ -65,7 +65,7 @@ def urls(alone: Path) -> Iterator[list[str]]:
         yield made
 
 
-def wait_for(url: str, seconds: float = 180) -> None:
+def wait_for(url: str, seconds: float = 600) -> None:
     end = time.monotonic() + seconds
     while True:
         try:

@@ -164,6 +164,8 @@ def test_two_engines_never_name_a_sample_alike() -> None:
 class Mortal:
     """An engine that is lost at given calls."""
 
+    dtype, shown = torch.float32, weights_fingerprint([("fresh", torch.zeros(1))], torch.float32)
+
     def __init__(self, deaths: list[str]) -> None:
         self.deaths, self.calls = deaths, list[str]()
 
@@ -182,7 +184,7 @@ class Mortal:
 
     def fingerprint(self) -> str:
         self._call("fingerprint")
-        return "print"
+        return self.shown
 
     def close(self) -> None:
         self.calls.append("close")
@@ -207,9 +209,16 @@ def recovering(deaths: list[str]) -> tuple[Recovering, list[Mortal]]:
 def test_a_lost_engine_is_built_again_with_the_policys_weights_and_asked_again(call: str) -> None:
     engine, built = recovering([call])
     engine.sync(iter([("given", torch.zeros(1))]), 4)
-    assert cast(Any, engine.generate([], [])) == "made" and engine.fingerprint() == "print"
+    assert cast(Any, engine.generate([], [])) == "made" and engine.fingerprint() == Mortal.shown
     assert len(built) == 2 and built[0].calls[-2:] == [call, "close"]
-    assert built[1].calls[0] == "sync ['fresh'] 4"
+    assert built[1].calls[:2] == ["sync ['fresh'] 4", "fingerprint"]
+
+
+def test_an_engine_that_was_built_again_with_other_weights_is_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, _ = recovering(["generate"])
+    monkeypatch.setattr(Mortal, "shown", "others")
+    with pytest.raises(RuntimeError, match=r"the engine's weights \(others\) are not the trainer's"):
+        engine.generate([], [])
 
 
 def test_a_second_loss_with_the_same_weights_is_raised_and_one_with_later_weights_is_not() -> None:
