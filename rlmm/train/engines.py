@@ -90,15 +90,17 @@ def _vllm_server(config: VllmServerConfig, policy: TransformerPolicy, law: Law |
 
 def _connected(config: VllmServerConfig, policy: TransformerPolicy, law: Law | None, kept: Kept) -> Engine:
     from rollouts.vllm_engine.engine import VllmEngine
-    from rollouts.vllm_engine.launch import ServerPlan
+    from rollouts.vllm_engine.launch import ServerPlan, visible_device
     from rollouts.vllm_engine.server import ServerHost, start_servers
 
     if config.urls:
         token = _token(config)
         hosts = [ServerHost(url, token=token) for url in _own_urls(config.urls)]
         return VllmEngine(policy.layout, hosts, _transfer(config, hosts, policy.base.device))
+    device = visible_device(policy.base.device) if config.tensor_parallel == 1 else None
     with _model_folder(policy, kept) as folder:
-        plan = ServerPlan(folder, tensor_parallel=config.tensor_parallel, **_served(config, policy, law))
+        served = _served(config, policy, law)
+        plan = ServerPlan(folder, tensor_parallel=config.tensor_parallel, device=device, **served)
         hosts = start_servers(plan, config.replicas, config.start_seconds)
         return VllmEngine(policy.layout, hosts, _transfer(config, hosts, policy.base.device))
 

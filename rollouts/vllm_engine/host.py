@@ -11,6 +11,9 @@ from rollouts.vllm_engine.drawn import Drawn
 Load = Callable[[Iterable[tuple[str, Tensor]]], None]
 """Brings full weights, which come one at a time, to the hosts of an engine."""
 BLOCK = 32
+MEMORY_SHARE = 0.01
+"""vLLM's `gpu_memory_utilization`: it asks that so much of the device be free, which training holds most of, and takes
+the bytes of keys and values that it is told whatever this says."""
 """Positions a KV block holds: the least a CPU allows, so that samples of one prompt share most of its prefix."""
 
 

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import torch
 
 from rollouts.contract import EngineLost
 from rollouts.vllm_engine.guard import KEY_VARIABLE
-from rollouts.vllm_engine.host import BLOCK
+from rollouts.vllm_engine.host import BLOCK, MEMORY_SHARE
 from rollouts.vllm_engine.plugin import worker_class
 
 LOG_LINES = 20
@@ -42,6 +43,8 @@ class ServerPlan:
     enforce_eager: bool = True
     overrides: Mapping[str, Any] = field(default_factory=dict)
     """Laid over the checkpoint's config.json (`plugin.two_stream_overrides`)."""
+    device: str | None = None
+    """The only GPU that it sees (`visible_device`); None: all that this process sees."""
 
     def command(self, port: int) -> list[str]:
         """The command line. Flags are stock vLLM's; what they name is this package's."""
@@ -51,6 +54,7 @@ class ServerPlan:
             "--dtype", self.dtype, "--max-model-len", str(self.max_length), "--max-num-seqs", str(self.max_rows),
             "--max-num-batched-tokens", str(max(self.max_prompt_tokens, self.max_length)),
             "--kv-cache-memory-bytes", str(self.kv_bytes), "--block-size", str(BLOCK),
+            "--gpu-memory-utilization", str(MEMORY_SHARE),
             "--tensor-parallel-size", str(self.tensor_parallel), *(["--enforce-eager"] if self.enforce_eager else []),
             "--no-enable-chunked-prefill", "--no-async-scheduling", "--enable-prefix-caching",
             "--disable-log-stats", "--disable-uvicorn-access-log",
@@ -85,8 +89,8 @@ class Server:
         self.log = self.scratch / "log.txt"
         with self.log.open("wb") as out:
             self.process = subprocess.Popen(
-                plan.command(self.port), env=surroundings(self.token), stdout=out, stderr=subprocess.STDOUT,
-                start_new_session=True, preexec_fn=end_with_parent,
+                plan.command(self.port), env=surroundings(self.token, plan.device), stdout=out,
+                stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=end_with_parent,
             )  # fmt: skip
 
     @property
@@ -118,10 +122,21 @@ class Server:
         self._scratch.cleanup()
 
 
-def surroundings(token: str) -> dict[str, str]:
+def visible_device(device: torch.device) -> str | None:
+    """A training process's GPU as CUDA_VISIBLE_DEVICES names it, for the server that samples beside it; None elsewhere.
+    Left alone, the servers of all processes would start on the first."""
+    if device.type != "cuda":
+        return None
+    index = torch.cuda.current_device() if device.index is None else device.index
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",")[index].strip() if named else str(index)
+
+
+def surroundings(token: str, device: str | None = None) -> dict[str, str]:
     """The environment of a server: this package on its path, whatever folder it is started in."""
     paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return os.environ | ENVIRONMENT | {KEY_VARIABLE: token, "PYTHONPATH": os.pathsep.join(paths)}
+    seen = {} if device is None else {"CUDA_VISIBLE_DEVICES": device}
+    return os.environ | ENVIRONMENT | seen | {KEY_VARIABLE: token, "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def serve(plan: ServerPlan, port: int, token: str) -> None:

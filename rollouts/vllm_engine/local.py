@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rollouts.vllm_engine.drawn import KEY, Drawn
-from rollouts.vllm_engine.host import BLOCK, Room, Row, room_of_model
+from rollouts.vllm_engine.host import BLOCK, MEMORY_SHARE, Room, Row, room_of_model
 
 
 class LocalHost:
@@ -51,6 +51,7 @@ class LocalHost:
             max_num_batched_tokens=budget, kv_cache_memory_bytes=kv_bytes, block_size=BLOCK,
             hf_overrides=dict(overrides or {}), enable_chunked_prefill=chunked_prefill,
             enable_sleep_mode=sleep, enable_prompt_embeds=embeds, enforce_eager=enforce_eager,
+            gpu_memory_utilization=MEMORY_SHARE,
         )  # fmt: skip
         # Block 0 stands for "none".
         blocks = self.llm.llm_engine.vllm_config.cache_config.num_gpu_blocks - 1
