@@ -53,13 +53,11 @@ def run(
     from rlmm.config.recipe import read_recipe
     from rlmm.memory import plan_lines
     from rlmm.pipeline import run_recipe
-    from rlmm.train.launch import check_deepspeed, processes
+    from rlmm.train.launch import deepspeed_files, processes
     from rlmm.train.signals import listening
 
     recipe = read_recipe(config, overrides)
-    files = {path for stage in recipe.stages.values() if (path := getattr(stage, "deepspeed", None))}
-    for path in files:
-        check_deepspeed(Path(path))
+    files = deepspeed_files(recipe)
     if os.environ.get("RANK", "0") == "0":
         for line in plan_lines(recipe, int(os.environ.get("WORLD_SIZE", "1"))):
             say(line)
@@ -82,8 +80,10 @@ def check(
     from rlmm.memory import memory_plans, no_dry_run, readable
     from rlmm.policies.families.loading import not_here
     from rlmm.preflight import check_stages
+    from rlmm.train.launch import deepspeed_files
 
     recipe = read_recipe(config, overrides)
+    deepspeed_files(recipe)
     check_stages(recipe, nproc)
     say(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
     for line in batch_equations(recipe, nproc):

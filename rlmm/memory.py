@@ -190,7 +190,7 @@ def _update(stage: PolicyStage, layout: Layout, length: int, processes: int) -> 
         again=accumulated,
         precision=stage.precision,
         checkpointing=stage.gradient_checkpointing,
-        image_rows=isinstance(stage, GrpoStage) and stage.trains_image_rows,
+        image_rows=isinstance(stage, GrpoStage) and stage.trains_image_rows(processes, cuda=torch.cuda.is_available()),
         read=read,
         gate=None if layout.mask is None else gate_reading(stage, positions),
         text=_text(stage, layout, positions),

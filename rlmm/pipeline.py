@@ -99,7 +99,12 @@ def _run_stages(folder: RunFolder, recipe: Recipe, done: Sequence[str], say: Cal
         if name in done:
             say(f"{name}: done before")
             continue
-        stop_if_asked()
+        try:
+            stop_if_asked()
+        except Stopped:
+            if world()[0] == 0:  # who started the processes reads there that they have stopped
+                folder.mark_stopped(name, stage.kind)
+            raise
         say(f"{name} ({stage.kind})")
         settle(name, patient=True)
         _run_stage(StageContext(recipe, folder, name, stage, say))

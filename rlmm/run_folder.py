@@ -76,6 +76,14 @@ class RunFolder:
         times = {"started": before.get("started", now), "finished": now if status == "done" else None}
         record = {"name": name, "kind": kind, "status": status, **times, "gates": gates or {}, "processes": processes}
         record |= {"deepspeed": deepspeed} if deepspeed else {}
+        self._write(name, record)
+
+    def mark_stopped(self, name: str, kind: str) -> None:
+        """Record that the run was asked to stop before this stage: what an earlier call said of it stands, and a stage
+        that was never begun may still be begun in any way."""
+        self._write(name, {"name": name, "kind": kind, **self.status(name), "status": "stopped"})
+
+    def _write(self, name: str, record: dict[str, Any]) -> None:
         self.stage(name).mkdir(parents=True, exist_ok=True)
         write_json_atomically(self.stage(name) / "stage.json", record)
 

@@ -126,11 +126,12 @@ class GrpoStage(Optimization):
     """Keep every n-th rollout file with its images; the others are deleted once their updates are checkpointed."""
     lora: Lora | None = None
 
-    @property
-    def trains_image_rows(self) -> bool:
-        """Of the head only the rows of image codes are trained: no others have a gradient, and nothing decays them."""
+    def trains_image_rows(self, processes: int, *, cuda: bool) -> bool:
+        """Of the head only the rows of image codes are trained: no others have a gradient, and nothing decays them.
+        Not by several processes of CPUs: accelerate moves the model to "cpu:0", which copies every tensor, and rows and
+        head would part; the whole head comes to the same."""
         whole = self.lora is None and self.weight_decay == 0 and self.deepspeed is None
-        return whole and self.sampling.written is None
+        return whole and self.sampling.written is None and (processes == 1 or cuda)
 
     @property
     def kl_of_bounds(self) -> bool:

@@ -5,7 +5,7 @@ any vocabulary, which hold what its pixels hash to and the position in it; whoev
 """
 
 import hashlib
-import os
+import uuid
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -62,7 +62,7 @@ class Pictures:
             self._held[number] = pixels_CHW
         elif not (path := self._path(self.folder, number)).is_file():
             self.folder.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(f".{os.getpid()}.partial")
+            partial = path.with_suffix(f".{uuid.uuid4().hex}.partial")
             save_file({"pixels": pixels_CHW}, partial)
             partial.replace(path)
         first = SEEN + (number << PLACES)

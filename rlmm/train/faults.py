@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -72,14 +73,15 @@ def free_space(path: Path) -> str:
 
 def probe(folder: Path) -> None:
     """Make the folder, and write, flush and delete a small file there. Raises StorageError."""
-    path = folder / f"probe-{os.getpid()}.partial"
+    # Processes of two machines or containers may have the same number.
+    path = folder / f"probe-{uuid.uuid4().hex}.partial"
     with storing("the run folder", folder):
         folder.mkdir(parents=True, exist_ok=True)
         with path.open("wb") as handle:
             handle.write(bytes(4096))
             handle.flush()
             os.fsync(handle.fileno())
-        path.unlink()
+        path.unlink(missing_ok=True)  # a run that begins there clears such files
 
 
 def check_space(folder: Path, needed: int) -> None:

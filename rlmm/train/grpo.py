@@ -177,10 +177,8 @@ def _warn(context: StageContext, policy: TransformerPolicy) -> None:
 
 
 def rows_alone(config: GrpoStage) -> bool:
-    """Whether of the head only the rows of image codes are trained. Not on plain processes of CPUs: accelerate moves
-    the model to "cpu:0", which copies every tensor, and rows and head would part; the whole head comes to the same."""
-    parts = world()[1] > 1 and config.deepspeed is None and device().type == "cpu"
-    return config.trains_image_rows and not parts
+    """Whether of the head only the rows of image codes are trained, by these processes."""
+    return config.trains_image_rows(world()[1], cuda=device().type == "cuda")
 
 
 def kept_in_checkpoints(source: GrpoSource) -> list[TrainerCallback]:

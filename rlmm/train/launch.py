@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from rlmm.config.recipe import Recipe
 from rlmm.train.processes import EXIT_HUNG, Stopped
 
 FORMING_SECONDS = 1800.0
@@ -83,7 +84,13 @@ def _one_device() -> None:
 
 def check_deepspeed(path: Path) -> None:
     """Raises ValueError where the file is no DeepSpeed configuration, or one that no stage can train with."""
-    zero = _deepspeed(path).get("zero_optimization", {})
+    settings = _deepspeed(path)
+    zero = settings.get("zero_optimization", {})
+    if own := [part for part in ("optimizer", "scheduler") if part in settings]:
+        raise ValueError(
+            f"{path} has a section {' and '.join(own)}, which would take the place of what the recipe says; leave it "
+            "out, and set learning_rate, schedule, warmup_steps, weight_decay and betas of the stage"
+        )
     stage, moved = zero.get("stage", 0), zero.get("offload_optimizer") or {}
     if not stage:
         raise ValueError(
@@ -99,6 +106,14 @@ def check_deepspeed(path: Path) -> None:
             "the CPU, whole (a part left behind is moved by a second optimizer, past the gates); see "
             "configs/deepspeed/zero3_offload.json"
         )
+
+
+def deepspeed_files(recipe: Recipe) -> list[Path]:
+    """The DeepSpeed files that stages name, each once. Raises ValueError where no stage can train with one."""
+    found = {Path(file) for stage in recipe.stages.values() if (file := getattr(stage, "deepspeed", None))}
+    for path in found:
+        check_deepspeed(path)
+    return sorted(found)
 
 
 def keeps_parts(path: str | None) -> bool:

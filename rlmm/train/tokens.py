@@ -1,7 +1,7 @@
 """Image codes, each made once: kept on disk beside the hash of the image, for the codec that made them."""
 
 import hashlib
-import os
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -58,7 +58,7 @@ class ImageTokens:
         table = pa.table({"image": self._new, "codes": [self._known[name].numpy() for name in self._new]})
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"{hashlib.sha256(''.join(self._new).encode()).hexdigest()[:16]}.parquet"
-        partial = path.with_suffix(f".{os.getpid()}.partial")
+        partial = path.with_suffix(f".{uuid.uuid4().hex}.partial")
         pq.write_table(table, partial, compression="zstd")
         partial.replace(path)
         self._new = []

@@ -25,6 +25,7 @@ from rlmm.train.gates import finite
 from rlmm.train.guard import Guard
 from rlmm.train.heart import beat, settle
 from rlmm.train.metrics import Meter, MetricsFile
+from rlmm.train.processes import wait
 from rlmm.train.signals import StopWhenAsked, leaving, stop_if_asked
 
 
@@ -71,8 +72,7 @@ class _Seal(TrainerCallback):
         settle("figures and checkpoint", state.global_step)
 
     def on_save(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.barrier()
+        wait()
         if state.is_world_process_zero:
             write_manifest(Path(args.output_dir or ".") / f"checkpoint-{state.global_step}")
 

@@ -11,6 +11,7 @@ from rlmm.config.policy import NewPolicy
 from rlmm.config.recipe import read_recipe
 from rlmm.installation import recipes_dir
 from tests.families.checkpoints import tiny
+from tests.integration.conftest import TINY
 
 RECIPES = sorted(path.stem for path in recipes_dir().glob("*.yaml"))
 
@@ -45,6 +46,13 @@ def test_what_would_bring_the_checkpoint_is_said() -> None:
 def test_a_recipe_at_fault_fails_with_its_checkpoint_absent_too() -> None:
     answer = check("t2i_r1", "stages.grpo.stepz=3")
     assert answer.exit_code != 0 and "stepz" in str(answer.exception)
+
+
+def test_a_deepspeed_file_that_no_stage_can_train_with_is_an_error_before_the_plan(tmp_path: Path) -> None:
+    file = tmp_path / "deepspeed.json"
+    file.write_text("{}")
+    answer = check(str(TINY), f"stages.grpo.deepspeed={file}", "--nproc", "2")
+    assert answer.exit_code != 0 and "asks for no ZeRO stage" in str(answer.exception)
 
 
 @pytest.mark.parametrize("missing", ["config.json", "tokenizer.json"])

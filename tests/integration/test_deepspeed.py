@@ -91,6 +91,8 @@ def test_the_shipped_files_are_accepted(name: str) -> None:
         ('{"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}', "offloads to .*nvme"),
         ('{"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}}', "ratio 0.5"),
         ('{"zero_optimization": {"stage": 0}}', "no ZeRO stage"),
+        ('{"scheduler": {"type": "WarmupLR"}, "zero_optimization": {"stage": 2}}', "section scheduler.*learning_rate"),
+        ('{"optimizer": {}, "scheduler": {}, "zero_optimization": {"stage": 2}}', "optimizer and scheduler.*schedule"),
         ("{}", "no ZeRO stage"),
         ("{", "not a readable"),
         ("[]", "not a"),

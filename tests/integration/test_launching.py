@@ -31,6 +31,14 @@ GRPO = {
 }  # fmt: skip
 # What ssh and srun are to the examples: they run a command on a node, which here is this machine.
 SSH = '#!/bin/bash\nexec bash -c "$2"\n'
+# One that goes on until it is told to stop, or fails.
+TORCHRUN = """#!/bin/bash
+for given; do case $given in --node-rank=*) rank=${given#*=} ;; esac; done
+trap 'echo told > "${0%/*}/told-$rank"; exit 1' TERM
+echo "$@" > "${0%/*}/new-$rank" && mv "${0%/*}/new-$rank" "${0%/*}/begun-$rank"
+[ "${FAILING:-}" = "$rank" ] && until [ -e "${0%/*}/begun-0" ]; do sleep 0.1; done && exit 3
+for _ in {1..300}; do sleep 0.1; done
+"""
 SRUN = """#!/bin/bash
 [ "$1" = --kill-on-bad-exit=1 ] && shift
 for node in 0 1; do SLURM_NODEID=$node "$@" & done
@@ -127,6 +135,34 @@ def test_two_nodes_by_ssh(tmp_path: Path) -> None:
     script(tmp_path, "ssh", SSH)
     hosts = {"HOSTS": "127.0.0.1 127.0.0.1", "NPROC": "1", "MASTER_PORT": "29517"}
     assert processes_of(ran([str(ROOT / "examples" / "nodes.sh")], tmp_path, **hosts)) == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_nodes_by_ssh_are_asked_to_stop_when_the_script_ends(tmp_path: Path, number: signal.Signals) -> None:
+    script(tmp_path, "ssh", SSH)
+    script(tmp_path, "torchrun", TORCHRUN)
+    process = started([str(ROOT / "examples" / "nodes.sh")], tmp_path, "{}", HOSTS="a b", NPROC="2")
+
+    def found(name: str) -> list[str]:
+        until = time.monotonic() + 20
+        while len(files := sorted(tmp_path.glob(f"{name}-*"))) < 2 and time.monotonic() < until:
+            time.sleep(0.05)
+        return [file.read_text() for file in files]
+
+    for rank, given in enumerate(found("begun")):
+        assert f"--node-rank={rank} " in given and "--nnodes=2 --nproc-per-node=2" in given
+        assert "SIGUSR1 --shutdown-timeout=600" in given and f"rlmm.cli run {RECIPE}" in given
+    assert not list(tmp_path.glob("told-*"))
+    process.send_signal(number)
+    assert found("told") == ["told\n", "told\n"]
+    assert process.wait(20) == (-number if number == signal.SIGKILL else 128 + number)
+
+
+def test_a_node_by_ssh_that_fails_ends_the_others(tmp_path: Path) -> None:
+    script(tmp_path, "ssh", SSH)
+    script(tmp_path, "torchrun", TORCHRUN)
+    process = started([str(ROOT / "examples" / "nodes.sh")], tmp_path, "{}", HOSTS="a b", FAILING="1")
+    assert process.wait(20) == 3 and [file.name for file in tmp_path.glob("told-*")] == ["told-0"]
 
 
 @pytest.mark.long

@@ -63,6 +63,17 @@ def test_weights_in_parts_are_whole_while_one_draws_that_has_no_copy_of_them() -
     assert masked and parts.sampling > 0
 
 
+def test_several_processes_of_cpus_hold_the_whole_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = "stages.grpo.lora=null"
+    recipe, text = read_recipe(TINY, [settings]), len(character_tokenizer(())) * 32 * 4
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    one, two = plan(settings), memory_plans(recipe, 2)[-1]
+    assert two.gradients - one.gradients == text and two.optimizer - one.optimizer == 2 * text
+    assert two.exchange == two.gradients
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert memory_plans(recipe, 2)[-1].gradients == one.gradients
+
+
 def test_what_sampling_holds_by_hand() -> None:
     grpo = plan()
     position = 2 * 2 * 32 * 4  # keys and values of 2 layers of width 32

@@ -2,23 +2,29 @@
 
 import errno
 import os
+import pkgutil
 import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from rlmm.config.recipe import read_recipe
+from rlmm.policies.pictures import Pictures
 from rlmm.run_folder import RunFolder
 from rlmm.space import space_needed
 from rlmm.train.faults import StorageError, check_space, probe, remove_partial, storing
 from rlmm.train.metrics import MetricsFile
+from rlmm.train.tokens import ImageTokens
 from rollouts.store import read_trajectory, write_trajectory
 from tests.integration.conftest import TINY
 from tests.unit.test_store_and_checkpoint import trajectory
+from tests.unit.test_supervised import make_codec
 
 
 @contextmanager
@@ -92,6 +98,48 @@ def test_a_folder_that_cannot_be_written_is_found_at_the_start(tmp_path: Path) -
     folder.chmod(0o555)
     told = as_nobody(lambda: probe(folder))
     assert told.startswith("the run folder: ") and "permission is denied" in told and str(folder) in told
+
+
+def spelled(folder: Path) -> None:
+    pictures = Pictures(9)
+    pictures.folder = folder
+    pictures.spell([Image.new("RGB", (8, 8), (9, 9, 9))])
+
+
+def encoded(folder: Path) -> None:
+    tokens = ImageTokens(make_codec(), folder)
+    tokens.codes([Image.new("RGB", (24, 16), (9, 9, 9))])
+    tokens.save()
+
+
+@pytest.mark.parametrize(
+    ("write", "moment"),
+    [
+        (probe, "rlmm.train.faults.os.fsync"),
+        (spelled, "rlmm.policies.pictures.save_file"),
+        (encoded, "rlmm.train.tokens.pq.write_table"),
+    ],
+)
+def test_processes_of_one_number_do_not_meet_in_a_shared_folder(
+    write: Callable[[Path], None], moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, _, name = moment.rpartition(".")
+    began, whole = [], getattr(pkgutil.resolve_name(module), name)
+
+    def meanwhile(*arguments: Any, **named: Any) -> None:
+        whole(*arguments, **named)
+        began.append(sorted(tmp_path.rglob("*.partial")))
+        if len(began) == 1:
+            write(tmp_path)  # the other process, from beginning to end
+
+    monkeypatch.setattr(moment, meanwhile)
+    write(tmp_path)
+    assert [len(found) for found in began] == [1, 2] and not list(tmp_path.rglob("*.partial"))
+
+
+def test_a_probe_that_another_run_has_cleared_is_no_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlmm.train.faults.os.fsync", lambda _: remove_partial(tmp_path))
+    probe(tmp_path)
 
 
 def test_a_run_that_would_not_fit_is_refused(tmp_path: Path) -> None:

@@ -6,11 +6,15 @@ import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from transformers import TrainingArguments
 
+from rlmm.train.heart import Phase, now
 from rlmm.train.processes import EXIT_HUNG
+from rlmm.train.trainer import _Seal
 from rlmm.train.watch import GRACE_SECONDS, Beat, Seen, Watch, interval, verdict
 
 ROOT = Path(__file__).parents[2]
@@ -55,6 +59,18 @@ def test_a_deadlock_is_everyones() -> None:
     told = verdict(stuck, LIMIT)
     assert told is not None and told.startswith("every process waits") and "'wait'" in told and "'gather'" in told
     assert verdict([stuck[0], seen(1, waits=True)], LIMIT) is None
+
+
+def test_who_waits_for_the_others_parts_of_a_checkpoint_says_so(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    found: list[Phase] = []
+    monkeypatch.setattr("rlmm.train.processes.world", lambda: (1, 2))
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.barrier", lambda: found.append(now()))
+    state = SimpleNamespace(is_world_process_zero=False, global_step=3)
+    _Seal().on_save(TrainingArguments(output_dir=str(tmp_path), use_cpu=True), state, None)
+    assert [phase.waits for phase in found] == [True]
 
 
 def test_a_failure_or_a_death_ends_the_others_after_a_while() -> None:
