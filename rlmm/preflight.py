@@ -2,6 +2,7 @@
 stage, where the checkpoint is at hand, and not hours later."""
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 from rlmm.config.engines import EngineConfig, VllmEngineConfig, VllmServerConfig
 from rlmm.config.policy import CheckpointPolicy
@@ -14,6 +15,7 @@ from rlmm.policies.responses import stop_tokens
 from rlmm.train.trackers import check_trackers
 from rollouts.contract import Layout, Seeing
 from rollouts.unmasking import check_steps
+from rollouts.vllm_engine.faults import NOT_INSTALLED
 
 
 def check_stages(recipe: Recipe, processes: int = 1) -> None:
@@ -39,6 +41,9 @@ def check_stages(recipe: Recipe, processes: int = 1) -> None:
 
 
 def _check_engine(name: str, engine: EngineConfig, processes: int) -> None:
+    here = isinstance(engine, VllmEngineConfig) or (isinstance(engine, VllmServerConfig) and not engine.urls)
+    if here and find_spec("vllm") is None:
+        raise ValueError(f"stage {name!r}: {NOT_INSTALLED}")
     if isinstance(engine, VllmEngineConfig) and processes > 1:
         raise ValueError(
             f"stage {name!r}: engine.kind vllm runs inside a single process and this run has {processes}; set "

@@ -42,13 +42,17 @@ class VllmEngineConfig(VllmSizes):
     """Give the device's memory back between rollouts (vLLM's sleep mode; GPUs only)."""
 
 
+OF_SERVERS = (*VllmSizes.model_fields, "start_seconds")
+"""Settings that a server takes when it starts."""
+
+
 class VllmServerConfig(VllmSizes):
     """Stock vLLM as servers: started here, each in a process of its own, or running elsewhere."""
 
     kind: Literal["vllm_server"] = "vllm_server"
     urls: tuple[Annotated[str, Field(pattern=r"^https?://")], ...] = ()
-    """Servers started with `rlmm rollout-server`, which fixed their sizes then. With several training processes each
-    takes its share of them."""
+    """Servers started with `rlmm rollout-server`, which fixed their sizes then; those are not set here. With several
+    training processes each takes its share of them."""
     replicas: int = Field(1, ge=1)
     """Servers that each training process starts where no urls are given."""
     tensor_parallel: int = Field(1, ge=1)
@@ -70,6 +74,14 @@ class VllmServerConfig(VllmSizes):
         if self.urls and (self.replicas, self.tensor_parallel) != (1, 1):
             raise ValueError(
                 "urls name servers that run already; replicas and tensor_parallel are of servers that are started here"
+            )
+        # By value: a resolved recipe that was printed or kept names every key.
+        defaults = type(self).model_fields
+        fixed = [name for name in OF_SERVERS if getattr(self, name) != defaults[name].default]
+        if self.urls and fixed:
+            raise ValueError(
+                f"{', '.join(fixed)}: settings of a server that is started (`rlmm rollout-server MODEL key=value`), "
+                "and urls name servers that run already; leave them out"
             )
         if self.exchange is not None and self.transfer != "folder":
             raise ValueError(f"exchange is a folder, and transfer: {self.transfer} uses none; leave one of them out")

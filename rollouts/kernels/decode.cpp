@@ -131,6 +131,7 @@ static void attend(const T* qkv, const float* cos_PD, const float* sin_PD, T* ke
 template <class T>
 static int attend_sized(const T* qkv, const float* cos_PD, const float* sin_PD, T* keys, T* values,
                         const int64_t* start_N, T* out, const Sizes& s, float scale) {
+    if (s.head_size % LANES) return 1;
     switch (s.head_size / LANES) {
 #define SIZE(C) case C: attend<T, C>(qkv, cos_PD, sin_PD, keys, values, start_N, out, s, scale); return 0;
         SIZE(1) SIZE(2) SIZE(3) SIZE(4) SIZE(5) SIZE(6) SIZE(8)

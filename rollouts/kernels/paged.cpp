@@ -120,6 +120,7 @@ static void attend_paged(const T* q, const T* k, const T* v, T* cache, T* out, c
 
 template <class T>
 static int attend_paged_sized(const T* q, const T* k, const T* v, T* cache, T* out, const Pages& pages, const Step& s) {
+    if (pages.head_size % LANES) return 1;
     switch (pages.head_size / LANES) {
 #define SIZE(C) case C: attend_paged<T, C>(q, k, v, cache, out, pages, s); return 0;
         SIZE(2) SIZE(4) SIZE(6) SIZE(8)

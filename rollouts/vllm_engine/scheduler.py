@@ -1,5 +1,6 @@
 """vLLM's scheduler, with waves (`waves`) and several steps a turn (`steps`). Named in vLLM's `scheduler_cls`."""
 
+from bisect import bisect_right
 from collections.abc import Iterable
 from typing import Any
 
@@ -52,11 +53,16 @@ class WaveScheduler(Scheduler):
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
-        """Tokens after the first were computed by steps that this scheduler did not plan one by one."""
-        for name, taken in zip(model_runner_output.req_ids, model_runner_output.sampled_token_ids, strict=True):
-            request = self.requests.get(name)
-            if request is not None and len(taken) > 1:
-                request.num_computed_tokens += len(taken) - 1
+        """Of a plan that added steps: tokens after the first were computed by steps that were not planned one by one.
+
+        Where the runner added none (its attention is not the kernels'), none are reserved from then on."""
+        if getattr(scheduler_output, "further", 0):
+            taken_BK = model_runner_output.sampled_token_ids
+            for name, taken in zip(model_runner_output.req_ids, taken_BK, strict=True):
+                if (request := self.requests.get(name)) is not None:
+                    request.num_computed_tokens += len(taken) - 1
+            if all(len(taken) == 1 for taken in taken_BK):
+                self.goes_on, self.num_lookahead_tokens = False, 0
         return super().update_from_output(scheduler_output, model_runner_output)
 
     def get_num_unfinished_requests(self) -> int:
@@ -78,11 +84,22 @@ class WaveScheduler(Scheduler):
 
     def _further(self) -> int:
         """Steps that can follow the next one without a look at the queues: as long as all that run are samples with
-        tokens to go, in decode, that no token can end, and nothing that waits could join them."""
+        tokens to go, in decode, that no token can end, nothing that waits could join them, and the free blocks hold
+        what they take: for steps that are only reserved, nobody is evicted."""
         joins = len(self.waiting) > 0 and len(self.running) < self.max_num_running_reqs
         if not self.running or joins or not all(_steady(request) for request in self.running):
             return 0
-        return min([FURTHER, *(one.max_tokens - one.num_output_tokens - 1 for one in self.running)])
+        most = min([FURTHER, *(one.max_tokens - one.num_output_tokens - 1 for one in self.running)])
+        free = self.kv_cache_manager.block_pool.get_num_free_blocks()
+        return most if self._blocks(most) <= free else bisect_right(range(1, most + 1), free, key=self._blocks)
+
+    def _blocks(self, further: int) -> int:
+        """New blocks that the next step and so many further ones take."""
+        kinds = self.kv_cache_manager.coordinator.single_type_managers
+        rows = [(one.request_id, one.num_computed_tokens + 1 + further) for one in self.running]
+        return sum(
+            max(0, -(-end // kind.block_size) - len(kind.req_to_blocks[name])) for kind in kinds for name, end in rows
+        )
 
     def _next_wave(self) -> str | None:
         return next((name for name, found in self.held.items() if len(found) == _size(found[0])), None)

@@ -155,7 +155,8 @@ def test_what_cannot_be_sampled_is_an_error(found: dict[str, Any], case: str, sa
 @pytest.mark.slow
 def test_a_cache_too_small_for_one_sample_is_an_error_that_names_the_setting(found: dict[str, Any]) -> None:
     assert found["small cache"].startswith("ValueError: vLLM cannot hold one whole sample")
-    assert "engine.kv_megabytes" in found["small cache"]
+    assert "raise engine.kv_megabytes" in found["small cache"] and "one whole sample" in found["small cache"]
+    assert "lower engine.kv_megabytes" in found["large cache"]
 
 
 @needs_vllm

@@ -35,6 +35,7 @@ def test_72_tokens_take_a_few_turns(found: dict[str, Any]) -> None:
 def test_vllms_own_attention_is_planned_for_each_step(found: dict[str, Any]) -> None:
     """Heads of 80, which the kernels do not cover."""
     assert found["stock attention"]["turns"] >= 72
+    assert not found["stock attention"]["reserving"] and found["plain"]["reserving"]
 
 
 def test_evicted_samples_are_the_same(found: dict[str, Any]) -> None:
@@ -42,6 +43,11 @@ def test_evicted_samples_are_the_same(found: dict[str, Any]) -> None:
     facts = found["evicting"]
     assert facts["same tokens"] and facts["gap"] < 1e-4 and facts["evicted"] > 1, facts
     assert facts["turns"] < 100 and facts["held afterwards"] == 0
+
+
+def test_steps_that_are_added_evict_nobody(found: dict[str, Any]) -> None:
+    facts = found["evicting"]
+    assert facts["evicted"] == facts["evicted by single steps"], facts
 
 
 def test_keys_of_a_turn_are_found_again(found: dict[str, Any]) -> None:

@@ -235,6 +235,7 @@ def main() -> None:
     found["group left"] = torch.distributed.is_initialized()
     wide = make_policy(lora=False, hidden=512)
     found["small cache"] = refusal(lambda: build_engine(local(kv_megabytes=1), wide))
+    found["large cache"] = refusal(lambda: build_engine(local(kv_megabytes=1 << 24), wide))
     found["tied"] = tied_and_gridded()
     found["two streams"] = two_streams()
     with tempfile.TemporaryDirectory() as folder:

@@ -61,11 +61,15 @@ class Counted:
         return counted
 
     def both(self, call: Any) -> tuple[Any, Any, Counter[str]]:
-        """What `call` gives with several steps a turn and with one; the first's turns and evictions."""
+        """What `call` gives with several steps a turn and with one; the first's turns and evictions, the tokens that it
+        goes on reserving, and the second's evictions."""
         self.seen.clear()
         several, seen = call(), self.seen.copy()
-        self.scheduler.goes_on = False
+        seen["reserving"] = self.scheduler.num_lookahead_tokens or int(self.scheduler.goes_on)
+        self.scheduler.goes_on, self.scheduler.num_lookahead_tokens = False, 0
+        self.seen.clear()
         single = call()
+        seen["evicted by single steps"] = self.seen["_preempt_request"]
         self.scheduler.goes_on = True
         return several, single, seen
 
@@ -79,6 +83,8 @@ def samples(counted: Counted, policy: TransformerPolicy, count: int, **law: Any)
         "gap": gap(policy, several),
         "turns": seen["schedule"],
         "evicted": seen["_preempt_request"],
+        "evicted by single steps": seen["evicted by single steps"],
+        "reserving": seen["reserving"],
         "held afterwards": counted.scheduler.kv_cache_manager.usage,
     }
 

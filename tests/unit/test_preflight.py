@@ -17,6 +17,12 @@ THOUGHT = {"sampling": {"thought": {"length_limit": 4}}}
 SERVED = {"engine": {"kind": "vllm_server"}}
 
 
+@pytest.fixture(autouse=True)
+def installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM, as far as preflight looks."""
+    monkeypatch.setattr("rlmm.preflight.find_spec", lambda name: name)
+
+
 def recipe(stage: dict[str, Any], family: str = "janus", variant: str = "describe", **policy: Any) -> Recipe:
     step = {
         "kind": "grpo",
@@ -81,3 +87,14 @@ def test_vllm_in_the_process_is_for_one_and_each_process_has_a_server() -> None:
     with pytest.raises(ValueError, match=r"2 training processes and 1 rollout server"):
         check_stages(served, 2)
     check_stages(recipe(SERVED, variant="edit"), 2)
+
+
+def test_vllm_that_is_not_installed_is_missed_before_the_first_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlmm.preflight.find_spec", lambda name: None)
+    for engine in ({"kind": "vllm"}, {"kind": "vllm_server"}):
+        with pytest.raises(
+            ValueError, match=r"'grpo': .*not installed; install the extra `cpu` .* engine\.kind: torch"
+        ):
+            check_stages(recipe({"engine": engine}, variant="edit"))
+    check_stages(recipe({"engine": {"kind": "vllm_server", "urls": ["http://127.0.0.1:1"]}}, variant="edit"))
+    check_stages(recipe({}, variant="edit"))

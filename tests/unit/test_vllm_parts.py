@@ -32,6 +32,7 @@ from rollouts.trajectory import Span, Trajectory
 from rollouts.vllm_engine import guard
 from rollouts.vllm_engine.drawn import Drawn
 from rollouts.vllm_engine.engine import VllmEngine
+from rollouts.vllm_engine.faults import memory_advice
 from rollouts.vllm_engine.host import Room, Row
 from rollouts.vllm_engine.launch import ServerPlan
 from rollouts.vllm_engine.server import ServerHost, start_servers
@@ -280,9 +281,21 @@ def test_settings_of_a_server_are_checked_before_it_starts(monkeypatch: pytest.M
         serve_rollouts(Path("nowhere"), "127.0.0.1", 8000, [])
 
 
+SERVERS_OWN: dict[str, Any] = {
+    "dtype": "bfloat16", "enforce_eager": False, "max_rows": 8, "max_prompt_tokens": 9, "kv_megabytes": 64,
+    "start_seconds": 5.0, "two_streams": False,
+}  # fmt: skip
+
+
 def test_urls_and_servers_of_ones_own_exclude_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="urls name servers that run already"):
         VllmServerConfig(urls=("http://a:1",), replicas=2)
+    for name, value in SERVERS_OWN.items():
+        with pytest.raises(ValueError, match=rf"{name}: settings of a server that is started \(`rlmm rollout-server"):
+            VllmServerConfig.model_validate({"urls": ["http://a:1"], name: value})
+        VllmServerConfig.model_validate({name: value})
+    resolved = VllmServerConfig(urls=("http://a:1",), exchange="x").model_dump()
+    assert VllmServerConfig.model_validate(resolved).urls == ("http://a:1",)
     monkeypatch.delenv("RLMM_ROLLOUT_TOKEN", raising=False)
     with pytest.raises(ValueError, match="environment variable RLMM_ROLLOUT_TOKEN with their API key is not"):
         build_engine(VllmServerConfig(urls=("http://127.0.0.1:9",)), cast(CausalPolicy, Weights()))
@@ -299,6 +312,20 @@ def test_a_server_is_stock_vllm_told_what_to_load() -> None:
     assert given["--max-num-batched-tokens"] == "9000" and given["--tensor-parallel-size"] == "2"
     assert given["--host"] == "127.0.0.1" and given["--port"] == "81" and given["--model"] == "model"
     assert "--enforce-eager" in command
+
+
+BARE = """
+import sys
+from pathlib import Path
+sys.modules["vllm"] = None
+from rollouts.vllm_engine.launch import ServerPlan
+print(*ServerPlan(Path("model"), max_length=9).command(81))
+"""
+
+
+def test_a_servers_command_is_written_without_vllm() -> None:
+    made = subprocess.run([sys.executable, "-c", BARE], cwd=ROOT, capture_output=True, text=True)
+    assert "--worker-cls rollouts.vllm_engine.device.DeviceWorker" in made.stdout, made.stderr
 
 
 def test_what_is_served_is_served_to_this_machine_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -349,6 +376,29 @@ def test_a_server_that_dies_at_its_start_shows_the_end_of_its_log() -> None:
 
     with pytest.raises(EngineLost, match=r"ended with status 1:\nno such device"):
         start_servers(Broken(Path("model"), max_length=1), 1, 60)
+
+
+@pytest.mark.parametrize(
+    ("said", "advice"),
+    [
+        ("ValueError: Available memory on node 0 (1.0/2.0 GiB) on kv cache allocation is less than requested memory "
+         "for kv (9.0 GiB). Decrease --kv-cache-memory-bytes", "lower engine.kv_megabytes"),
+        ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate", "lower engine.kv_megabytes"),
+        ("ValueError: 2.0 GiB KV cache is needed, which is larger than the available KV cache memory (1.0 GiB)",
+         "raise engine.kv_megabytes"),
+    ],
+)  # fmt: skip
+def test_a_server_that_dies_for_memory_names_the_setting(said: str, advice: str) -> None:
+    class Full(ServerPlan):
+        def command(self, port: int) -> list[str]:
+            return [sys.executable, "-c", f"print({said!r}, *['later'] * 30, sep='\\n'); raise SystemExit(1)"]
+
+    with pytest.raises(EngineLost, match=rf"ended with status 1 \(.*{advice}"):
+        start_servers(Full(Path("model"), max_length=1), 1, 60)
+
+
+def test_what_a_log_says_of_memory_that_sufficed_is_no_advice() -> None:
+    assert memory_advice("INFO GPU KV cache size: 4,096 tokens\nRuntimeError: no such device") is None
 
 
 def test_streams_travel_together_only_where_the_unconditional_one_is_a_function_of_the_tokens() -> None:
