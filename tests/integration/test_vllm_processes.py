@@ -57,7 +57,7 @@ def urls(alone: Path) -> Iterator[list[str]]:
             server = subprocess.Popen(
                 [*command, "--port", str(port), "kv_megabytes=32", "max_rows=16"], cwd=ROOT, env=ENVIRONMENT
             )
-            stack.callback(server.wait, 60)
+            stack.callback(server.wait, 300)
             stack.callback(server.terminate)
         made = [f"http://127.0.0.1:{port}" for port in ports]
         for url in made:
