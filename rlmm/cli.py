@@ -83,7 +83,6 @@ def check(
     from rlmm.train.launch import deepspeed_files
 
     recipe = read_recipe(config, overrides)
-    deepspeed_files(recipe)
     check_stages(recipe, nproc)
     say(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
     for line in batch_equations(recipe, nproc):
@@ -91,6 +90,7 @@ def check(
     if isinstance(recipe.policy, CheckpointPolicy) and (absent := not_here(recipe.policy)) is not None:
         say(f"no memory plan: {recipe.policy.path} is not here: {absent}")
         return
+    deepspeed_files(recipe)
     table = Table(title="Memory plan (estimate)" + ", of each process" * (nproc > 1))
     try:
         plans = memory_plans(recipe, nproc)
