@@ -63,7 +63,7 @@ print(AttentionBackendEnum.CPU_ATTN.get_path(), sorted(op_registry_oot))
 
 
 @needs_vllm
-@pytest.mark.slow
+@pytest.mark.long
 def test_without_a_compiler_vllm_keeps_its_own(tmp_path: Path) -> None:
     around = os.environ | {"CXX": "/no/compiler", "XDG_CACHE_HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", WITHOUT], env=around, capture_output=True, text=True)
