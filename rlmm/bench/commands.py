@@ -120,6 +120,7 @@ def scale(
     checkpointing: Annotated[bool, typer.Option(help="Gradient checkpointing")] = False,
     micro: Annotated[int, typer.Option(min=0, help="Rows a micro-batch; 0: all")] = 0,
     drawn: Annotated[int, typer.Option(min=0, help="Image tokens a row that a rollout draws at most; 0: all")] = 0,
+    engine: Annotated[str, typer.Option(help="Of the rollout: torch, vllm or vllm-compiled")] = "torch",
     steps: Annotated[int, typer.Option(min=2, help="Updates a point, the first of which is not counted")] = 3,
     repeats: Annotated[int, typer.Option(min=1, help="Of each point, of which medians are shown")] = 1,
     threads: Threads = 1,
@@ -129,7 +130,7 @@ def scale(
 
     lists = {"model": models, "rows": rows, "tokens": tokens, "processes": processes, "zero": zero}
     fixed = {"precision": precision, "weights": weights, "guidance_scale": guidance_scale, "lora": lora}
-    fixed |= {"checkpointing": checkpointing, "micro": micro, "drawn": drawn}
+    fixed |= {"checkpointing": checkpointing, "micro": micro, "drawn": drawn, "engine": engine}
     bench_scale(scale_plan(lists, fixed, steps=steps, repeats=repeats, threads=threads), json_file, plot)
 
 

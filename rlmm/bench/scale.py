@@ -22,7 +22,7 @@ from rich.table import Table
 from rlmm.bench.machine import setting, write_json
 from rlmm.bench.rollout_problem import SIZES, known_sizes
 from rlmm.bench.scale_plot import NAMES, write_plot
-from rlmm.bench.scale_problem import Point, Precision
+from rlmm.bench.scale_problem import Point, Precision, Rollouts
 from rlmm.config.base import nearest
 from rlmm.config.policy import CheckpointPolicy
 from rlmm.memory import readable
@@ -85,9 +85,9 @@ def scale_plan(lists: Mapping[str, str], fixed: Mapping[str, Any], **settings: i
             raise ValueError(f"{model!r} is no size and no folder.{nearest(model, known_sizes())}")
         if model not in SIZES and (absent := not_here(CheckpointPolicy(path=model))) is not None:
             raise ValueError(f"{model!r}: {absent}")
-    for name in ("precision", "weights"):
-        if fixed[name] not in get_args(Precision):
-            raise ValueError(f"--{name} {fixed[name]!r}: it is one of {', '.join(get_args(Precision))}")
+    for name, known in (("precision", Precision), ("weights", Precision), ("engine", Rollouts)):
+        if fixed[name] not in get_args(known):
+            raise ValueError(f"--{name} {fixed[name]!r}: it is one of {', '.join(get_args(known))}")
     base = Point(**{name: given[0] for name, given in values.items()}, **fixed)
     return ScalePlan(base, {name: given[1:] for name, given in values.items()}, **settings)
 

@@ -13,6 +13,7 @@ from rlmm.bench.machine import copied_bytes_a_second, timed
 from rlmm.bench.scale_problem import (
     Point,
     bytes_a_step,
+    engine_config,
     law,
     make_policy,
     micro_batches,
@@ -23,7 +24,6 @@ from rlmm.bench.scale_problem import (
 )
 from rlmm.bench.step_child import Measure, reset_peak
 from rlmm.bench.step_rlmm import FixedSource
-from rlmm.config.engines import TorchEngineConfig
 from rlmm.policies.transformer import TransformerPolicy
 from rlmm.train.engines import build_engine
 from rlmm.train.grpo import grpo_loss, rows_alone
@@ -33,18 +33,21 @@ from rlmm.train.processes import device, world
 from rlmm.train.trainer import StageTrainer, training_arguments
 from rollouts.contract import Grid
 from rollouts.trajectory import Span
+from rollouts.vllm_engine.engine import VllmEngine
 
 WARM_UP = 4
 """Image tokens drawn before the rollout that is timed, and trained on before the updates that are."""
 
 
 def roll_out(point: Point, policy: TransformerPolicy) -> dict[str, float]:
-    """Seconds of a rollout by the torch engine, and the bytes that one of its steps must read."""
+    """Seconds of a rollout, and the bytes that one of its steps must read."""
     whole, asked, chosen = policy.layout, requests(point, policy), law(point, policy)
-    engine = build_engine(TorchEngineConfig(max_rows=len(asked) * len(chosen.streams())), policy, chosen)
+    engine = build_engine(engine_config(point, policy), policy, chosen)
 
     def draw(tokens: int) -> None:
         policy.layout = replace(whole, grid=Grid(1, tokens))
+        if isinstance(engine, VllmEngine):  # which has a layout of its own
+            engine.layout = policy.layout
         engine.generate(asked, [Span("image", chosen, tokens)])
 
     draw(min(WARM_UP, point.sampled))

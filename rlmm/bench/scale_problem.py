@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rlmm.bench.rollout_problem import PROMPT, SIZES
 from rlmm.bench.step_problem import images_as_drawn
+from rlmm.config.engines import EngineConfig, TorchEngineConfig, VllmEngineConfig
 from rlmm.config.policy import CheckpointPolicy, Lora
 from rlmm.config.stages import GrpoStage
 from rlmm.dry_run import Update, dry_run
@@ -27,8 +28,10 @@ from rlmm.train.processes import world
 from rollouts.contract import Grid, Request
 from rollouts.law import COND, UNCOND, Law
 from rollouts.trajectory import Stream, Trajectory
+from rollouts.vllm_engine.host import BLOCK
 
 Precision = Literal["float32", "bfloat16"]
+Rollouts = Literal["torch", "vllm", "vllm-compiled"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class Point:
     """One measurement. `model`: a name of `SIZES`, or the folder or hub id of a checkpoint, of which the configuration
     alone is read and the weights are random. `rows` of `tokens` image tokens are updated from in micro-batches of
     `micro` rows a process (0: all at once); of them `drawn` tokens are sampled in the rollout (0: all). `zero`: the
-    stage of DeepSpeed's ZeRO that the update is made under; 0: without DeepSpeed."""
+    stage of DeepSpeed's ZeRO that the update is made under; 0: without DeepSpeed. `engine`: what makes the rollout."""
 
     model: str = "5m"
     rows: int = 8
@@ -50,6 +53,7 @@ class Point:
     micro: int = 0
     drawn: int = 0
     zero: int = 0
+    engine: Rollouts = "torch"
 
     def __post_init__(self) -> None:
         if min(self.rows, self.tokens, self.processes) < 1:
@@ -106,6 +110,26 @@ def requests(point: Point, policy: TransformerPolicy) -> list[Request]:
     """A prompt a row, as the widest batch has them; of this process alone."""
     rows = range(point.rows_each)
     return [Request(str(row), prefixes(policy), (row,), (str(row),)) for row in rows]
+
+
+def engine_config(point: Point, policy: TransformerPolicy) -> EngineConfig:
+    """The engine of the rollout, large enough for all rows at once."""
+    rows = point.rows_each * len(law(point, policy).streams())
+    if point.engine == "torch":
+        return TorchEngineConfig(max_rows=rows)
+    blocks = rows * (-(-(PROMPT + point.sampled) // BLOCK) + 2)
+    size = blocks * BLOCK * position_bytes(policy, 2 if point.precision == "bfloat16" else 4)
+    return VllmEngineConfig(
+        max_rows=rows, max_prompt_tokens=2 * rows * PROMPT, kv_megabytes=(size >> 20) + 1,
+        enforce_eager=point.engine != "vllm-compiled",
+    )  # fmt: skip
+
+
+def position_bytes(policy: TransformerPolicy, each: int) -> int:
+    """Of the keys and values of one position, at so many bytes a number."""
+    sizes = policy.sizes
+    size = getattr(sizes, "head_dim", None) or sizes.hidden_size // sizes.num_attention_heads
+    return sizes.num_hidden_layers * 2 * sizes.num_key_value_heads * size * each
 
 
 def update_of(point: Point, length: int, streams: int, deepspeed: str | None = None) -> Update:
@@ -210,8 +234,5 @@ def bytes_a_step(point: Point, policy: TransformerPolicy) -> float:
     weights = sum(one.numel() for one in matrices.values()) * each
     low, high = policy.layout.image
     weights += (high - low) * head.shape[1] * (2 if point.weights == "bfloat16" else 4)
-    sizes = policy.sizes
-    size = getattr(sizes, "head_dim", None) or sizes.hidden_size // sizes.num_attention_heads
-    position = sizes.num_hidden_layers * 2 * sizes.num_key_value_heads * size * each
     rows = point.rows_each * len(law(point, policy).streams())
-    return weights + rows * position * (len(prefixes(policy)[COND]) + point.sampled / 2)
+    return weights + rows * position_bytes(policy, each) * (len(prefixes(policy)[COND]) + point.sampled / 2)

@@ -16,7 +16,7 @@ from rlmm.bench.scale_plot import write_plot
 from rlmm.bench.scale_problem import Point, bytes_a_step, make_policy, micro_batches, stage
 
 LISTS = {"model": "tiny,quickstart", "rows": "8,2,32", "tokens": "16", "processes": "1,2", "zero": "0"}
-FIXED = {"precision": "float32", "weights": "float32"}
+FIXED = {"precision": "float32", "weights": "float32", "engine": "torch"}
 BASE = Point("tiny", rows=8, tokens=16)
 
 
@@ -39,6 +39,7 @@ def test_one_axis_is_changed_at_a_time_from_the_first_of_each_list() -> None:
         ({"model": "tinny"}, {}, "Nearest: tiny"),
         ({"rows": "8,x"}, {}, "--rows '8,x' must be whole numbers"),
         ({}, {"precision": "float16"}, "one of float32, bfloat16"),
+        ({}, {"engine": "vlm"}, "one of torch, vllm, vllm-compiled"),
         ({"processes": "3"}, {}, "do not come out even"),
         ({}, {"micro": 3}, "do not come out even"),
         ({"zero": "0,4"}, {}, "zero 4: it is 0"),
