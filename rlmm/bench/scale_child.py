@@ -87,16 +87,20 @@ def update(point: Point, policy: TransformerPolicy, steps: int, deepspeed: str |
     return {"update_s": measure.seconds, "peak": measure.baseline + measure.peak - loaded}
 
 
+def policy_here(point: Point) -> TransformerPolicy:
+    """The point's policy, made where this process trains."""
+    with device():
+        return make_policy(point)
+
+
 def measured(point: Point, steps: int, deepspeed: str | None) -> dict[str, Any]:
     """All figures of a point, of this process."""
     copied = copied_bytes_a_second()
-    with device():
-        # What libraries hold from their first use on is not the update's.
-        small = replace(point, model="tiny", rows=point.processes, micro=0, tokens=WARM_UP, drawn=0)
-        update(small, make_policy(small), 2, deepspeed)
+    # What libraries hold from their first use on is not the update's.
+    small = replace(point, model="tiny", rows=point.processes, micro=0, tokens=WARM_UP, drawn=0)
+    update(small, policy_here(small), 2, deepspeed)
     weights, beside = planned(point, deepspeed) if world()[0] == 0 else (None, None)
-    with device():
-        policy = make_policy(point)
+    policy = policy_here(point)
     policy.model.eval()
     parameters = sum(one.numel() for one in policy.base.parameters())
     figures = {"parameters": parameters, "planned": beside, "weights": weights}
