@@ -11,10 +11,17 @@ from rollouts.vllm_engine.drawn import Drawn
 Load = Callable[[Iterable[tuple[str, Tensor]]], None]
 """Brings full weights, which come one at a time, to the hosts of an engine."""
 BLOCK = 32
+"""Positions a KV block holds: the least a CPU allows, so that samples of one prompt share most of its prefix."""
 MEMORY_SHARE = 0.01
 """vLLM's `gpu_memory_utilization`: it asks that so much of the device be free, which training holds most of, and takes
 the bytes of keys and values that it is told whatever this says."""
-"""Positions a KV block holds: the least a CPU allows, so that samples of one prompt share most of its prefix."""
+SURROUNDINGS = {
+    "VLLM_USE_V2_MODEL_RUNNER": "0",  # the second runner has another interface for logits processors
+    # vLLM's attention in float32 is Triton's on a GPU, whose products are of TF32 unless told otherwise: log-probs were
+    # then 0.01 nats from the trainer's, and are 1e-5.
+    "TRITON_F32_DEFAULT": "ieee",
+}
+"""What must be in the environment of a process in which vLLM runs."""
 
 
 @dataclass(frozen=True)

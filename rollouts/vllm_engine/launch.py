@@ -22,7 +22,7 @@ import torch
 from rollouts.contract import EngineLost
 from rollouts.vllm_engine.faults import memory_advice
 from rollouts.vllm_engine.guard import KEY_VARIABLE
-from rollouts.vllm_engine.host import BLOCK, MEMORY_SHARE
+from rollouts.vllm_engine.host import BLOCK, MEMORY_SHARE, SURROUNDINGS
 from rollouts.vllm_engine.plugin import WORKER
 
 LOG_LINES = 20
@@ -68,9 +68,8 @@ class ServerPlan:
         ]  # fmt: skip
 
 
-ENVIRONMENT = {
+ENVIRONMENT = SURROUNDINGS | {
     "VLLM_SERVER_DEV_MODE": "1",  # the endpoints that a trainer needs: weights, caches, calls to the workers
-    "VLLM_USE_V2_MODEL_RUNNER": "0",  # the second runner has another interface for logits processors
 }
 
 

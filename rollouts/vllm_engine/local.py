@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rollouts.vllm_engine.drawn import KEY, Drawn
 from rollouts.vllm_engine.faults import NOT_INSTALLED, memory_advice
-from rollouts.vllm_engine.host import BLOCK, MEMORY_SHARE, Room, Row, room_of_model
+from rollouts.vllm_engine.host import BLOCK, MEMORY_SHARE, SURROUNDINGS, Room, Row, room_of_model
 
 
 class LocalHost:
@@ -134,9 +134,8 @@ class LocalHost:
 
 def _start(**settings: Any) -> Any:
     # Read when vLLM builds its engine. In this process a sync hands tensors over as they are, and the processor's
-    # records can be fetched; the second runner has another interface for logits processors.
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+    # records can be fetched.
+    os.environ.update(SURROUNDINGS | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"})
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # it warns at length of what is chosen here
     try:
         from vllm import LLM

@@ -9,6 +9,7 @@ from rlmm.evaluation.statistics import duplicate_share
 from rlmm.seeds import derive, epoch_indices, generator
 from rlmm.train.gates import GateError, check_mismatch, check_shares, finite, measure_mismatch
 from rlmm.train.grpo_source import spread
+from rollouts import fingerprint
 from rollouts.fingerprint import weights_fingerprint
 
 
@@ -99,6 +100,22 @@ def test_rows_are_spread_evenly_and_kept_in_order(rows: int, parts: int) -> None
     cut = spread(list(range(rows)), parts)
     assert len(cut) == parts and [row for part in cut for row in part] == list(range(rows))
     assert max(map(len, cut)) - min(map(len, cut)) <= 1
+
+
+def test_a_fingerprint_is_the_same_whatever_adds_it_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums of floating-point numbers are not: two threads give others than one, and a GPU others than a CPU."""
+    weight = torch.randn(300, 2000, generator=torch.Generator().manual_seed(0)).mul(5).exp()
+    weight[0, 0], weight[1, 1] = 0.0, 1e-40
+    base, threads = weights_fingerprint([("a", weight)]), torch.get_num_threads()
+    torch.set_num_threads(2)
+    assert weights_fingerprint([("a", weight)]) == base
+    torch.set_num_threads(threads)
+    monkeypatch.setattr(fingerprint, "PART", {"cpu": 7919})
+    weight[0, 0], weight[1, 1] = -0.0, 0.0
+    assert weights_fingerprint([("a", weight)]) == base
+    halves = weights_fingerprint([("a", weight)], torch.bfloat16)
+    assert halves == weights_fingerprint([("a", weight.bfloat16())]) != base
+    assert weights_fingerprint([("a", weight[:0])]) != base
 
 
 def test_a_fingerprint_sees_a_change_of_value_place_name_or_shape() -> None:
