@@ -11,7 +11,7 @@ PIP_INSTALL := $(BIN)/pip install --disable-pip-version-check --no-deps --no-com
 CODE := rlmm rewards rollouts tests examples
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart evidence ablations check lint types format test test-long lock
+.PHONY: help install quickstart evidence ablations check lint types format test test-gpu test-long lock
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -42,6 +42,9 @@ ablations: install  ## what each setting of GRPO does, in docs/ablations: about 
 # puts the files of short tests last, where they fill what is left of each process's time.
 test: install  ## every test but the long ones, on all cores
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+
+test-gpu: install  ## the tests that need a GPU, which nothing else may use meanwhile
+	$(BIN)/python -m pytest -m gpu tests/gpu
 
 test-long: install  ## the tests that take minutes: the README's commands whole among them
 	$(BIN)/python -m pytest -m long
