@@ -22,8 +22,6 @@ from typer.testing import CliRunner
 from rlmm.cli import app
 from rlmm.config.engines import VllmServerConfig
 from rlmm.policies.causal import CausalPolicy
-from rlmm.rollout_server import serve_rollouts, server_config
-from rlmm.train.engines import build_engine
 from rlmm.train.recovery import Recovering
 from rollouts.contract import SEEN, EngineLost, Grid, Layout, Request
 from rollouts.fingerprint import weights_fingerprint
@@ -268,42 +266,6 @@ def test_weights_are_written_in_files_of_bounded_size(tmp_path: Path, monkeypatc
     assert [(name, weight.tolist()) for name, weight in read_shards(tmp_path)] == [
         (f"w{i}", [float(i)] * 10) for i in range(7)
     ]
-
-
-def test_settings_of_a_server_are_checked_before_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert server_config(["kv_megabytes=64", "max_rows=8"]).kv_megabytes == 64
-    with pytest.raises(ValueError, match="no setting; write key=value"):
-        server_config(["kv_megabytes"])
-    with pytest.raises(ValueError, match="unknown key 'kv_megabyte'"):
-        server_config(["kv_megabyte=64"])
-    monkeypatch.delenv("RLMM_ROLLOUT_TOKEN", raising=False)
-    with pytest.raises(ValueError, match="RLMM_ROLLOUT_TOKEN is not set"):
-        serve_rollouts(Path("nowhere"), "127.0.0.1", 8000, [])
-
-
-SERVERS_OWN: dict[str, Any] = {
-    "dtype": "bfloat16", "enforce_eager": False, "max_rows": 8, "max_prompt_tokens": 9, "kv_megabytes": 64,
-    "start_seconds": 5.0, "two_streams": False,
-}  # fmt: skip
-
-
-def test_urls_and_servers_of_ones_own_exclude_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="urls name servers that run already"):
-        VllmServerConfig(urls=("http://a:1",), replicas=2)
-    for name, value in SERVERS_OWN.items():
-        with pytest.raises(ValueError, match=rf"{name}: settings of a server that is started \(`rlmm rollout-server"):
-            VllmServerConfig.model_validate({"urls": ["http://a:1"], name: value})
-        VllmServerConfig.model_validate({name: value})
-    resolved = VllmServerConfig(urls=("http://a:1",), exchange="x").model_dump()
-    assert VllmServerConfig.model_validate(resolved).urls == ("http://a:1",)
-    monkeypatch.delenv("RLMM_ROLLOUT_TOKEN", raising=False)
-    with pytest.raises(ValueError, match="environment variable RLMM_ROLLOUT_TOKEN with their API key is not"):
-        build_engine(VllmServerConfig(urls=("http://127.0.0.1:9",)), cast(CausalPolicy, Weights()))
-    monkeypatch.setenv("RLMM_ROLLOUT_TOKEN", "x")
-    with pytest.raises(EngineLost, match=r"http://127.0.0.1:9 is gone \(ConnectError"):
-        build_engine(
-            VllmServerConfig(urls=("http://127.0.0.1:9",)), cast(CausalPolicy, type("P", (), {"layout": LAYOUT})())
-        )
 
 
 def test_a_server_is_stock_vllm_told_what_to_load() -> None:
