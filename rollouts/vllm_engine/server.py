@@ -3,7 +3,6 @@
 import asyncio
 import json
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import Any
 
 import httpx
@@ -36,9 +35,8 @@ class ServerHost:
         try:
             taken = asyncio.run(self._send(rows))
         except BaseException as error:
-            with suppress(EngineLost):
-                self._post("/abort_requests", {})  # no rows are left behind, whatever happened
             first = _first(error)
+            self._give_up(first)
             raise first from (None if first is error else error)
         return taken, [Drawn.from_wire(record) for record in self.call("rollouts_collect", json.dumps(list(samples)))]
 
@@ -53,6 +51,13 @@ class ServerHost:
         self.client.close()
         if self.own is not None:
             self.own.stop()
+
+    def _give_up(self, first: BaseException) -> None:
+        """No rows are left behind, whatever happened. What went wrong first is what is told first."""
+        try:
+            self._post("/abort_requests", {})
+        except RuntimeError as second:  # EngineLost among them
+            first.add_note(f"and the rows of this rollout could not be given up: {second}")
 
     async def _send(self, rows: Sequence[Row]) -> list[list[int]]:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)

@@ -390,16 +390,16 @@ def test_an_engines_weights_are_compared_in_the_dtype_it_holds_them_in() -> None
 
 
 class Answering(BaseHTTPRequestHandler):
-    """A server that answers token requests with a status of the test's choosing, and knows what it was asked."""
+    """A server that answers paths with a status of the test's choosing, and knows what it was asked."""
 
-    status = 200
+    statuses: ClassVar[dict[str, int]] = {}
     asked: ClassVar[list[str]] = []
 
     def do_POST(self) -> None:
         Answering.asked.append(self.path)
         self.rfile.read(int(self.headers["Content-Length"]))
         room = {"rows": 4, "prompt_tokens": 64, "blocks": 9, "length": 64, "streams": 1, "dtype": "float32"}
-        self.send_response(Answering.status if self.path.endswith("generate") else 200)
+        self.send_response(Answering.statuses.get(self.path, 200))
         self.end_headers()
         self.wfile.write(json.dumps({"results": [room]}).encode())
 
@@ -415,7 +415,20 @@ class Answering(BaseHTTPRequestHandler):
     ],
 )
 def test_a_refused_row_is_one_error_and_the_others_are_given_up(status: int, error: type[Exception], says: str) -> None:
-    Answering.status, Answering.asked = status, []
+    caught = refused_rollout({"/inference/v1/generate": status}, error, says)
+    assert type(caught) is error and not getattr(caught, "__notes__", [])
+    assert Answering.asked.count("/abort_requests") == 1  # a row given up may still arrive after it
+
+
+@pytest.mark.parametrize("status", [404, 503])
+def test_rows_that_cannot_be_given_up_do_not_hide_what_went_wrong_first(status: int) -> None:
+    caught = refused_rollout({"/inference/v1/generate": 400, "/abort_requests": status}, RuntimeError, "with 400")
+    (note,) = caught.__notes__
+    assert type(caught) is RuntimeError and f"/abort_requests with {status}" in note
+
+
+def refused_rollout(statuses: dict[str, int], error: type[Exception], says: str) -> Exception:
+    Answering.statuses, Answering.asked = statuses, []
     with ThreadingHTTPServer(("127.0.0.1", 0), Answering) as served:
         threading.Thread(target=served.serve_forever, daemon=True).start()
         host = ServerHost(f"http://127.0.0.1:{served.server_port}", token="x")
@@ -423,5 +436,4 @@ def test_a_refused_row_is_one_error_and_the_others_are_given_up(status: int, err
             host.run([Row((1, 2), {}, 3)] * 3, ["a", "b", "c"])
         host.close()
         served.shutdown()
-    assert type(caught.value) is error
-    assert Answering.asked.count("/abort_requests") == 1  # a row given up may still arrive after it
+    return caught.value
