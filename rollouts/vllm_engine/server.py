@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,9 @@ import httpx
 from rollouts.contract import EngineLost
 from rollouts.vllm_engine.drawn import KEY, Drawn
 from rollouts.vllm_engine.host import Room, Row
-from rollouts.vllm_engine.launch import Server, ServerPlan
+from rollouts.vllm_engine.launch import PortTaken, Server, ServerPlan
+
+log = logging.getLogger(__name__)
 
 GENERATE = "/inference/v1/generate"
 
@@ -107,13 +110,20 @@ def _first(error: BaseException) -> BaseException:
 
 
 def start_servers(plan: ServerPlan, count: int, seconds: float) -> list[ServerHost]:
-    """Servers on this machine, all starting at once. None is left behind where one of them fails."""
+    """Servers on this machine, all starting at once; one whose port was taken meanwhile is started once more. None is
+    left behind where one of them fails."""
     servers: list[Server] = []
     try:
         for _ in range(count):
             servers.append(Server(plan))
-        for server in servers:
-            server.wait(seconds)
+        for at, server in enumerate(servers):
+            try:
+                server.wait(seconds)
+            except PortTaken as error:
+                log.warning("a vLLM server is started again: %s", error)
+                server.stop()
+                servers[at] = Server(plan)
+                servers[at].wait(seconds)
         return [ServerHost(one.url, token=one.token, own=one) for one in servers]
     except BaseException:
         for server in servers:
