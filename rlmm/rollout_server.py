@@ -4,12 +4,12 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from rlmm.config.engines import VllmServerConfig
+from rlmm.config.engines import RolloutServerConfig
 from rlmm.config.settings import read_settings
 from rlmm.policies.families.loading import load_config
 from rlmm.policies.layout_io import load_layout
 from rollouts.vllm_engine.launch import ServerPlan, serve
-from rollouts.vllm_engine.plugin import served_overrides
+from rollouts.vllm_engine.plugin import TWO_STREAMS, served_overrides
 
 
 def serve_rollouts(model: Path, host: str, port: int, settings: Sequence[str]) -> None:
@@ -24,17 +24,23 @@ def serve_rollouts(model: Path, host: str, port: int, settings: Sequence[str]) -
     serve(server_plan(model, host, config), port, token)
 
 
-def server_config(settings: Sequence[str]) -> VllmServerConfig:
-    """The engine section that `key=value` settings make."""
-    return read_settings(VllmServerConfig, settings, "kv_megabytes=4096")
+def server_config(settings: Sequence[str]) -> RolloutServerConfig:
+    """What `key=value` settings make."""
+    return read_settings(RolloutServerConfig, settings, "kv_megabytes=4096")
 
 
-def server_plan(model: Path, host: str, config: VllmServerConfig) -> ServerPlan:
+def server_plan(model: Path, host: str, config: RolloutServerConfig) -> ServerPlan:
     """How to serve the policy in a folder: in the dtype it was saved in, unless the settings name another."""
     found, layout = load_config(model), load_layout(model)
     if layout.mask is not None:
         raise ValueError(
             f"{model} is a masked policy, and vLLM would decide one token after the other; use engine.kind torch"
+        )
+    overrides = served_overrides(layout, found, (found.architectures or [""])[0], together=config.two_streams)
+    if config.two_streams and overrides.get("architectures") != [TWO_STREAMS]:
+        raise ValueError(
+            f"{model} is no Llama whose layout has a null token, so no request can carry both streams of a guided "
+            "sample; leave out two_streams, and they are drawn in pairs"
         )
     return ServerPlan(
         model,
@@ -46,5 +52,5 @@ def server_plan(model: Path, host: str, config: VllmServerConfig) -> ServerPlan:
         tensor_parallel=config.tensor_parallel,
         host=host,
         enforce_eager=config.enforce_eager,
-        overrides=served_overrides(layout, found, (found.architectures or [""])[0], together=config.two_streams),
+        overrides=overrides,
     )

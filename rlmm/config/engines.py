@@ -1,6 +1,8 @@
 """What a recipe may say of the engine that makes its rollouts."""
 
-from typing import Annotated, Literal
+from ipaddress import ip_address
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
@@ -42,11 +44,16 @@ class VllmEngineConfig(VllmSizes):
     """Give the device's memory back between rollouts (vLLM's sleep mode; GPUs only)."""
 
 
-OF_SERVERS = (*VllmSizes.model_fields, "start_seconds")
-"""Settings that a server takes when it starts."""
+class VllmServed(VllmSizes):
+    """What a vLLM that runs as a server is started with, here or by hand."""
+
+    tensor_parallel: int = Field(1, ge=1)
+    """Devices of one server."""
+    token_env: str = "RLMM_ROLLOUT_TOKEN"
+    """The environment variable that holds the API key of servers that are started by hand (`urls`)."""
 
 
-class VllmServerConfig(VllmSizes):
+class VllmServerConfig(VllmServed):
     """Stock vLLM as servers: started here, each in a process of its own, or running elsewhere."""
 
     kind: Literal["vllm_server"] = "vllm_server"
@@ -55,8 +62,6 @@ class VllmServerConfig(VllmSizes):
     training processes each takes its share of them."""
     replicas: int = Field(1, ge=1)
     """Servers that each training process starts where no urls are given."""
-    tensor_parallel: int = Field(1, ge=1)
-    """Devices of one server that is started here."""
     transfer: Literal["folder", "gloo", "nccl"] = "folder"
     """How full weights reach the servers: files in `exchange`, or a process group of trainer and servers (nccl: between
     GPUs)."""
@@ -64,33 +69,74 @@ class VllmServerConfig(VllmSizes):
     """A folder that trainer and servers share. None: a temporary one, which does for servers on this machine."""
     trainer_host: str = "127.0.0.1"
     """This machine's address as the servers reach it, where a process group is made with them."""
-    token_env: str = "RLMM_ROLLOUT_TOKEN"
-    """The environment variable that holds the API key of the servers in `urls`."""
     start_seconds: float = Field(600, gt=0)
     """How long a server may take to start."""
 
     @model_validator(mode="after")
     def _one_source(self) -> "VllmServerConfig":
-        if self.urls and (self.replicas, self.tensor_parallel) != (1, 1):
+        if self.urls and (here := self._changed("replicas", "start_seconds")):
             raise ValueError(
-                "urls name servers that run already; replicas and tensor_parallel are of servers that are started here"
+                f"{here}: of servers that are started here, and urls name servers that run already; leave out one or "
+                "the other"
             )
-        # By value: a resolved recipe that was printed or kept names every key.
-        defaults = type(self).model_fields
-        fixed = [name for name in OF_SERVERS if getattr(self, name) != defaults[name].default]
-        if self.urls and fixed:
+        if self.urls and (fixed := self._changed(*VllmServed.model_fields.keys() - {"token_env"})):
             raise ValueError(
-                f"{', '.join(fixed)}: settings of a server that is started (`rlmm rollout-server MODEL key=value`), "
-                "and urls name servers that run already; leave them out"
+                f"{fixed}: settings of a server that is started (`rlmm rollout-server MODEL key=value`), and urls name "
+                "servers that run already; leave them out"
             )
-        if self.exchange is not None and self.transfer != "folder":
-            raise ValueError(f"exchange is a folder, and transfer: {self.transfer} uses none; leave one of them out")
         return self
+
+    @model_validator(mode="after")
+    def _weights_arrive(self) -> "VllmServerConfig":
+        if self.transfer == "folder":
+            return self
+        if self.exchange is not None:
+            raise ValueError(f"exchange is a folder, and transfer: {self.transfer} uses none; leave one of them out")
+        far = [url for url in self.urls if not _is_loopback(urlsplit(url).hostname or "")]
+        if far and _is_loopback(self.trainer_host):
+            raise ValueError(
+                f"transfer: {self.transfer} has the servers connect to trainer_host, and {self.trainer_host} means "
+                f"whatever machine asks; set engine.trainer_host to this machine's address as {far[0]} reaches it"
+            )
+        return self
+
+    def _changed(self, *names: str) -> str:
+        """Those of the settings that are not the default. By value: a resolved recipe that was printed or kept names
+        every key."""
+        fields = type(self).model_fields
+        return ", ".join(sorted(name for name in names if getattr(self, name) != fields[name].default))
 
     @property
     def started(self) -> int:
         """Servers on this machine's account."""
         return 0 if self.urls else self.replicas
+
+
+class RolloutServerConfig(VllmServed):
+    """`key=value` of `rlmm rollout-server`. `dtype` None: the one that the model was saved in."""
+
+    two_streams: bool = False
+    """Serve the model that carries both streams of a guided sample. It computes both for a sample without guidance,
+    too, and so doubles its cost; without it a server takes either kind, and guided samples are drawn in pairs."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_the_runs(cls, data: Any) -> Any:
+        runs = VllmServerConfig.model_fields.keys() - cls.model_fields.keys()
+        if isinstance(data, dict) and (found := sorted(runs & data.keys())):
+            raise ValueError(
+                f"{', '.join(found)}: of the training run, which says it beside the server's url (engine.{found[0]} in "
+                "the recipe); leave it out here"
+            )
+        return data
+
+
+def _is_loopback(host: str) -> bool:
+    """Whether a host's name or address means the machine that asks."""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 EngineConfig = Annotated[TorchEngineConfig | VllmEngineConfig | VllmServerConfig, Field(discriminator="kind")]

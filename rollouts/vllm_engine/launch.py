@@ -1,6 +1,7 @@
 """Starts `vllm serve` as this engine needs it, and waits until it answers."""
 
 import ctypes
+import errno
 import json
 import os
 import secrets
@@ -27,6 +28,7 @@ from rollouts.vllm_engine.plugin import WORKER
 
 LOG_LINES = 20
 """Last lines of a server's log that an error shows."""
+ADDRESS_IN_USE = os.strerror(errno.EADDRINUSE).lower()
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,10 @@ class ServerPlan:
         ]  # fmt: skip
 
 
+class PortTaken(EngineLost):
+    """The server's port was free when it was chosen and is another process's now."""
+
+
 ENVIRONMENT = SURROUNDINGS | {
     "VLLM_SERVER_DEV_MODE": "1",  # the endpoints that a trainer needs: weights, caches, calls to the workers
 }
@@ -98,14 +104,12 @@ class Server:
         return f"http://{self.plan.host}:{self.port}"
 
     def wait(self, seconds: float) -> None:
-        """Until it answers. Raises EngineLost, with the end of its log, where it dies or takes longer, and what to set
-        where its log tells of memory."""
+        """Until it answers. Raises EngineLost, with the end of its log, where it dies or takes longer: PortTaken where
+        its log tells of that, and what to set where it tells of memory."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             if self.process.poll() is not None:
-                advice = memory_advice(self.log.read_text(errors="replace"))
-                ended = f"the vLLM server ended with status {self.process.returncode}"
-                raise EngineLost(f"{ended}{f' ({advice})' if advice else ''}:\n{self.tail()}")
+                raise self._ended()
             with suppress(httpx.TransportError):
                 if httpx.get(f"{self.url}/health", timeout=5).status_code == httpx.codes.OK:
                     return
@@ -114,6 +118,12 @@ class Server:
             f"the vLLM server did not answer within {seconds:.0f} s; raise engine.start_seconds if its log looks well:"
             f"\n{self.tail()}"
         )
+
+    def _ended(self) -> EngineLost:
+        said = self.log.read_text(errors="replace")
+        advice, kind = memory_advice(said), PortTaken if ADDRESS_IN_USE in said.lower() else EngineLost
+        ended = f"the vLLM server ended with status {self.process.returncode}"
+        return kind(f"{ended}{f' ({advice})' if advice else ''}:\n{self.tail()}")
 
     def tail(self) -> str:
         """The last lines of its log."""

@@ -2,8 +2,8 @@
 
 import asyncio
 import json
+import logging
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import Any
 
 import httpx
@@ -11,7 +11,9 @@ import httpx
 from rollouts.contract import EngineLost
 from rollouts.vllm_engine.drawn import KEY, Drawn
 from rollouts.vllm_engine.host import Room, Row
-from rollouts.vllm_engine.launch import Server, ServerPlan
+from rollouts.vllm_engine.launch import PortTaken, Server, ServerPlan
+
+log = logging.getLogger(__name__)
 
 GENERATE = "/inference/v1/generate"
 
@@ -36,9 +38,8 @@ class ServerHost:
         try:
             taken = asyncio.run(self._send(rows))
         except BaseException as error:
-            with suppress(EngineLost):
-                self._post("/abort_requests", {})  # no rows are left behind, whatever happened
             first = _first(error)
+            self._give_up(first)
             raise first from (None if first is error else error)
         return taken, [Drawn.from_wire(record) for record in self.call("rollouts_collect", json.dumps(list(samples)))]
 
@@ -53,6 +54,13 @@ class ServerHost:
         self.client.close()
         if self.own is not None:
             self.own.stop()
+
+    def _give_up(self, first: BaseException) -> None:
+        """No rows are left behind, whatever happened. What went wrong first is what is told first."""
+        try:
+            self._post("/abort_requests", {})
+        except RuntimeError as second:  # EngineLost among them
+            first.add_note(f"and the rows of this rollout could not be given up: {second}")
 
     async def _send(self, rows: Sequence[Row]) -> list[list[int]]:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
@@ -102,13 +110,20 @@ def _first(error: BaseException) -> BaseException:
 
 
 def start_servers(plan: ServerPlan, count: int, seconds: float) -> list[ServerHost]:
-    """Servers on this machine, all starting at once. None is left behind where one of them fails."""
+    """Servers on this machine, all starting at once; one whose port was taken meanwhile is started once more. None is
+    left behind where one of them fails."""
     servers: list[Server] = []
     try:
         for _ in range(count):
             servers.append(Server(plan))
-        for server in servers:
-            server.wait(seconds)
+        for at, server in enumerate(servers):
+            try:
+                server.wait(seconds)
+            except PortTaken as error:
+                log.warning("a vLLM server is started again: %s", error)
+                server.stop()
+                servers[at] = Server(plan)
+                servers[at].wait(seconds)
         return [ServerHost(one.url, token=one.token, own=one) for one in servers]
     except BaseException:
         for server in servers:

@@ -10,7 +10,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from rlmm.config.engines import TorchEngineConfig, VllmServerConfig
+from rlmm.config.engines import RolloutServerConfig, TorchEngineConfig
 from rlmm.config.policy import CheckpointPolicy
 from rlmm.config.recipe import Recipe, RecipeError, read_recipe, validate_recipe
 from rlmm.config.sampling import Sampling
@@ -278,7 +278,7 @@ def test_what_a_family_cannot_do_is_refused_when_the_recipe_is_read(settings: li
 def test_left_to_right_engines_refuse_a_masked_policy(run: RunFolder) -> None:
     path = run.stage("sft") / "model"
     with pytest.raises(ValueError, match="is a masked policy"):
-        server_plan(path, "127.0.0.1", VllmServerConfig())
+        server_plan(path, "127.0.0.1", RolloutServerConfig())
     span = Span("image", Law((0, 4)), 12, unmasking=Unmasking(3))
     with pytest.raises(ValueError, match="the span has an unmasking"):
         one_image_span([span], "torch")

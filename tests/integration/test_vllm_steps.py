@@ -15,9 +15,13 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module")
-def found() -> dict[str, Any]:
-    return answer_of("vllm_steps.py", timeout=600)
+@pytest.fixture(scope="module", params=["eager", pytest.param("compiled", marks=pytest.mark.long)])
+def found(request: pytest.FixtureRequest) -> dict[str, Any]:
+    return answer_of("vllm_steps.py", f"--{request.param}", timeout=600) | {"mode": request.param}
+
+
+def test_the_model_is_compiled_where_that_is_asked_for(found: dict[str, Any]) -> None:
+    assert (found["compiled models"] > 0) == (found["mode"] == "compiled")
 
 
 @pytest.mark.parametrize("case", ["plain", "guided", "stock attention"])

@@ -1,7 +1,11 @@
-"""Several decode steps a turn of vLLM's scheduler, against one; prints one JSON object. A program of its own: vLLM
-changes the process it lives in."""
+"""Several decode steps a turn of vLLM's scheduler, against one; prints one JSON object. `--compiled`: with a compiled
+model.
+
+A program of its own: vLLM changes the process it lives in.
+"""
 
 import json
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
@@ -10,6 +14,7 @@ from typing import Any
 
 import torch
 from vllm import SamplingParams
+from vllm.compilation.counter import compilation_counter
 
 from rlmm.config.policy import NewPolicy
 from rlmm.policies.causal import CausalPolicy
@@ -25,6 +30,7 @@ from tests.integration.vllm_requests import gap, requests
 
 PAGE = 2 * 2 * BLOCK * 64 * 4
 """Bytes of keys and values of two layers, float32."""
+COMPILED = "--compiled" in sys.argv
 
 
 def make_policy(hidden: int = 64) -> CausalPolicy:
@@ -44,7 +50,7 @@ class Counted:
         given: dict[str, Any] = {"max_rows": 16, "max_prompt_tokens": 512, "kv_bytes": 200 * PAGE} | sizes
         with tempfile.TemporaryDirectory() as folder:
             policy.save(Path(folder))
-            self.host = LocalHost(Path(folder), max_length=160, dtype="float32", **given)
+            self.host = LocalHost(Path(folder), max_length=160, dtype="float32", enforce_eager=not COMPILED, **given)
         self.engine = VllmEngine(policy.layout, [self.host], self.host.load)
         self.scheduler = self.host.llm.llm_engine.engine_core.engine_core.scheduler
         self.seen: Counter[str] = Counter()
@@ -155,6 +161,7 @@ def main() -> None:
     stock = Counted(wide)
     found["stock attention"] = samples(stock, wide, 2)
     stock.host.close()
+    found["compiled models"] = compilation_counter.num_aot_compiles + compilation_counter.num_aot_artifacts_loaded
     print(json.dumps(found))
 
 

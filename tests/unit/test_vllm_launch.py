@@ -1,11 +1,17 @@
-"""What a vLLM that shares a GPU with training is told; needs neither."""
+"""What a vLLM that is started here is told, and what is done where its port is taken; needs no vLLM and no GPU."""
 
+import json
+import socket
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from rollouts.vllm_engine.launch import ServerPlan, surroundings, visible_device
+from rollouts.vllm_engine import launch
+from rollouts.vllm_engine.launch import PortTaken, ServerPlan, surroundings, visible_device
+from rollouts.vllm_engine.server import start_servers
 
 
 @pytest.mark.parametrize(("named", "seen"), [(None, "1"), ("", "1"), ("4, 6", "6"), ("GPU-a,GPU-b", "GPU-b")])
@@ -30,3 +36,54 @@ def test_vllm_does_not_ask_for_the_memory_that_training_holds() -> None:
     command = ServerPlan(Path("model"), max_length=9).command(81)
     given = dict(zip(command, command[1:], strict=False))
     assert float(given["--gpu-memory-utilization"]) < 0.05 and int(given["--kv-cache-memory-bytes"]) > 0
+
+
+ROOM = {"rows": 4, "prompt_tokens": 64, "blocks": 9, "length": 64}
+ANSWERING = f"""
+import sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+class Answers(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b'{json.dumps({"results": [ROOM]})}')
+    do_POST = do_GET
+
+HTTPServer(("127.0.0.1", int(sys.argv[1])), Answers).serve_forever()
+"""
+
+
+class Small(ServerPlan):
+    """A server that binds its port and answers, in place of vLLM."""
+
+    def command(self, port: int) -> list[str]:
+        return [sys.executable, "-c", ANSWERING, str(port)]
+
+
+@pytest.fixture
+def chosen(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """The ports that servers are given first: one, which is taken."""
+    free, ports = launch.free_port, list[int]()
+    monkeypatch.setattr(launch, "free_port", lambda: ports.pop() if ports else free())
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        ports.append(other.getsockname()[1])
+        yield ports
+
+
+def test_a_server_whose_port_was_taken_is_started_once_more(chosen: list[int]) -> None:
+    taken = chosen[0]
+    hosts = start_servers(Small(Path("model"), max_length=1), 2, 60)
+    assert len({host.url for host in hosts}) == 2 and not any(host.url.endswith(f":{taken}") for host in hosts)
+    assert not chosen and all(host.room.length == ROOM["length"] for host in hosts)
+    for host in hosts:
+        host.close()
+
+
+def test_a_second_port_that_was_taken_is_raised(chosen: list[int]) -> None:
+    chosen *= 2
+    with pytest.raises(PortTaken, match="(?s)ended with status 1:.*Address already in use"):
+        start_servers(Small(Path("model"), max_length=1), 1, 60)
+    assert not chosen

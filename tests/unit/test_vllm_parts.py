@@ -22,8 +22,6 @@ from typer.testing import CliRunner
 from rlmm.cli import app
 from rlmm.config.engines import VllmServerConfig
 from rlmm.policies.causal import CausalPolicy
-from rlmm.rollout_server import serve_rollouts, server_config
-from rlmm.train.engines import build_engine
 from rlmm.train.recovery import Recovering
 from rollouts.contract import SEEN, EngineLost, Grid, Layout, Request
 from rollouts.fingerprint import weights_fingerprint
@@ -270,42 +268,6 @@ def test_weights_are_written_in_files_of_bounded_size(tmp_path: Path, monkeypatc
     ]
 
 
-def test_settings_of_a_server_are_checked_before_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert server_config(["kv_megabytes=64", "max_rows=8"]).kv_megabytes == 64
-    with pytest.raises(ValueError, match="no setting; write key=value"):
-        server_config(["kv_megabytes"])
-    with pytest.raises(ValueError, match="unknown key 'kv_megabyte'"):
-        server_config(["kv_megabyte=64"])
-    monkeypatch.delenv("RLMM_ROLLOUT_TOKEN", raising=False)
-    with pytest.raises(ValueError, match="RLMM_ROLLOUT_TOKEN is not set"):
-        serve_rollouts(Path("nowhere"), "127.0.0.1", 8000, [])
-
-
-SERVERS_OWN: dict[str, Any] = {
-    "dtype": "bfloat16", "enforce_eager": False, "max_rows": 8, "max_prompt_tokens": 9, "kv_megabytes": 64,
-    "start_seconds": 5.0, "two_streams": False,
-}  # fmt: skip
-
-
-def test_urls_and_servers_of_ones_own_exclude_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="urls name servers that run already"):
-        VllmServerConfig(urls=("http://a:1",), replicas=2)
-    for name, value in SERVERS_OWN.items():
-        with pytest.raises(ValueError, match=rf"{name}: settings of a server that is started \(`rlmm rollout-server"):
-            VllmServerConfig.model_validate({"urls": ["http://a:1"], name: value})
-        VllmServerConfig.model_validate({name: value})
-    resolved = VllmServerConfig(urls=("http://a:1",), exchange="x").model_dump()
-    assert VllmServerConfig.model_validate(resolved).urls == ("http://a:1",)
-    monkeypatch.delenv("RLMM_ROLLOUT_TOKEN", raising=False)
-    with pytest.raises(ValueError, match="environment variable RLMM_ROLLOUT_TOKEN with their API key is not"):
-        build_engine(VllmServerConfig(urls=("http://127.0.0.1:9",)), cast(CausalPolicy, Weights()))
-    monkeypatch.setenv("RLMM_ROLLOUT_TOKEN", "x")
-    with pytest.raises(EngineLost, match=r"http://127.0.0.1:9 is gone \(ConnectError"):
-        build_engine(
-            VllmServerConfig(urls=("http://127.0.0.1:9",)), cast(CausalPolicy, type("P", (), {"layout": LAYOUT})())
-        )
-
-
 def test_a_server_is_stock_vllm_told_what_to_load() -> None:
     command = ServerPlan(Path("model"), max_length=9000, max_prompt_tokens=100, tensor_parallel=2).command(81)
     given = dict(zip(command, command[1:], strict=False))
@@ -428,16 +390,16 @@ def test_an_engines_weights_are_compared_in_the_dtype_it_holds_them_in() -> None
 
 
 class Answering(BaseHTTPRequestHandler):
-    """A server that answers token requests with a status of the test's choosing, and knows what it was asked."""
+    """A server that answers paths with a status of the test's choosing, and knows what it was asked."""
 
-    status = 200
+    statuses: ClassVar[dict[str, int]] = {}
     asked: ClassVar[list[str]] = []
 
     def do_POST(self) -> None:
         Answering.asked.append(self.path)
         self.rfile.read(int(self.headers["Content-Length"]))
         room = {"rows": 4, "prompt_tokens": 64, "blocks": 9, "length": 64, "streams": 1, "dtype": "float32"}
-        self.send_response(Answering.status if self.path.endswith("generate") else 200)
+        self.send_response(Answering.statuses.get(self.path, 200))
         self.end_headers()
         self.wfile.write(json.dumps({"results": [room]}).encode())
 
@@ -453,7 +415,20 @@ class Answering(BaseHTTPRequestHandler):
     ],
 )
 def test_a_refused_row_is_one_error_and_the_others_are_given_up(status: int, error: type[Exception], says: str) -> None:
-    Answering.status, Answering.asked = status, []
+    caught = refused_rollout({"/inference/v1/generate": status}, error, says)
+    assert type(caught) is error and not getattr(caught, "__notes__", [])
+    assert Answering.asked.count("/abort_requests") == 1  # a row given up may still arrive after it
+
+
+@pytest.mark.parametrize("status", [404, 503])
+def test_rows_that_cannot_be_given_up_do_not_hide_what_went_wrong_first(status: int) -> None:
+    caught = refused_rollout({"/inference/v1/generate": 400, "/abort_requests": status}, RuntimeError, "with 400")
+    (note,) = caught.__notes__
+    assert type(caught) is RuntimeError and f"/abort_requests with {status}" in note
+
+
+def refused_rollout(statuses: dict[str, int], error: type[Exception], says: str) -> Exception:
+    Answering.statuses, Answering.asked = statuses, []
     with ThreadingHTTPServer(("127.0.0.1", 0), Answering) as served:
         threading.Thread(target=served.serve_forever, daemon=True).start()
         host = ServerHost(f"http://127.0.0.1:{served.server_port}", token="x")
@@ -461,5 +436,4 @@ def test_a_refused_row_is_one_error_and_the_others_are_given_up(status: int, err
             host.run([Row((1, 2), {}, 3)] * 3, ["a", "b", "c"])
         host.close()
         served.shutdown()
-    assert type(caught.value) is error
-    assert Answering.asked.count("/abort_requests") == 1  # a row given up may still arrive after it
+    return caught.value
