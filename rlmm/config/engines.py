@@ -88,11 +88,16 @@ class VllmServerConfig(VllmServed):
 
     @model_validator(mode="after")
     def _weights_arrive(self) -> "VllmServerConfig":
+        far = [url for url in self.urls if not _is_loopback(urlsplit(url).hostname or "")]
         if self.transfer == "folder":
+            if far and self.exchange is None:
+                raise ValueError(
+                    f"{far[0]} would be sent weights in a temporary folder of this machine; set engine.exchange to a "
+                    "folder that both reach, or engine.transfer to nccl or gloo"
+                )
             return self
         if self.exchange is not None:
             raise ValueError(f"exchange is a folder, and transfer: {self.transfer} uses none; leave one of them out")
-        far = [url for url in self.urls if not _is_loopback(urlsplit(url).hostname or "")]
         if far and _is_loopback(self.trainer_host):
             raise ValueError(
                 f"transfer: {self.transfer} has the servers connect to trainer_host, and {self.trainer_host} means "

@@ -106,7 +106,14 @@ def test_servers_elsewhere_cannot_reach_a_trainer_that_names_itself_by_a_loopbac
     VllmServerConfig(urls=(near[0], far), transfer=transfer, trainer_host="10.0.0.1")
     VllmServerConfig(urls=near, transfer=transfer)
     VllmServerConfig(transfer=transfer)
+
+
+@pytest.mark.parametrize("far", ["http://a:1", "http://10.0.0.5:8001", "https://[fd00::5]:8001"])
+def test_servers_elsewhere_do_not_find_a_temporary_folder_of_this_machine(far: str) -> None:
+    with pytest.raises(ValueError, match="set engine.exchange to a folder that both reach"):
+        VllmServerConfig(urls=(far,))
     VllmServerConfig(urls=(far,), exchange="/shared")
+    VllmServerConfig(urls=("http://localhost:2",))
 
 
 def test_servers_of_a_run_need_its_key_and_must_answer(monkeypatch: pytest.MonkeyPatch) -> None:
