@@ -1,6 +1,7 @@
 """How the processes of a run are started: `rlmm run --nproc` by torchrun; what another launcher may and may not say."""
 
 import os
+import socket
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -52,8 +53,7 @@ def launch(nproc: int, config: Path, overrides: Sequence[str]) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main  # slow to import, and no other command needs it
 
-    # Standalone: a free port of this machine, so that two runs do not meet.
-    own = ["--standalone", f"--nproc-per-node={nproc}", f"--shutdown-timeout={SHUTDOWN_SECONDS}"]
+    own = [*on_this_machine(nproc), f"--shutdown-timeout={SHUTDOWN_SECONDS}"]
     own += ["--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", "-m", "rlmm.cli", "run", str(config)]
     sys.stdout.flush()
     try:
@@ -65,14 +65,29 @@ def launch(nproc: int, config: Path, overrides: Sequence[str]) -> None:
         raise SystemExit(_after_signal(error.sigval, config, overrides)) from error
 
 
+def on_this_machine(nproc: int) -> list[str]:
+    """What torchrun is told to start processes here. Not --standalone: with it torchrun reads pickles from its store,
+    whose port other machines may reach. A free port, so that two runs do not meet."""
+    return [f"--nproc-per-node={nproc}", "--master-addr=127.0.0.1", f"--master-port={free_port()}"]
+
+
+def free_port() -> int:
+    """One of this machine that nothing listens at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def _after_signal(number: int, config: Path, overrides: Sequence[str]) -> int:
     """The exit code once torchrun has passed a signal on and its processes have ended: whether they stopped by
-    themselves is in the run's folder."""
+    themselves, or were through with all stages, is in the run's folder."""
     from rlmm.config.recipe import read_recipe
     from rlmm.run_folder import RunFolder
     from rlmm.train.signals import EXIT_STOPPED
 
     recipe = read_recipe(config, list(overrides))
     run = RunFolder(recipe.folder, tuple(recipe.stages))
+    if all(run.done(name) for name in recipe.stages):
+        return 0
     stopped = any(run.status(name).get("status") == "stopped" for name in recipe.stages)
     return EXIT_STOPPED if stopped else 128 + number

@@ -17,7 +17,7 @@ from rlmm.config.stages import DpoStage, GrpoStage, PolicyStage, SftStage
 from rlmm.dry_run import NO_DRY_RUN, Held, Update, dry_run
 from rlmm.dry_sampling import Drawing, packed_shape, sampled
 from rlmm.policies.families import llama
-from rlmm.policies.families.loading import not_here, outline
+from rlmm.policies.families.loading import find_family, not_here, outline
 from rlmm.policies.transformer import TransformerPolicy
 from rlmm.readings import gate_reading, supervised_share, update_reading, widest_step
 from rlmm.sharing import Sharing, gathered, read_sharing, shared
@@ -225,23 +225,27 @@ def _gradients(stage: PolicyStage) -> int:
 
 
 def _engine_copy(stage: GrpoStage, make: Make, total: int) -> int:
-    """The torch engine has a copy where it packs the weights: under bfloat16 the float32 ones stand beside the rounded
-    ones, for its fingerprint."""
-    if isinstance(stage.engine, VllmServerConfig):
-        return stage.engine.started * total * FLOAT_BYTES
-    if not isinstance(stage.engine, TorchEngineConfig):
-        return total * FLOAT_BYTES
+    """vLLM has one in what it computes in. The torch engine has one where it packs the weights: under bfloat16 the
+    float32 ones stand beside the rounded ones, for its fingerprint."""
+    if isinstance(stage.engine, VllmSizes):
+        servers = stage.engine.started if isinstance(stage.engine, VllmServerConfig) else 1
+        half = (stage.engine.dtype or stage.precision) == "bfloat16"
+        return servers * total * (FLOAT_BYTES // 2 if half else FLOAT_BYTES)
     with torch.device("meta"):
         packed = packed_shape(make()) is not None
     return packed * total * FLOAT_BYTES * (3 if stage.precision == "bfloat16" else 2) // 2
 
 
 def _whole(stage: GrpoStage, make: Make, held: Held, sharing: Sharing) -> int:
-    """The weights, where they are in parts and the torch engine has no copy of them to draw from."""
-    if sharing.zero != 3 or not isinstance(stage.engine, TorchEngineConfig):
+    """The weights, where they are in parts and the torch engine has no copy of them to draw from, or the image is drawn
+    from the policy's hidden states."""
+    if sharing.zero != 3:
         return 0
     with torch.device("meta"):
-        return 0 if packed_shape(make()) is not None else held.weights
+        policy = make()
+    draws = isinstance(stage.engine, TorchEngineConfig) and packed_shape(policy) is None
+    decodes = _draws(stage) and find_family(policy.layout.family).reads_hidden
+    return held.weights if draws or decodes else 0
 
 
 def _sampling(stage: GrpoStage, make: Make, length: int, processes: int) -> int:

@@ -109,7 +109,7 @@ def _run_stages(folder: RunFolder, recipe: Recipe, done: Sequence[str], say: Cal
         settle(name, patient=True)
         _run_stage(StageContext(recipe, folder, name, stage, say))
     if not (folder.path / "report.html").is_file():
-        in_first(lambda: write_report(folder.path))
+        in_first(lambda: str(write_report(folder.path)))
 
 
 def _run_stage(context: StageContext) -> None:

@@ -142,9 +142,10 @@ def share_served(every: Iterable[Rewards]) -> None:
     machines = gather(_machine())
     starts = machines.index(machines[rank]) == rank
     mine = everywhere(lambda: {key: _started(key, term).address for key, term in terms.items()} if starts else {})
-    for machine, found in zip(machines, gather(mine), strict=True):
+    told = gather({key: list(address) for key, address in mine.items()})
+    for machine, found in zip(machines, told, strict=True):
         if machine == machines[rank]:
-            _SHARED.update(found)
+            _SHARED.update({key: Address(*address) for key, address in found.items()})
 
 
 def served_reward(term: RewardTerm) -> Reward:

@@ -11,6 +11,7 @@ from rlmm.config.stages import PolicyStage
 from rlmm.policies.families import llama
 from rlmm.policies.families.loading import empty_model, load_config
 from rlmm.run_folder import RunFolder
+from rlmm.train.launch import keeps_parts
 
 FLOAT_BYTES = 4
 
@@ -54,18 +55,27 @@ def outline(recipe: Recipe) -> nn.Module:
 
 
 def written(recipe: Recipe, model: nn.Module, stage: PolicyStage) -> Written:
-    """A checkpoint holds two moments of what is trained, in float32, and the adapter or the whole model."""
+    """A checkpoint holds what is trained (the adapter or the whole model), two moments of it in float32, and under
+    DeepSpeed what its optimizer steps on, in float32 too, with ZeRO 1 and 2 beside the model's own state."""
+    copies = 3 + _of_deepspeed(stage.deepspeed)
     half = isinstance(recipe.policy, CheckpointPolicy) and recipe.policy.dtype == "bfloat16"
     whole = sum(one.numel() for one in model.parameters()) * (FLOAT_BYTES // 2 if half else FLOAT_BYTES)
     if stage.lora is None:
         # Of the head, GRPO may train a part alone; it is not large beside the rest.
-        return Written(whole, whole + 2 * whole)
+        return Written(whole, copies * whole)
     sides = [
         module.in_features + module.out_features
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and name.rsplit(".", 1)[-1] in stage.lora.target_modules
     ]
-    return Written(whole, 3 * stage.lora.rank * sum(sides) * FLOAT_BYTES)
+    return Written(whole, copies * stage.lora.rank * sum(sides) * FLOAT_BYTES)
+
+
+def _of_deepspeed(path: str | None) -> int:
+    """How often what is trained is written once more; under ZeRO-3 the model's state has no weights."""
+    if path is None:
+        return 0
+    return 1 if keeps_parts(path) else 2
 
 
 def _there(run: RunFolder, name: str) -> int:

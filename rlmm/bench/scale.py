@@ -25,6 +25,7 @@ from rlmm.bench.scale_plot import NAMES, write_plot
 from rlmm.bench.scale_problem import Point, Precision, Rollouts
 from rlmm.config.base import nearest
 from rlmm.config.policy import CheckpointPolicy
+from rlmm.launcher import on_this_machine
 from rlmm.memory import readable
 from rlmm.policies.families.loading import not_here
 
@@ -123,7 +124,7 @@ def bench_scale(plan: ScalePlan, json_file: Path | None, plot_file: Path | None)
 def run_point(point: Point, plan: ScalePlan) -> dict[str, Any]:
     """What the point's first process found. Raises RuntimeError with its last words where it fails."""
     order = {"point": asdict(point), "steps": plan.steps, "threads": plan.threads}
-    launched = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={point.processes}"]
+    launched = ["-m", "torch.distributed.run", *on_this_machine(point.processes)]
     with tempfile.TemporaryDirectory() as folder:
         asked, answer = Path(folder) / "order.json", Path(folder) / "result.json"
         asked.write_text(json.dumps(order))

@@ -9,7 +9,7 @@ weights that draw it are gone by then.
 
 from collections.abc import Callable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +147,7 @@ class Ahead:
         return measure_mismatch(torch.cat(parts), made.sampler_logp, made.target_mask)
 
     def _gated(self, drawn: Drawn) -> dict[str, float]:
-        parts = gather(drawn.mismatch)
+        parts = [Mismatch(**part) for part in gather(asdict(drawn.mismatch))]
         found = Mismatch(
             sum(one.total for one in parts), sum(one.count for one in parts), max(one.largest for one in parts)
         )

@@ -12,7 +12,7 @@ from rewards.compose import CompositeReward, Credit, CreditSpan, Scored
 from rlmm.config.stages import GrpoStage
 from rlmm.objectives.advantages import AdvantageResult, group_advantages
 from rlmm.objectives.credit import Steps, earned, normalised_steps
-from rlmm.train.processes import gather, world
+from rlmm.train.processes import gather, gather_arrays, world
 from rollouts.trajectory import IMAGE, TEXT, Trajectory
 
 
@@ -79,10 +79,10 @@ class Whole:
 
     def result(self, reward_B: np.ndarray, valid_B: np.ndarray) -> AdvantageResult:
         """Of this process's columns and the others'."""
-        parts, settings = gather((reward_B, valid_B)), self.settings
+        settings = self.settings
         return group_advantages(
-            np.concatenate([part[0] for part in parts]),
-            np.concatenate([part[1] for part in parts]),
+            np.concatenate(gather_arrays(reward_B)),
+            np.concatenate(gather_arrays(valid_B)),
             self.groups,
             baseline=settings.baseline,
             scale=settings.scale,
@@ -93,10 +93,10 @@ class Whole:
 
     def steps(self, steps_B: Sequence[Steps], valid_B: np.ndarray) -> tuple[list[Steps], np.ndarray]:
         """Normalised over every process's rows."""
-        parts, settings = gather((list(steps_B), valid_B)), self.settings
+        settings, parts = self.settings, gather([[list(step) for step in row] for row in steps_B])
         return normalised_steps(
-            [row for part in parts for row in part[0]],
-            np.concatenate([part[1] for part in parts]),
+            [[(end, value) for end, value in row] for part in parts for row in part],
+            np.concatenate(gather_arrays(valid_B)),
             self.groups,
             scaled=settings.scale == "group_std",
             std_floor=settings.std_floor,

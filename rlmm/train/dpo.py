@@ -33,11 +33,11 @@ class BiasGate:
 
     def __init__(self, ceiling: float, micro_batches: int) -> None:
         self.ceiling, self.micro_batches = ceiling, micro_batches
-        self._seen: list[tuple[float, int]] = []
+        self._seen: list[list[float]] = []
 
     def check(self, bound_P: Tensor) -> None:
         """Takes a micro-batch's bounds. Raises GateError with the step's last one, before any update."""
-        self._seen.append((float(bound_P.sum()), len(bound_P)))
+        self._seen.append([float(bound_P.sum()), len(bound_P)])
         if len(self._seen) < self.micro_batches:
             return
         every = [one for seen in gather(self._seen) for one in seen]

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from rewards.base import Sample
+from rewards.base import Sample, Score
 from rewards.compose import Scored
 from rlmm.config.stages import GrpoStage
 from rlmm.data import Dataset, Example
@@ -28,7 +28,7 @@ from rlmm.policies.spelling import Spelling
 from rlmm.seeds import derive, epoch_indices
 from rlmm.train.faults import storing
 from rlmm.train.heart import phase
-from rlmm.train.processes import gather, share, world
+from rlmm.train.processes import gather, gather_arrays, share, world
 from rlmm.train.tokens import ImageTokens, image_hash
 from rollouts.contract import Engine, Request
 from rollouts.interleaved import generate_spans
@@ -134,16 +134,14 @@ def rollout_figures(
     scored: Sequence[Scored], reward_B: np.ndarray, valid_B: np.ndarray, result: AdvantageResult, made: Trajectory
 ) -> dict[str, float]:
     """What the step's log says of a rollout, over all processes."""
-    parts = gather((reward_B, valid_B, list(scored), made.ids.numpy(), made.target_mask.numpy(), list(made.group_id)))
-    reward, valid = (np.concatenate([part[i] for part in parts]) for i in (0, 1))
-    everyone = [s for part in parts for s in part[2]]
-    ids, mask = (np.concatenate([part[i] for part in parts]) for i in (3, 4))
-    groups = [group for part in parts for group in part[5]]
+    mine = (reward_B, valid_B, made.ids.numpy(), made.target_mask.numpy())
+    reward, valid, ids, mask = (np.concatenate(gather_arrays(column)) for column in mine)
+    groups = [group for part in gather(list(made.group_id)) for group in part]
     figures = {
         "group/flat_share": result.flat_share,
         "group/small_share": result.small_groups / max(1, result.small_groups + result.groups),
         "sample/unavailable_share": 1.0 - float(valid.mean()),
-        "sample/invalid_share": float(np.mean([s.total.status == "invalid_output" for s in everyone])),
+        "sample/invalid_share": float(np.mean([one.status == "invalid_output" for one in everyones_totals(scored)])),
         "sample/duplicate_share": duplicate_share(ids, mask, groups),
         "diversity": diversity(ids, mask, groups),
         "advantage/clipped": float(result.clipped),
@@ -152,7 +150,7 @@ def rollout_figures(
     figures |= _text_figures(made)
     if valid.any():
         figures |= {"reward/mean": float(reward[valid].mean()), "reward/std": float(reward[valid].std())}
-    return figures | term_means(everyone, "reward")
+    return figures | term_means(scored, "reward")
 
 
 def _text_figures(made: Trajectory) -> dict[str, float]:
@@ -162,20 +160,28 @@ def _text_figures(made: Trajectory) -> dict[str, float]:
         return {}
     text_BS = made.target_mask & (made.span == 0)
     ended_B = (text_BS & torch.isin(made.ids, torch.tensor(span.stop, dtype=torch.long))).any(1)
-    parts = gather((text_BS.sum(1).numpy(), ended_B.numpy()))
-    lengths, ended = (np.concatenate([part[i] for part in parts]) for i in (0, 1))
+    lengths, ended = (np.concatenate(gather_arrays(one.numpy())) for one in (text_BS.sum(1), ended_B))
     return {"text/tokens": float(lengths.mean()), "text/cut_share": float(1 - ended.mean())}
 
 
+def everyones_totals(scored: Sequence[Scored]) -> list[Score]:
+    """Of every process's samples the totals without their values: what became of each, and why."""
+    parts = gather([[one.total.status, one.total.reason] for one in scored])
+    return [Score(status, reason=reason) for part in parts for status, reason in part]
+
+
 def term_means(scored: Sequence[Scored], prefix: str) -> dict[str, float]:
-    """Mean raw value and mean of each part of every term, over the samples that have one."""
-    values: dict[str, list[float]] = {}
+    """Mean raw value and mean of each part of every term, over every process's samples that have one."""
+    mine: dict[str, list[float]] = {}
     for one in scored:
         for name, score in one.terms.items():
             if score.value is not None:
-                values.setdefault(f"{prefix}/{name}/mean", []).append(score.value)
-                for part, value in score.parts.items():
-                    values.setdefault(f"{prefix}/{name}/{part}", []).append(value)
+                for part, value in [("mean", score.value), *score.parts.items()]:
+                    mine.setdefault(f"{prefix}/{name}/{part}", []).append(float(value))
+    values: dict[str, list[float]] = {}
+    for part in gather(mine):
+        for name, column in part.items():
+            values.setdefault(name, []).extend(column)
     return {name: float(np.mean(column)) for name, column in values.items()}
 
 

@@ -43,7 +43,8 @@ def storing(what: str, path: Path) -> Iterator[None]:
         why = reason(error)
         if why is None:
             raise
-        at = getattr(error, "filename", None) or path
+        # Of a copy the second is what could not be written.
+        at = getattr(error, "filename2", None) or getattr(error, "filename", None) or path
         raise StorageError(
             f"{what}: {at} could not be written or read: {why} ({_told(error)}; {free_space(path)}). What was whole "
             "before is still there: mend the disk and start the same command again"

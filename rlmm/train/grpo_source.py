@@ -159,8 +159,7 @@ class GrpoSource:
             experience = self._with_log_probs(Experience(found.made, *mine))
         path = phases.rollout_path(self.context.folder, rollout)
         phases.store(path, rollout, experience, found.samples, found.scored)
-        everyone = [one.total for part in gather(found.scored) for one in part]
-        self.roller.reward.failures.check(everyone)
+        self.roller.reward.failures.check(phases.everyones_totals(found.scored))
         figures = figures | phases.rollout_figures(found.scored, reward_B, valid_B, result, found.made)
         figures |= replaced_figure(found, config) | self._held_out_figures(rollout, found, timed)
         judges = [*self.roller.reward.terms, *self.held_out.terms]
@@ -175,8 +174,8 @@ class GrpoSource:
         if not every or rollout % every:
             return {}
         with timed("held_out"):
-            judged = [s for part in gather(self.held_out.score(found.samples)) for s in part]
-            self.held_out.failures.check([one.total for one in judged])
+            judged = self.held_out.score(found.samples)
+            self.held_out.failures.check(phases.everyones_totals(judged))
         return phases.term_means(judged, "held_out")
 
     def _with_log_probs(self, experience: Experience) -> Experience:
@@ -232,7 +231,8 @@ class GrpoSource:
         kept = [row for row in rows if experience.kept_B[row]]
         stand_in = [row for row in rows if not experience.kept_B[row]][:1]
         chosen = experience.trajectory.rows(rows)
-        totals = sum(gather(count_totals(chosen.target_mask, experience.kept_B[rows])), Totals(0, 0))
+        mine = count_totals(chosen.target_mask, experience.kept_B[rows])
+        totals = sum((Totals(*part) for part in gather([mine.sequences, mine.tokens])), Totals(0, 0))
         self.nothing_counts = totals.sequences == 0
         parts = self._parts(kept)
         batches = [self._batch(experience, part or stand_in, totals) for part in parts]

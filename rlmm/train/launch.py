@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import socket
 import sys
 import threading
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from rlmm.config.recipe import Recipe
+from rlmm.launcher import free_port
 from rlmm.train.processes import EXIT_HUNG, Stopped
 
 FORMING_SECONDS = 1800.0
@@ -143,7 +143,7 @@ def _prepare_deepspeed() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if "WORLD_SIZE" not in os.environ:
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
-        os.environ.update(alone | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())})
+        os.environ.update(alone | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())})
     try:
         import deepspeed as library
     except ImportError as error:
@@ -153,9 +153,3 @@ def _prepare_deepspeed() -> None:
         ) from error
     # Shared-memory collectives for CPUs: compiled at first use, which takes a minute and needs a compiler.
     library.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

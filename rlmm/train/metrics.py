@@ -58,7 +58,7 @@ def _reduce(
     sums: dict[str, float], counts: dict[str, float], totals: dict[str, float]
 ) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
     meter = Meter()
-    for part_sums, part_counts, part_totals in gather((sums, counts, totals)):
+    for part_sums, part_counts, part_totals in gather([sums, counts, totals]):
         for name, total in part_sums.items():
             meter.add(name, total, part_counts[name])
         for name, total in part_totals.items():

@@ -1,8 +1,14 @@
-"""What a stage needs of data parallelism: who am I, and the same facts known everywhere."""
+"""What a stage needs of data parallelism: who am I, and the same facts known everywhere.
 
+What travels between processes is tensors, JSON, and arrays in NumPy's format: nothing is unpickled.
+"""
+
+import io
+import json
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -53,14 +59,54 @@ def wait() -> None:
 
 
 def gather(value: Any) -> list[Any]:
-    """Every process's value, in rank order."""
+    """Every process's value, in rank order: None, bool, int, float, str, and lists and dicts (by str) of such. Floats
+    come as they went, NaN and infinities too. Raises TypeError for anything else, a tuple too: it would come as a list.
+    """
+    return [json.loads(sent) for sent in _gather_bytes(_encoded(value))]
+
+
+def gather_arrays(array: np.ndarray) -> list[np.ndarray]:
+    """Every process's array of numbers or bools, in rank order. Raises ValueError for an array of objects."""
+    file = io.BytesIO()
+    np.save(file, array, allow_pickle=False)
+    return [np.load(io.BytesIO(sent), allow_pickle=False) for sent in _gather_bytes(file.getvalue())]
+
+
+def _gather_bytes(sent: bytes) -> list[bytes]:
+    """Every process's, in rank order: their lengths first, then all of them as long as the longest."""
     _, size = world()
     if size == 1:
-        return [value]
-    values: list[Any] = [None] * size
+        return [sent]
     with phase("gather", waits=True):
-        dist.all_gather_object(values, value)
-    return values
+        length = torch.tensor([len(sent)], device=device())
+        lengths = [torch.empty_like(length) for _ in range(size)]
+        dist.all_gather(lengths, length)
+        longest = max(int(one) for one in lengths)
+        mine = torch.frombuffer(bytearray(sent.ljust(longest, b"\0")), dtype=torch.uint8).to(device())
+        found = [torch.empty_like(mine) for _ in range(size)]
+        dist.all_gather(found, mine)
+        return [one[: int(length)].cpu().numpy().tobytes() for one, length in zip(found, lengths, strict=True)]
+
+
+def _encoded(value: Any) -> bytes:
+    _check_plain(value, "the value")
+    return json.dumps(value).encode()
+
+
+def _check_plain(value: Any, place: str) -> None:
+    """Raises TypeError, with the place, for what JSON would not give back as it was."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return
+    if isinstance(value, list):
+        for at, one in enumerate(value):
+            _check_plain(one, f"{place}[{at}]")
+        return
+    if not isinstance(value, dict):
+        raise TypeError(f"{place} is a {type(value).__name__}, and processes tell each other what JSON has")
+    for key, one in value.items():
+        if not isinstance(key, str):
+            raise TypeError(f"{place} has a key of type {type(key).__name__}, and JSON has strings")
+        _check_plain(one, f"{place}[{key!r}]")
 
 
 def average(values: Tensor) -> Tensor:
@@ -90,17 +136,19 @@ def everywhere(work: Callable[[], T]) -> T:
 
 
 def in_first(work: Callable[[], T]) -> T:
-    """What `work` gives in the first process, in all of them. What it raises there ends the others too."""
+    """What `work` gives in the first process, in all of them: a value that `gather` takes. What it raises there ends
+    the others too, and so does a value of another kind (TypeError)."""
     return _done_by_all(work if world()[0] == 0 else lambda: None, of_first=True)
 
 
 def _done_by_all(work: Callable[[], Any], *, of_first: bool) -> Any:
     try:
         result = work()
+        _encoded(result if of_first else None)  # here its TypeError ends the others
     except BaseException as error:
-        gather(("" if isinstance(error, Stopped) else f"{type(error).__name__}: {error}", str(error)))
+        gather(["" if isinstance(error, Stopped) else f"{type(error).__name__}: {error}", str(error)])
         raise
-    outcomes = gather((None, result if of_first else None))
+    outcomes = gather([None, result if of_first else None])
     failed = [f"process {rank} failed: {fault}" for rank, (fault, _) in enumerate(outcomes) if fault]
     if failed:
         raise OtherProcessError("; ".join(failed))

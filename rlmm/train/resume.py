@@ -21,7 +21,8 @@ def resume_point(folder: Path, say: Callable[[str], None], fault: Fault = no_fau
     """
     before: int | None = None
     while True:
-        chosen = in_first(lambda at=before: latest_checkpoint(folder, say, at))
+        name = in_first(lambda at=before: _name(latest_checkpoint(folder, say, at)))
+        chosen = None if name is None else folder / name
         if chosen is None:
             break
         problems = [told for told in gather(fault(step_of(chosen))) if told is not None]
@@ -32,6 +33,10 @@ def resume_point(folder: Path, say: Callable[[str], None], fault: Fault = no_fau
     step = 0 if chosen is None else step_of(chosen)
     in_first(lambda: _drop_after(folder, step))
     return chosen
+
+
+def _name(path: Path | None) -> str | None:
+    return None if path is None else path.name
 
 
 def _drop_after(folder: Path, step: int) -> None:

@@ -10,7 +10,7 @@ from transformers import GenerationConfig, JanusForConditionalGeneration
 from rlmm.codecs import codec_hash, load_codec, save_codec
 from rlmm.config.policy import Lora
 from rlmm.config.sampling import Sampling, Written
-from rlmm.policies.families.loading import checkpoint_codec, layout_of, load_policy
+from rlmm.policies.families.loading import FAMILIES, checkpoint_codec, layout_of, load_policy
 from rlmm.policies.layout_io import Supervised, read_codes, supervised_batch
 from rlmm.policies.responses import response_of, texts_of
 from rlmm.policies.still import Still
@@ -196,3 +196,10 @@ def test_it_draws_what_transformers_own_guided_sampling_draws(name: str) -> None
     law = Law(layout.image, guidance_scale=3.0, temperature=1e-4)
     ours = TorchEngine(policy, num_layers=2).generate([bare], [Span("image", law, layout.grid.length)])
     assert ours.ids.tolist() == theirs[:, start:].tolist()
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_a_family_says_whether_its_images_are_drawn_from_hidden_states(name: str) -> None:
+    if name.startswith("glm_image") and not DIFFUSERS:
+        pytest.skip("diffusers, which has the decoder, is not installed")
+    assert FAMILIES[name].reads_hidden == checkpoint_codec(tiny(name)).reads_hidden

@@ -143,6 +143,21 @@ def test_what_a_run_made_draws(run: tuple[str, RunFolder]) -> None:
     assert len({sheet.getpixel((x, y)) for x in range(4, 4 + width) for y in range(4, 4 + height)}) > 20
 
 
+def test_images_of_hidden_states_take_the_whole_policy_while_a_server_draws(tmp_path: Path) -> None:
+    """Under ZeRO-3, where the engine has a copy of the weights: `Roller` holds the policy whole to decode."""
+    stages = {"grpo": GRPO | {"engine": {"kind": "vllm_server", "kv_megabytes": 64}, "sampling": {}}}
+    parts = {"deepspeed": "configs/deepspeed/zero3.json", "micro_batch_size": 1}
+
+    def sampling(name: str) -> tuple[int, int]:
+        """Of two processes, and the weights."""
+        (plan,) = memory_plans(recipe(name, tmp_path / name, {"grpo": stages["grpo"] | parts}), 2)
+        (alone,) = memory_plans(recipe(name, tmp_path / name, stages), 2)
+        return plan.sampling + plan.gradients + min(alone.weights, plan.exchange) - (64 << 20), alone.weights
+
+    assert sampling("blip3o_next")[0] == pytest.approx(sampling("blip3o_next")[1], rel=0.1)
+    assert sampling("simplear")[0] < 0.1 * sampling("simplear")[1]
+
+
 def test_an_adapter_from_a_folder_brings_it_along_and_frozen_weights_take_half_the_memory(tmp_path: Path) -> None:
     stages = {"grpo": GRPO | {"precision": "bfloat16"}, "export": {"kind": "export", "start_from": "grpo"}}
     made = recipe("janus", tmp_path / "run", stages, dtype="bfloat16")

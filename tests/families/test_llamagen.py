@@ -3,6 +3,7 @@
 import argparse
 import shutil
 import string
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,22 @@ from transformers import AutoTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 from rlmm.config.policy import CheckpointPolicy
 from rlmm.config.sampling import Sampling, Written
 from rlmm.config.stages import SftStage
+from rlmm.dry_run import Live
+from rlmm.dry_sampling import Drawing, sampled
 from rlmm.policies.families.base import Checkpoint
 from rlmm.policies.families.llamagen_convert import HEADS, convert
-from rlmm.policies.families.loading import checkpoint_codec, layout_of, load_policy, load_spelling
+from rlmm.policies.families.loading import checkpoint_codec, layout_of, load_policy, load_spelling, outline
 from rlmm.policies.layout_io import Supervised
 from rlmm.policies.models.llamagen import GridRotary, LlamaGenConfig
 from rlmm.policies.responses import response_of
 from rlmm.policies.spelling import UnusablePrompt
 from rlmm.train.sft import SftSource
+from rollouts.law import Law
+from rollouts.torch_engine.causal import TorchEngine
+from rollouts.trajectory import Span
 from rollouts.vllm_engine import configs
 from tests.families import llamagen_original as original
-from tests.families.checkpoints import facts, peaked, tiny
+from tests.families.checkpoints import facts, peaked, prompts, requests, tiny
 
 
 @pytest.fixture(scope="module")
@@ -230,3 +236,15 @@ def test_a_vllm_process_reads_the_configuration_without_the_trainers_class(capti
     assert (theirs.caption_config is None) == (caption is None)
     if caption is not None:
         assert theirs.caption_config.to_dict() == ours.caption_config.to_dict() and theirs.first_code == 300
+
+
+def test_sampling_of_classes_holds_what_is_planned() -> None:
+    policy, options = load_policy(tiny("llamagen").path, tiny("llamagen")), tiny("llamagen")
+    law = Law(policy.layout.image, guidance_scale=2.0)
+    asked, length = requests(policy, prompts("llamagen")[:2], samples=24), policy.layout.grid.length
+    width = len(asked[0].streams["cond"])
+    drawing = Drawing(2, 4, width, 96, length, 48, "float32")
+    engine = TorchEngine(policy, num_layers=policy.sizes.num_hidden_layers)
+    with Live() as live:
+        engine.generate(asked, [Span("image", law, length)])
+    assert sampled(partial(outline, options), law, drawing) == pytest.approx(live.peak, rel=0.15)

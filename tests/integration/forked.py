@@ -7,6 +7,9 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
+
+import torch.distributed.distributed_c10d as c10d
 
 from rlmm import pipeline
 from rlmm.config.recipe import read_recipe
@@ -37,7 +40,7 @@ def run_forked(
 
 def fork_group(work: Callable[[int], None], log: Path, *, count: int = 1) -> list[int]:
     """Each child's exit status (negative: the signal that ended it) after `work(rank)`. When one fails the others are
-    killed, as torchrun does."""
+    killed, as torchrun does. One that would send another a pickle, by whatever library, fails."""
     group = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
     ranks: dict[int, int] = {}
     for rank in range(count):
@@ -47,6 +50,7 @@ def fork_group(work: Callable[[int], None], log: Path, *, count: int = 1) -> lis
             code = 1
             try:
                 if count > 1:
+                    c10d._object_to_tensor = c10d._tensor_to_object = _no_pickle  # pyrefly: ignore
                     os.environ.update(group | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
                 work(rank)
                 code = 0
@@ -63,6 +67,10 @@ def fork_group(work: Callable[[int], None], log: Path, *, count: int = 1) -> lis
                 os._exit(code)
         ranks[child] = rank
     return _wait(ranks)
+
+
+def _no_pickle(*_: Any) -> Any:
+    raise AssertionError("a pickle over the process group")
 
 
 def _log_to(path: Path) -> None:

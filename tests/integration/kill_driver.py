@@ -200,6 +200,15 @@ def full_disk_in_checkpoint() -> None:
     StageTrainer.compute_loss = after(StageTrainer.compute_loss, 4 + 8 + 12, limited)
 
 
+def full_disk_of_two() -> None:
+    """The same of two processes: what the one that writes checkpoints meets, and the other waits for."""
+
+    def limited() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (24_000, resource.RLIM_INFINITY))
+
+    StageTrainer.compute_loss = after(StageTrainer.compute_loss, 4 + 4 + 6, limited)
+
+
 PLACES: dict[str, Callable[[], None]] = {
     "codec": kill_in_codec,
     "sft": kill_in_sft,
@@ -209,6 +218,7 @@ PLACES: dict[str, Callable[[], None]] = {
     "stop in evaluation": stop_in_evaluation,
     "hang of two": hang_in_update_of_two,
     "full": full_disk_in_checkpoint,
+    "full of two": full_disk_of_two,
     "rollout": kill_in_rollout,
     "scoring": kill_in_scoring,
     "update": kill_in_update,
@@ -264,7 +274,7 @@ def main(out: Path, recipe: Path, count: int, places: list[str]) -> None:
         folder, log = out / place, out / f"{place}.log"
 
         def last_dies(rank: int, place: str = place) -> None:
-            if rank == count - 1:
+            if rank == count - 1 or place.startswith("full"):  # the processes share the disk
                 PLACES[place]()
 
         # Hangs alone are looked for within seconds: a loaded machine takes its time for the rest.

@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.run import parse_args
 
 from rlmm.cli import run
+from rlmm.config.recipe import read_recipe
 from rlmm.launcher import check_launcher, launch
 from rlmm.run_folder import RunFolder
 from rlmm.train.signals import EXIT_STOPPED
@@ -114,17 +116,24 @@ def test_nproc_under_a_launcher_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
         (ChildFailedError("rlmm", {1: ProcessFailure(1, 9, -9, "")}), "running", 137),
         (SignalException("told", signal.SIGTERM), "stopped", 75),
         (SignalException("told", signal.SIGTERM), "running", 143),
+        (SignalException("told", signal.SIGTERM), "done", 143),  # of the last stage but one
+        (SignalException("told", signal.SIGTERM), "all done", 0),
     ],
 )
 def test_nproc_ends_as_its_processes_do(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, raised: Exception, status: str, code: int
 ) -> None:
     def fail(arguments: list[str]) -> None:
+        settings = parse_args(arguments)
+        assert settings.rdzv_backend == "static" and settings.master_port  # the other ways pickle
         raise raised
 
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.setattr("torch.distributed.run.main", fail)
-    RunFolder(tmp_path, ("codec", "sft")).mark("codec", "codec", status)
+    names = tuple(read_recipe(RECIPE).stages)
+    marked, run = status.removeprefix("all "), RunFolder(tmp_path, names)
+    for name in names if status == "all done" else names[:-1]:
+        run.mark(name, "codec", marked)
     with pytest.raises(SystemExit) as ended:
         launch(2, RECIPE, [f"run_dir={tmp_path}"])
     assert ended.value.code == code

@@ -43,7 +43,11 @@ def test_each_setting_moves_its_own_figure() -> None:
     assert ahead.engine == plain.engine + plain.gradients  # the adapter that rollouts are drawn with
     assert ahead.total - plain.total == plain.gradients + plain.sampling + plain.gradients  # sampled during updates
     halved = plan("stages.grpo.precision=bfloat16", "stages.grpo.engine={kind: vllm, kv_megabytes: 64}")
-    assert halved.engine == plain.engine  # rounded in one's own process, or loaded in another's
+    assert 2 * halved.engine == plain.engine
+    servers = "stages.grpo.engine={kind: vllm_server, replicas: 3, dtype: bfloat16}"
+    assert 2 * plan(servers).engine == 3 * plain.engine
+    elsewhere = "stages.grpo.engine={kind: vllm_server, urls: [http://a]}"
+    assert plan(elsewhere).engine == 0
 
 
 def test_weights_in_parts_are_whole_while_one_draws_that_has_no_copy_of_them() -> None:

@@ -24,7 +24,7 @@ SLOW_STOPS = ["stop in evaluation", "full"]
 MASKED_PLACES = ["rollout", "update"]
 NOISE_PLACES_OF_TWO = ["rollout", "update of two"]
 MASKED_PLACES_OF_TWO = ["rollout", "scoring", "update of two", "save of two"]
-EVENTS_OF_TWO = ["stop of two", "hang of two"]
+EVENTS_OF_TWO = ["stop of two", "hang of two", "full of two"]
 DPO_PLACES = ["codec", "sft", "stop in pairs", "pairs", "pair files", "reference", "dpo", "evaluation", "export"]
 MASKED_DPO_PLACES = ["pairs", "dpo"]
 AHEAD_PLACES = ["rollout", "scoring", "update", "save"]
@@ -215,6 +215,15 @@ def test_an_evaluation_is_left_at_once_and_begun_again(slow_report: dict) -> Non
 def test_a_full_disk_is_named_and_nothing_is_lost(slow_report: dict) -> None:
     found = slow_report["places"]["full"]
     check(found, 2)
+    assert "error: a file of the stage: " in found["log"] and "mend the disk" in found["log"]
+    assert "resuming from step 3 of 6" in found["log"]
+
+
+@pytest.mark.long
+def test_a_full_disk_is_named_and_ends_both_processes(report_of_two: dict) -> None:
+    found = report_of_two["places"]["full of two"]
+    assert found["statuses"][0] == 2 and found["statuses"][1] != 0
+    assert found["resumed"] == 0 and found["differing"] == []
     assert "error: a file of the stage: " in found["log"] and "mend the disk" in found["log"]
     assert "resuming from step 3 of 6" in found["log"]
 

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,12 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
+from rlmm.config.stages import SftStage
 from rlmm.policies.families.loading import load_policy
+from rlmm.space import outline, written
+from rlmm.train.gates import TOLERANCE
 from tests.integration.programs import ROOT
+from tests.integration.zero_program import CASES, recipe_of
 
 pytestmark = [
     pytest.mark.slow,
@@ -76,7 +81,7 @@ def assert_equal_to_one_process(folder: Path, kind: str, stage: str) -> None:
 def test_weights_are_in_parts_between_the_modules_that_use_them(some: Path) -> None:
     alone, both = (json.loads((some / f"{kind}.json").read_text()) for kind in ("plain", "zero3"))
     # All of them at once only to save the results of the two stages before, and in no rollout.
-    assert both == {"kind": "DeepSpeedEngine", "processes": 2, "there": 0, "whole": 2}
+    assert both == {"kind": "DeepSpeedEngine", "processes": 2, "there": 0, "whole": 2, "recomputes": False}
     assert alone["processes"] == 1 and alone["there"] > 10_000
 
 
@@ -123,6 +128,66 @@ def test_other_policies_and_losses_take_the_steps_of_one_process_in_parts(
     for stage in OTHERS[case]:
         for kind in STAGES:
             assert_equal_to_one_process(folder, kind, stage)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["two", "zero2", "zero3"])
+def test_lost_in_every_phase_it_ends_with_the_same_bits(kind: str, tmp_path: Path) -> None:
+    """`full`: a disk on which nothing fits, which both processes write to."""
+    lost = [f"{kind}+{place}" for place in ("rollout", "scoring", "save", "full")]
+    start(tmp_path, "deaths", "plain", kind, *lost)
+    for name in lost:
+        for stage in ("03-adapter", "04-whole"):
+            assert rows(tmp_path, name, stage) == rows(tmp_path, kind, stage), (name, stage)
+            whole, resumed = weights(tmp_path, kind, stage), weights(tmp_path, name, stage)
+            assert all(torch.equal(whole[one], resumed[one]) for one in whole), (name, stage)
+    said = (tmp_path / f"{kind}+full.log").read_text()
+    assert said.count("resuming from step 2 of 4") == 2 and "mend the disk" in said
+    assert f"error: a file of the stage: {tmp_path}/{kind}+full/stages/04-whole/checkpoints" in said
+
+
+@pytest.mark.long
+def test_recomputed_activations_change_no_gradient_of_two_processes(some: Path, tmp_path: Path) -> None:
+    start(some, "tiny", "two")
+    start(tmp_path, "recomputed", "plain", "two")
+    seen = [json.loads((folder / "two.json").read_text()) for folder in (some, tmp_path)]
+    assert [one["recomputes"] for one in seen] == [False, True]
+    assert all((one["kind"], one["processes"]) == ("DistributedDataParallel", 2) for one in seen)
+    for stage in FOLDERS.values():
+        assert_equal_to_one_process(some, "two", stage)
+        assert rows(tmp_path, "two", stage) == rows(some, "two", stage)
+        kept, again = weights(some, "two", stage), weights(tmp_path, "two", stage)
+        assert all(torch.equal(kept[name], again[name]) for name in kept)
+
+
+@pytest.mark.long
+def test_bfloat16_in_parts_takes_the_steps_of_one_process_to_its_rounding(tmp_path: Path) -> None:
+    start(tmp_path, "bfloat16", "plain", "zero2", "zero3")
+    for kind, stage in product(("zero2", "zero3"), FOLDERS.values()):
+        alone, both = rows(tmp_path, "plain", stage), rows(tmp_path, kind, stage)
+        for one, two in zip(alone, both, strict=True):
+            assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=0.01), (kind, stage)
+        found = [row["mismatch/mean"] for row in both if "mismatch/mean" in row]
+        # Of the gate's rounding, and more than float32's: it was bfloat16.
+        assert all(1e-5 < mean < TOLERANCE["bfloat16"] for mean in found) and bool(found) == (stage != "03-more")
+        before = load_file(tmp_path / "plain" / "stages" / "02-sft" / "model" / "model.safetensors")
+        one, two = weights(tmp_path, "plain", stage), weights(tmp_path, kind, stage)
+        apart, moved = (sum(float((a[n] - one[n]).square().sum()) for n in one) for a in (two, before))
+        # Adam steps by signs where gradients are small, and one token in a rollout may be another.
+        assert apart < 0.2**2 * moved, (kind, stage)
+
+
+@pytest.mark.long
+def test_a_checkpoint_takes_the_room_that_is_planned(tmp_path: Path) -> None:
+    start(tmp_path, "sizes", "plain", *STAGES)
+    for kind in ("plain", *STAGES):
+        recipe = recipe_of(tmp_path / kind, CASES["sizes"], kind)
+        for name, folder in {"adapter": "03-adapter", "whole": "04-whole"}.items():
+            stage = recipe.stages[name]
+            assert isinstance(stage, SftStage)
+            kept = tmp_path / kind / "stages" / folder / "checkpoints" / "checkpoint-4"
+            found = sum(path.stat().st_size for path in kept.rglob("*") if path.is_file())
+            assert written(recipe, outline(recipe), stage).checkpoint == pytest.approx(found, rel=0.15), (kind, name)
 
 
 @pytest.mark.long

@@ -1,14 +1,17 @@
-"""Policy stages of the tiny recipes, as one process and as two under ZeRO, in forked processes: `FOLDER CASE KIND...`.
+"""Policy stages of the tiny recipes, as one process and as two, in forked processes: `FOLDER CASE KIND...`.
 
-KIND is `plain`, or a file in configs/deepspeed; `KIND+resumed` loses its processes in the middle of every stage and
-goes on. Runs start from the same stages, the plain run's. Beside each run's folder lies KIND.json: what the loss of the
-last GRPO stage went through.
+KIND is `plain`, `two` (processes, without DeepSpeed), or a file in configs/deepspeed; `KIND+PLACE` loses its processes
+in every stage, at one of PLACES, and goes on. Runs start from the same stages, the plain run's. Beside each run's
+folder lies KIND.json: what the loss of the last GRPO stage went through.
 """
 
 import json
 import os
+import resource
 import shutil
 import sys
+import warnings
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,14 +24,18 @@ import deepspeed  # noqa: F401  (once for all forks)
 from torch import Tensor, nn
 
 import rlmm.train.grpo as grpo
+import rlmm.train.trainer as trainer
+from rewards.compose import CompositeReward
 from rlmm import pipeline
 from rlmm.config.recipe import Recipe, validate_recipe
 from rlmm.policies.transformer import TransformerPolicy
 from rlmm.train.context import StageContext
 from rlmm.train.launch import check_deepspeed, processes
-from rlmm.train.processes import wait
+from rlmm.train.processes import wait, world
 from rlmm.train.trainer import StageTrainer
+from rollouts.torch_engine.causal import TorchEngine
 from tests.integration.forked import fork_group
+from tests.integration.kill_driver import after
 
 ROOT = Path(__file__).parents[2]
 GRPO = {
@@ -52,6 +59,10 @@ SERVER = {"kind": "vllm_server", "kv_megabytes": 32, "max_rows": 16}
 NOISE = {"objective": {"name": "gspo", "clip_low": 0.2, "clip_high": 0.2}, "estimator": {"kind": "stratified"}}
 
 
+TRAINED = {"more": SFT, "adapter": GRPO | {"lora": LORA}, "whole": GRPO}
+AGAIN, ROUNDED = {"gradient_checkpointing": True}, {"precision": "bfloat16"}
+
+
 @dataclass(frozen=True)
 class Case:
     """A recipe of tests/recipes, its stages that runs share, and those of which each run has its own."""
@@ -65,13 +76,22 @@ class Case:
 
 
 CASES = {
-    "tiny": Case("tiny", ("codec", "sft"), {"more": SFT, "adapter": GRPO | {"lora": LORA}, "whole": GRPO}),
+    "tiny": Case("tiny", ("codec", "sft"), TRAINED),
     "tied": Case(
         "tiny",
         ("codec", "sft"),
         {"more": SFT | {"gradient_checkpointing": True}, "whole": GRPO},
         {"tie_embeddings": True},
     ),
+    "sizes": Case(
+        "tiny",
+        ("codec", "sft"),
+        {"adapter": SFT | {"lora": {"rank": 16}}, "whole": SFT},
+        {"hidden_size": 256, "intermediate_size": 512},
+    ),
+    "deaths": Case("tiny", ("codec", "sft"), {"adapter": GRPO | {"lora": LORA}, "whole": GRPO}),
+    "recomputed": Case("tiny", ("codec", "sft"), {name: stage | AGAIN for name, stage in TRAINED.items()}),
+    "bfloat16": Case("tiny", ("codec", "sft"), {name: stage | ROUNDED for name, stage in TRAINED.items()}),
     "thought": Case("tiny_thought", ("codec", "sft"), {"whole": GRPO | {"sampling": THOUGHT}}),
     "served": Case("tiny", ("codec", "sft"), {"adapter": GRPO | {"lora": LORA, "engine": SERVER}}, {"hidden_size": 64}),
     "masked": Case(
@@ -89,6 +109,8 @@ CASES = {
         {"adapter": DPO | {"lora": LORA}, "kto": DPO | {"loss": "kto"}, "held": DPO | {"loss": "kto", "lora": LORA}},
     ),
 }
+WITHOUT = ("plain", "two")
+"""Kinds that no file is laid out for."""
 LAST = 3
 """The step (0-based) that a run which is to be resumed dies in, with the one before it lost: every second is kept."""
 
@@ -96,7 +118,7 @@ LAST = 3
 def recipe_of(folder: Path, case: Case, kind: str) -> Recipe:
     raw = yaml.safe_load((ROOT / "tests" / "recipes" / f"{case.recipe}.yaml").read_text())
     stages = {name: dict(stage) for name, stage in case.stages.items()}
-    if kind != "plain":
+    if kind not in WITHOUT:
         for stage in stages.values():
             stage["deepspeed"] = str(configuration(folder, kind, case.zero))
     shared = {name: raw["stages"][name] for name in case.shared}
@@ -128,7 +150,8 @@ def watch(path: Path) -> None:
     def watched(policy: Any, config: Any, model: nn.Module, *rest: Any) -> Tensor:
         there = sum(parameter.numel() for parameter in model.parameters())
         seen = {"kind": type(model).__name__, "processes": int(os.environ.get("WORLD_SIZE", "1")), "there": there}
-        seen |= {"whole": len(asked)}
+        recomputes = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+        seen |= {"whole": len(asked), "recomputes": recomputes}
         path.write_text(json.dumps(seen))
         return original(policy, config, model, *rest)
 
@@ -136,29 +159,73 @@ def watch(path: Path) -> None:
     TransformerPolicy.whole = noted  # pyrefly: ignore
 
 
-def dying() -> None:
-    """Lose this process in the step LAST."""
+def die() -> None:
+    os._exit(7)
+
+
+def in_step(event: Callable[[], None]) -> None:
+    """An event of each process in the step LAST."""
     original = StageTrainer.compute_loss
 
     def mortal(self: StageTrainer, *args: Any, **kwargs: Any) -> Tensor:
         if self.state.global_step == LAST:
-            os._exit(7)
+            event()
         return original(self, *args, **kwargs)
 
     StageTrainer.compute_loss = mortal  # pyrefly: ignore
 
 
-def run(folder: Path, case: Case, kind: str, death: str | None) -> None:
-    """The stages that are not done yet; `death`: that one is not finished."""
+def in_rollout() -> None:
+    """One process alone, once it has drawn the second rollout."""
+    if world()[0]:
+        TorchEngine.generate = after(TorchEngine.generate, 2, die)
+
+
+def in_scoring() -> None:
+    if world()[0]:
+        CompositeReward.score = after(CompositeReward.score, 2, die)
+
+
+def in_save() -> None:
+    """With the last file torn, of DeepSpeed's the other process's, and the second checkpoint not sealed."""
+    seal, sealed = trainer.write_manifest, list[Path]()
+
+    def torn(folder: Path) -> None:
+        sealed.append(folder)
+        if len(sealed) < 2:
+            return seal(folder)
+        max(folder.rglob("*.pt"), key=lambda path: path.name).write_bytes(b"torn")
+        die()
+
+    trainer.write_manifest = torn
+
+
+def full_disk() -> None:
+    """No file of more than 100 kB can be written, by no process: a whole model, and no log."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+
+
+PLACES: dict[str, Callable[[], None]] = {
+    "resumed": lambda: in_step(die),
+    "rollout": in_rollout,
+    "scoring": in_scoring,
+    "save": in_save,
+    "full": lambda: in_step(full_disk),
+}
+
+
+def run(folder: Path, case: Case, kind: str, death: str | None, place: str = "resumed") -> None:
+    """The stages that are not done yet; `death`: that one is not finished, for what happens at `place`."""
+    warnings.filterwarnings("ignore", category=FutureWarning)  # hundreds of torch's about itself would fill the log
     recipe = recipe_of(folder, case, kind)
     layout = pipeline.run_folder(recipe)
     watch(folder.with_suffix(".json"))
-    with processes(deepspeed=kind != "plain"):
+    with processes(deepspeed=kind not in WITHOUT):
         for name, config in recipe.stages.items():
             if any((layout.stage(name) / made).exists() for made in ("model", "codec", "pairs.parquet")):
                 continue
             if name == death:
-                dying()
+                PLACES[place]()
             layout.stage(name).mkdir(parents=True, exist_ok=True)
             pipeline.STAGES[config.kind](StageContext(recipe, layout, name, config, print))
             wait()
@@ -166,17 +233,18 @@ def run(folder: Path, case: Case, kind: str, death: str | None) -> None:
 
 def main(place: Path, case: Case, kinds: list[str]) -> None:
     for name in kinds:
-        kind, _, resumed = name.partition("+")
+        kind, _, at = name.partition("+")
         folder = place / name
         folder.mkdir()
         if kind != "plain":
             for number, stage in enumerate(case.shared, start=1):
                 own = f"stages/{number:02d}-{stage}"
                 shutil.copytree(place / "plain" / own, folder / own)
-        for death in [*(case.stages if resumed else ()), None]:
+        large = [name for name, stage in case.stages.items() if "lora" not in stage]
+        for death in [*((large if at == "full" else case.stages) if at else ()), None]:
             log = place / f"{name}.log"
             statuses = fork_group(
-                lambda rank, folder=folder, kind=kind, death=death: run(folder, case, kind, death),
+                lambda rank, folder=folder, kind=kind, death=death, at=at: run(folder, case, kind, death, at),
                 log,
                 count=1 if kind == "plain" else 2,
             )

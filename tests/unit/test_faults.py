@@ -180,3 +180,10 @@ def test_a_flipped_bit_in_a_stored_rollout_is_noticed(tmp_path: Path) -> None:
     path.write_bytes(data)
     with pytest.raises(ValueError, match="not a readable rollout file.*goes back to the last checkpoint before it"):
         read_trajectory(path)
+
+
+def test_of_a_copy_the_file_that_could_not_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "source").write_text("x")
+    with pytest.raises(StorageError, match="a file: /dev/full could not be written or read: the disk is full"):
+        with storing("a file", tmp_path):
+            raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "source"), None, "/dev/full")

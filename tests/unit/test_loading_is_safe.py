@@ -114,6 +114,11 @@ def calls(path: Path) -> list[tuple[str, dict[str, str]]]:
 
 
 UNPICKLE = ("pickle.load", "pickle.loads", "joblib.load", "dill.load", "dill.loads", "shelve.open", "pickle.Unpickler")
+OBJECTS = (
+    "all_gather_object", "gather_object", "broadcast_object_list", "scatter_object_list", "send_object_list",
+    "recv_object_list", "gather_for_metrics",
+)  # fmt: skip
+"""What sends pickles over a process group, of torch and accelerate."""
 PACKAGES = [path for path in SOURCES if path.relative_to(ROOT).parts[0] != "examples"]
 ALWAYS = {"trust_remote_code": "False", "weights_only": "True", "allow_pickle": "False"}
 """What these settings are wherever they are given."""
@@ -123,6 +128,7 @@ ALWAYS = {"trust_remote_code": "False", "weights_only": "True", "allow_pickle": 
 def test_every_load_says_that_it_is_safe(path: Path) -> None:
     for called, given in calls(path):
         assert called not in UNPICKLE
+        assert called.rpartition(".")[2] not in OBJECTS
         assert {name: given[name] for name in ALWAYS if name in given}.items() <= ALWAYS.items()
         if called == "torch.load":
             assert "weights_only" in given

@@ -123,6 +123,7 @@ class Family:
         tiny: writes a random instance of the real class with the published vocabulary, special tokens and grid rules,
             and a few thousand weights beside them: what tests and `model=tiny` run.
         named: read so only where a recipe names the family: its classes are those of plain language models too.
+        reads_hidden: whether the codec draws from the policy's hidden states (`Codec.reads_hidden`).
         known_as: names in published config.json files -> the class of `architectures` that they stand for.
         mend: fills in weights of the model, of these names, whose shapes in the checkpoint are others. None: that there
             are some is an error.
@@ -137,5 +138,6 @@ class Family:
     settings: frozenset[str] = frozenset({"image_size", "template"})
     masked: bool = False
     named: bool = False
+    reads_hidden: bool = False
     known_as: Mapping[str, str] = field(default_factory=dict)
     mend: Callable[[PreTrainedModel, Checkpoint, Sequence[str]], None] | None = None

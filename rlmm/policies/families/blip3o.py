@@ -132,4 +132,5 @@ FAMILY = Family(
     tiny=tiny,
     settings=frozenset({"image_size", "template", "null_prompt", "decoder"}),
     named=True,
+    reads_hidden=True,
 )

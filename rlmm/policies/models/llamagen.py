@@ -105,10 +105,10 @@ class LlamaGenModel(LlamaModel):
         first = self.config.first_code
         code_BT = ids_BT >= first
         codes_BTH = self.embed_tokens((ids_BT - first).clamp_min(0))
-        if code_BT.all():
-            return codes_BTH
         if self.config.caption_config is None:
             conditions_BTH = self.class_embedding(ids_BT.clamp_max(first - 1))
+        elif code_BT.all():
+            return codes_BTH
         else:
             width = int((~code_BT).any(0).nonzero().max()) + 1  # conditions come first
             text_BW = ~code_BT[:, :width] & (ids_BT[:, :width] != self.captions.pad)
