@@ -158,6 +158,7 @@ def test_images_of_hidden_states_take_the_whole_policy_while_a_server_draws(tmp_
     assert sampling("simplear")[0] < 0.1 * sampling("simplear")[1]
 
 
+@pytest.mark.long
 def test_an_adapter_from_a_folder_brings_it_along_and_frozen_weights_take_half_the_memory(tmp_path: Path) -> None:
     stages = {"grpo": GRPO | {"precision": "bfloat16"}, "export": {"kind": "export", "start_from": "grpo"}}
     made = recipe("janus", tmp_path / "run", stages, dtype="bfloat16")

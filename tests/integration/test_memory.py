@@ -23,6 +23,7 @@ def plan(*overrides: str) -> MemoryPlan:
     return memory_plans(read_recipe(TINY, list(overrides)))[-1]
 
 
+@pytest.mark.long
 def test_each_setting_moves_its_own_figure() -> None:
     plain = plan()
     assert plan("stages.grpo.gradient_checkpointing=true").working < plain.working

@@ -68,6 +68,7 @@ def score(given: RewardTerm) -> float | None:
     return RewardRunner(build_reward(given)).score(SAMPLES)[0].value
 
 
+@pytest.mark.long
 def test_a_term_is_served_once_for_all_who_build_it_and_ends_when_told(tmp_path: Path) -> None:
     given = term(tmp_path, "pid")
     first = score(given)

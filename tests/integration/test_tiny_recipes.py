@@ -17,7 +17,7 @@ MOST_SECONDS = 120
 FIRST, *REST = sorted(path.stem for path in recipes_dir().glob("*.yaml"))
 
 
-KINDS = {"scenes_edit", "dpo_words", "earl_emu3_grpo", "t2i_r1", "blip3o_next_ocr"}
+KINDS = {"dpo_words", "earl_emu3_grpo", "t2i_r1"}
 """One of each kind of recipe that is not in the README, whose commands the suite runs; the others are long tests."""
 
 
@@ -31,6 +31,7 @@ def test_a_recipe_runs_in_small(name: str, tmp_path: Path) -> None:
     assert all(run.done(stage) for stage in recipe.stages)
 
 
+@pytest.mark.long
 def test_one_from_the_command_line(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "rlmm.cli", "run", FIRST, "model=tiny", f"run_dir={tmp_path / 'run'}"]
     start = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])

@@ -20,7 +20,7 @@ pytestmark = [
 ]
 
 
-LONG = ("lumina_mgpt", "llamagen", "simplear", "glm_image")
+LONG = ("chameleon", "lumina_mgpt", "llamagen", "simplear", "blip3o_next", "glm_image")
 """Families that another of the suite is much like."""
 EAGER = "llamagen_text"
 """What cannot be compiled."""

@@ -86,6 +86,7 @@ print(read_peak() - before, reset_peak() - before)
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not CLEAR.exists() or torch.cuda.is_available(), reason="resident memory of Linux")
 def test_the_peak_is_what_was_held_and_let_go() -> None:
     """In sizes far above the kernel's own error: it counts pages per processor and adds them up now and then. In a

@@ -34,7 +34,9 @@ def test_inverses_are_inverse_and_chances_are_those_of_the_ceiling(schedule: Sch
     np.testing.assert_allclose(np.bincount(counts, minlength=8)[1:] / len(times), chance, atol=1e-4)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(
+    "schedule", [SCHEDULES[0], *(pytest.param(other, marks=pytest.mark.long) for other in SCHEDULES[1:])]
+)
 @pytest.mark.parametrize("paired", [False, True])
 def test_the_expected_weight_of_every_mask_is_the_bounds(schedule: Schedule, paired: bool) -> None:
     """E sum over masked i of w l_i(mask) is the ELBO whatever l is, if each mask's expected weight is its weight there:
