@@ -49,15 +49,19 @@ def launch(nproc: int, config: Path, overrides: Sequence[str]) -> None:
             f"--nproc {nproc} in a process that a launcher started (WORLD_SIZE is {os.environ['WORLD_SIZE']}); leave "
             "--nproc out, or call rlmm without the launcher"
         )
+    from torch.distributed import DistNetworkError
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main  # slow to import, and no other command needs it
 
-    own = [*on_this_machine(nproc), f"--shutdown-timeout={SHUTDOWN_SECONDS}"]
-    own += ["--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", "-m", "rlmm.cli", "run", str(config)]
+    own = [f"--shutdown-timeout={SHUTDOWN_SECONDS}", "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]
+    own += ["-m", "rlmm.cli", "run", str(config), *overrides]
     sys.stdout.flush()
     try:
-        main([*own, *overrides])
+        try:
+            main([*on_this_machine(nproc), *own])
+        except DistNetworkError:  # before any process was started: the port was taken meanwhile
+            main([*on_this_machine(nproc), *own])
     except ChildFailedError as error:
         code = error.get_first_failure()[1].exitcode
         raise SystemExit(code if code > 0 else 128 - code) from error
@@ -67,7 +71,7 @@ def launch(nproc: int, config: Path, overrides: Sequence[str]) -> None:
 
 def on_this_machine(nproc: int) -> list[str]:
     """What torchrun is told to start processes here. Not --standalone: with it torchrun reads pickles from its store,
-    whose port other machines may reach. A free port, so that two runs do not meet."""
+    which listens to other machines too, and asks for no token. A free port, so that two runs do not meet."""
     return [f"--nproc-per-node={nproc}", "--master-addr=127.0.0.1", f"--master-port={free_port()}"]
 
 

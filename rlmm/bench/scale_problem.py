@@ -60,6 +60,11 @@ class Point:
             raise ValueError(f"rows, tokens and processes must be at least 1, and the point is {self}")
         if self.zero not in (0, 1, 2, 3):
             raise ValueError(f"zero {self.zero}: it is 0 (without DeepSpeed), 1, 2 or 3")
+        if self.engine != "torch" and self.processes > 1:
+            raise ValueError(
+                f"engine {self.engine} runs inside a single process, and the point has {self.processes}; measure it at "
+                "--processes 1, or give --engine torch"
+            )
         if self.rows % self.processes or (self.rows // self.processes) % (self.micro or 1):
             raise ValueError(
                 f"{self.rows} rows over {self.processes} process(es) in micro-batches of {self.micro or 'all'} do not "
@@ -113,11 +118,13 @@ def requests(point: Point, policy: TransformerPolicy) -> list[Request]:
 
 
 def engine_config(point: Point, policy: TransformerPolicy) -> EngineConfig:
-    """The engine of the rollout, large enough for all rows at once."""
+    """The engine of the rollout, large enough for all rows at once, and for the longest sample there could be, which
+    vLLM asks for."""
     rows = point.rows_each * len(law(point, policy).streams())
     if point.engine == "torch":
         return TorchEngineConfig(max_rows=rows)
-    blocks = rows * (-(-(PROMPT + point.sampled) // BLOCK) + 2)
+    longest = -(-policy.sizes.max_position_embeddings // BLOCK) + 1  # one stands for "none"
+    blocks = max(longest, rows * (-(-(PROMPT + point.sampled) // BLOCK) + 2))
     size = blocks * BLOCK * position_bytes(policy, 2 if point.precision == "bfloat16" else 4)
     return VllmEngineConfig(
         max_rows=rows, max_prompt_tokens=2 * rows * PROMPT, kv_megabytes=(size >> 20) + 1,

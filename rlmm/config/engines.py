@@ -137,11 +137,13 @@ class RolloutServerConfig(VllmServed):
 
 
 def _is_loopback(host: str) -> bool:
-    """Whether a host's name or address means the machine that asks."""
+    """Whether a host's name or address means the machine that asks, or no machine (0.0.0.0)."""
     try:
-        return ip_address(host).is_loopback
+        found = ip_address(host)
     except ValueError:
-        return host == "localhost"
+        return host.lower() in ("localhost", "localhost.localdomain") or host.lower().endswith(".localhost")
+    found = getattr(found, "ipv4_mapped", None) or found
+    return found.is_loopback or found.is_unspecified
 
 
 EngineConfig = Annotated[TorchEngineConfig | VllmEngineConfig | VllmServerConfig, Field(discriminator="kind")]

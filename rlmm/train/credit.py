@@ -93,7 +93,7 @@ class Whole:
 
     def steps(self, steps_B: Sequence[Steps], valid_B: np.ndarray) -> tuple[list[Steps], np.ndarray]:
         """Normalised over every process's rows."""
-        settings, parts = self.settings, gather([[list(step) for step in row] for row in steps_B])
+        settings, parts = self.settings, gather([[[end, float(value)] for end, value in row] for row in steps_B])
         return normalised_steps(
             [[(end, value) for end, value in row] for part in parts for row in part],
             np.concatenate(gather_arrays(valid_B)),

@@ -102,7 +102,8 @@ def _check_plain(value: Any, place: str) -> None:
             _check_plain(one, f"{place}[{at}]")
         return
     if not isinstance(value, dict):
-        raise TypeError(f"{place} is a {type(value).__name__}, and processes tell each other what JSON has")
+        named = f"{type(value).__module__}.{type(value).__name__}"
+        raise TypeError(f"{place} is a {named}, and processes tell each other what JSON has")
     for key, one in value.items():
         if not isinstance(key, str):
             raise TypeError(f"{place} has a key of type {type(key).__name__}, and JSON has strings")

@@ -1,5 +1,6 @@
 """Each family's real class: sampler against trainer, transformers' own guided sampling, and the pixels both ways."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -203,3 +204,9 @@ def test_a_family_says_whether_its_images_are_drawn_from_hidden_states(name: str
     if name.startswith("glm_image") and not DIFFUSERS:
         pytest.skip("diffusers, which has the decoder, is not installed")
     assert FAMILIES[name].reads_hidden == checkpoint_codec(tiny(name)).reads_hidden
+
+
+def test_a_family_that_says_otherwise_than_its_codec_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FAMILIES, "janus", replace(FAMILIES["janus"], reads_hidden=True))
+    with pytest.raises(ValueError, match="has reads_hidden False and the family says True.*set Family.reads_hidden"):
+        checkpoint_codec(tiny("janus"))

@@ -77,14 +77,22 @@ def sleeping() -> dict[str, Any]:
 
 
 def stage() -> list[list[dict[str, float]]]:
-    """The GRPO stage under four engines, trained on the GPU."""
-    server = {"kind": "vllm_server", "kv_megabytes": 32, "max_rows": 16}
+    """The GRPO stage under three engines of this process, trained on the GPU."""
     inside = local(max_rows=16).model_dump()
     with tempfile.TemporaryDirectory() as folder:
-        return stages(Path(folder), [{"kind": "torch"}, inside, inside | {"sleep": True}, server])
+        return stages(Path(folder), [{"kind": "torch"}, inside, inside | {"sleep": True}])
 
 
-PARTS: dict[str, Callable[[], Any]] = {"contract": contract, "others": others, "sleeping": sleeping, "stage": stage}
+def served() -> list[list[dict[str, float]]]:
+    """The GRPO stage under the torch engine and under a server, sent weights in a folder and by gloo."""
+    server = {"kind": "vllm_server", "kv_megabytes": 32, "max_rows": 16}
+    with tempfile.TemporaryDirectory() as folder:
+        return stages(Path(folder), [{"kind": "torch"}, server, server | {"transfer": "gloo"}])
+
+
+PARTS: dict[str, Callable[[], Any]] = {
+    "contract": contract, "others": others, "sleeping": sleeping, "stage": stage, "served": served,
+}  # fmt: skip
 
 if __name__ == "__main__":
     plugin.register()

@@ -40,7 +40,7 @@ def run_forked(
 
 def fork_group(work: Callable[[int], None], log: Path, *, count: int = 1) -> list[int]:
     """Each child's exit status (negative: the signal that ended it) after `work(rank)`. When one fails the others are
-    killed, as torchrun does. One that would send another a pickle, by whatever library, fails."""
+    killed, as torchrun does. One that would use a collective of objects, which pickles, fails."""
     group = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
     ranks: dict[int, int] = {}
     for rank in range(count):

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.run import parse_args
 
+from rlmm import launcher
 from rlmm.cli import run
 from rlmm.config.recipe import read_recipe
 from rlmm.launcher import check_launcher, launch
@@ -137,6 +139,19 @@ def test_nproc_ends_as_its_processes_do(
     with pytest.raises(SystemExit) as ended:
         launch(2, RECIPE, [f"run_dir={tmp_path}"])
     assert ended.value.code == code
+
+
+def test_a_port_that_was_taken_meanwhile_is_chosen_once_more(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """By the real torchrun, whose processes end at once: there is no such recipe."""
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        chosen = [other.getsockname()[1], launcher.free_port()]
+        monkeypatch.setattr(launcher, "free_port", lambda: chosen.pop(0))
+        monkeypatch.delenv("WORLD_SIZE", raising=False)
+        with pytest.raises(SystemExit) as ended:
+            launch(1, tmp_path / "none.yaml", [])
+    assert ended.value.code == 2 and not chosen
 
 
 @pytest.mark.long

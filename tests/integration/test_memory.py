@@ -47,7 +47,7 @@ def test_each_setting_moves_its_own_figure() -> None:
     assert 2 * halved.engine == plain.engine
     servers = "stages.grpo.engine={kind: vllm_server, replicas: 3, dtype: bfloat16}"
     assert 2 * plan(servers).engine == 3 * plain.engine
-    elsewhere = "stages.grpo.engine={kind: vllm_server, urls: [http://a]}"
+    elsewhere = "stages.grpo.engine={kind: vllm_server, urls: ['http://127.0.0.1:1']}"
     assert plan(elsewhere).engine == 0
 
 

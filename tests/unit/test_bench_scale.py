@@ -13,7 +13,9 @@ from rlmm.bench import scale_problem
 from rlmm.bench.scale import ScalePlan, ScaleRow, along, bench_scale, growth, scale_plan, table
 from rlmm.bench.scale_child import measured
 from rlmm.bench.scale_plot import write_plot
-from rlmm.bench.scale_problem import Point, bytes_a_step, make_policy, micro_batches, stage
+from rlmm.bench.scale_problem import Point, bytes_a_step, engine_config, make_policy, micro_batches, stage
+from rlmm.config.engines import VllmEngineConfig
+from rollouts.vllm_engine.host import BLOCK
 
 LISTS = {"model": "tiny,quickstart", "rows": "8,2,32", "tokens": "16", "processes": "1,2", "zero": "0"}
 FIXED = {"precision": "float32", "weights": "float32", "engine": "torch"}
@@ -40,6 +42,7 @@ def test_one_axis_is_changed_at_a_time_from_the_first_of_each_list() -> None:
         ({"rows": "8,x"}, {}, "--rows '8,x' must be whole numbers"),
         ({}, {"precision": "float16"}, "one of float32, bfloat16"),
         ({}, {"engine": "vlm"}, "one of torch, vllm, vllm-compiled"),
+        ({}, {"engine": "vllm"}, "inside a single process, and the point has 2"),
         ({"processes": "3"}, {}, "do not come out even"),
         ({}, {"micro": 3}, "do not come out even"),
         ({"zero": "0,4"}, {}, "zero 4: it is 0"),
@@ -48,6 +51,20 @@ def test_one_axis_is_changed_at_a_time_from_the_first_of_each_list() -> None:
 def test_what_cannot_be_measured_is_refused(lists: dict[str, str], fixed: dict[str, object], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         scale_plan(LISTS | lists, FIXED | fixed).points()
+
+
+@pytest.mark.parametrize(("rows", "drawn"), [(2, 4), (8, 4), (8, 0)])
+def test_vllm_has_room_for_every_row_and_for_the_longest_sample(rows: int, drawn: int) -> None:
+    point = Point("quickstart", rows=rows, tokens=512, drawn=drawn, guidance_scale=2.0, engine="vllm")
+    policy = make_policy(point)
+    config = engine_config(point, policy)
+    assert isinstance(config, VllmEngineConfig) and config.enforce_eager and config.max_rows == 2 * rows
+    held = (config.kv_megabytes << 20) // scale_problem.position_bytes(policy, 4)
+    assert held >= policy.sizes.max_position_embeddings + BLOCK
+    assert held >= 2 * rows * (scale_problem.PROMPT + (drawn or 512)) + BLOCK
+    compiled = engine_config(replace(point, engine="vllm-compiled"), policy)
+    assert isinstance(compiled, VllmEngineConfig) and not compiled.enforce_eager
+    assert engine_config(replace(point, engine="torch"), policy).kind == "torch"
 
 
 def test_a_plot_of_nothing_that_grows_is_refused(tmp_path: Path) -> None:

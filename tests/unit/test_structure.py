@@ -87,6 +87,13 @@ def test_files_and_functions_stay_small(path: Path) -> None:
     assert not long, "split the function: one thing a function"
 
 
+@pytest.mark.parametrize("path", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda one: one.name)
+def test_lines_of_docs_are_short(path: Path) -> None:
+    """Of prose: tables and code are as wide as they must be."""
+    prose = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.DOTALL | re.MULTILINE)
+    assert [line for line in prose.splitlines() if len(line) > 120 and not line.startswith("|")] == []
+
+
 def test_every_package_has_an_init() -> None:
     folders = {path.parent for path in SOURCES if "examples" not in path.relative_to(ROOT).parts}
     assert not sorted(str(folder) for folder in folders if not (folder / "__init__.py").is_file())

@@ -99,8 +99,8 @@ def test_a_resolved_section_is_read_again() -> None:
 @pytest.mark.parametrize("transfer", ["gloo", "nccl"])
 @pytest.mark.parametrize("far", ["http://a:1", "http://10.0.0.5:8001", "https://[fd00::5]:8001"])
 def test_servers_elsewhere_cannot_reach_a_trainer_that_names_itself_by_a_loopback(transfer: Any, far: str) -> None:
-    near = ("http://127.0.0.1:1", "http://127.1.2.3:1", "http://localhost:2", "http://[::1]:3")
-    for host in ("127.0.0.1", "localhost", "::1"):
+    near = ("http://127.0.0.1:1", "http://127.1.2.3:1", "http://LocalHost:2", "http://[::1]:3", "http://a.localhost:4")
+    for host in ("127.0.0.1", "localhost", "LOCALHOST", "localhost.localdomain", "::1", "::ffff:127.0.0.1", "0.0.0.0"):
         with pytest.raises(ValueError, match="set engine.trainer_host to this machine's address as http"):
             VllmServerConfig(urls=(near[0], far), transfer=transfer, trainer_host=host)
     VllmServerConfig(urls=(near[0], far), transfer=transfer, trainer_host="10.0.0.1")

@@ -129,11 +129,19 @@ def _refuse_settings(options: CheckpointPolicy | None, family: str) -> None:
 
 
 def checkpoint_codec(options: CheckpointPolicy) -> Codec:
-    """The image tokenizer of a recipe's checkpoint. Raises ValueError where there is none."""
+    """The image tokenizer of a recipe's checkpoint. Raises ValueError where there is none, or where its family says
+    otherwise than it does what it draws from."""
     if own_folder(options.path) and not options.tiny:
         return load_codec(Path(options.path) / "codec")
     checkpoint = _checkpoint(options.path, options)
-    return find_family(layout_of(options.path, options).family).codec(checkpoint).eval()
+    family = find_family(layout_of(options.path, options).family)
+    codec = family.codec(checkpoint).eval()
+    if codec.reads_hidden != family.reads_hidden:
+        raise ValueError(
+            f"the image tokenizer of family {family.name!r} has reads_hidden {codec.reads_hidden} and the family says "
+            f"{family.reads_hidden}, by which memory is planned; set Family.reads_hidden"
+        )
+    return codec
 
 
 def load_config(source: Path | str, options: CheckpointPolicy | None = None) -> PretrainedConfig:
