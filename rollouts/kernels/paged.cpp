@@ -15,6 +15,17 @@ struct Pages {
     }
 };
 
+// The sum of values, C vectors, in the order of `load_two`.
+template <class T, int C>
+INLINE void add_weighed(vec* sum, float weight, const T* value) {
+    for (int c = 0; c < C; c += 2) {
+        vec low, high;
+        load_two(value + c * LANES, low, high);
+        sum[c] += weight * low;
+        sum[c + 1] += weight * high;
+    }
+}
+
 // A query's softmax over the positions seen so far: the highest score, and what was summed relative to it.
 template <int C>
 struct Seen {
@@ -28,22 +39,21 @@ template <class T, int C>
 INLINE void see(Seen<C>& seen, const T* keys, int64_t stride, const T* values, int64_t count, int64_t ahead) {
     constexpr int D = C * LANES;
     constexpr bool FETCH = sizeof(T) == 2;  // then two vectors a line
-    ints lane{};
-    for (int i = 0; i < LANES; i++) lane[i] = i;
     vec part[4] = {};
-    for (int d = 0; d < D; d += 2)
-        for (int j = 0; j < 4; j++) {
-            const T* place = keys + (d + j / 2) * stride + (j % 2) * LANES;
-            part[j] += seen.query[d + j / 2] * load(place);
-            if (FETCH && j % 2 == 0) __builtin_prefetch(place + ahead, 0, 2);
-        }
+    for (int d = 0; d < D; d++) {
+        vec low, high;
+        load_two(keys + d * stride, low, high);
+        part[d % 2 * 2] += seen.query[d] * low;
+        part[d % 2 * 2 + 1] += seen.query[d] * high;
+        if (FETCH) __builtin_prefetch(keys + d * stride + ahead, 0, 2);
+    }
     vec score[2];
     for (int half = 0; half < 2; half++)
-        score[half] = lane + half * LANES < (int32_t)count ? part[half] + part[half + 2] : all(-INFINITY);
+        score[half] = element<T>(half) < (int32_t)count ? part[half] + part[half + 2] : all(-INFINITY);
     vec larger = score[0] > score[1] ? score[0] : score[1];
-    float top = seen.top;
-    for (int i = 0; i < LANES; i++) top = larger[i] > top ? larger[i] : top;
-    if (top > seen.top) {
+    if (any_above(larger, seen.top)) {  // seldom after the first groups, so what follows need not wait for the highest
+        float top = seen.top;
+        for (int i = 0; i < LANES; i++) top = larger[i] > top ? larger[i] : top;
         vec less = exponential(all(seen.top - top));
         seen.total *= less;
         for (int c = 0; c < C; c++) { seen.even[c] *= less; seen.odd[c] *= less; }
@@ -51,19 +61,18 @@ INLINE void see(Seen<C>& seen, const T* keys, int64_t stride, const T* values, i
     }
     float weight[GROUP];
     for (int half = 0; half < 2; half++) {
-        vec p = exponential(score[half] - top);
+        vec p = exponential(score[half] - seen.top);
         seen.total += p;
         store(weight + half * LANES, p);
     }
     int64_t t = 0;
-    for (; t + 1 < count; t += 2)
-        for (int c = 0; c < C; c++) {
-            seen.even[c] += weight[t] * load(values + t * D + c * LANES);
-            seen.odd[c] += weight[t + 1] * load(values + (t + 1) * D + c * LANES);
-            if (FETCH) __builtin_prefetch(values + ahead + t * D + 2 * c * LANES, 0, 2);
-        }
-    if (t < count)
-        for (int c = 0; c < C; c++) seen.even[c] += weight[t] * load(values + t * D + c * LANES);
+    for (; t + 1 < count; t += 2) {
+        add_weighed<T, C>(seen.even, weight[place<T>(t)], values + t * D);
+        add_weighed<T, C>(seen.odd, weight[place<T>(t + 1)], values + (t + 1) * D);
+        if (FETCH)
+            for (int c = 0; c < C; c++) __builtin_prefetch(values + ahead + t * D + 2 * c * LANES, 0, 2);
+    }
+    if (t < count) add_weighed<T, C>(seen.even, weight[place<T>(t)], values + t * D);
 }
 
 struct Step {
@@ -84,14 +93,17 @@ static void attend_row(int64_t n, int64_t first, int64_t end, const T* q, const 
     for (int64_t g = 0; g < (end - first) * group; g++)
         for (int d = 0; d < D; d++)
             seen[g].query[d] = scalar(q[n * s.query_stride + (first * group + g) * D + d]) * s.scale;
-    for (int64_t h = first; h < end; h++) {
+    auto add = [&](int64_t h) {  // the new position
         T* here = cache + pages.at(n, h, last / pages.page);
         for (int d = 0; d < D; d++) here[d * pages.page + off] = k[n * s.key_stride + h * D + d];
         memcpy(here + (pages.page + off) * D, v + n * s.value_stride + h * D, D * sizeof(T));
-    }
+    };
+    constexpr bool LATE = sizeof(T) == 2;  // once what it is written into has been fetched; float32 fetches nothing
+    for (int64_t h = first; h < end && !LATE; h++) add(h);
     for (int64_t p = 0; p <= last / pages.page; p++)
         for (int64_t h = first; h < end; h++) {
             const T* keys = cache + pages.at(n, h, p);
+            if (LATE && p == last / pages.page) add(h);
             bool same = h + AHEAD < end || p == last / pages.page;
             int64_t next = h + AHEAD < end ? h + AHEAD : same ? h : first + (h + AHEAD - end) % (end - first);
             int64_t ahead = pages.at(n, next, same ? p : p + 1) - pages.at(n, h, p);
@@ -104,7 +116,9 @@ static void attend_row(int64_t n, int64_t first, int64_t end, const T* q, const 
     for (int64_t g = 0; g < (end - first) * group; g++) {
         float normal = 1.0f / sum(seen[g].total);
         T* mine = out + (n * s.heads + first * group + g) * D;
-        for (int c = 0; c < C; c++) store(mine + c * LANES, (seen[g].even[c] + seen[g].odd[c]) * normal);
+        for (int c = 0; c < C; c += 2)
+            store_two(mine + c * LANES, (seen[g].even[c] + seen[g].odd[c]) * normal,
+                      (seen[g].even[c + 1] + seen[g].odd[c + 1]) * normal);
     }
 }
 

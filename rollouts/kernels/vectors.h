@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <cstring>
 #include <vector>
-#ifdef __AVX512BF16__
+#ifdef __AVX512F__
 #include <immintrin.h>
 #endif
 
@@ -22,6 +22,36 @@ INLINE vec load(const bf16* p) {
     return (vec)(__builtin_convertvector(h, uints) << 16);
 }
 INLINE void store(float* p, vec v) { memcpy(p, &v, sizeof v); }
+
+// 2 * LANES elements in the order that takes the fewest operations: of float the first half and the second, of bfloat16
+// the even ones and the odd ones. `place` is where element t of them lies in the two, and `element` the reverse.
+INLINE void load_two(const float* p, vec& a, vec& b) { a = load(p); b = load(p + LANES); }
+INLINE void load_two(const bf16* p, vec& a, vec& b) {
+    uints u; memcpy(&u, p, sizeof u);
+    a = (vec)(u << 16); b = (vec)(u & 0xffff0000u);
+}
+INLINE void store_two(float* p, vec a, vec b) { store(p, a); store(p + LANES, b); }
+INLINE void store_two(bf16* p, vec a, vec b) {  // to nearest, ties to even
+    uints x = (uints)a, y = (uints)b;
+    uints u = ((x + 0x7fffu + ((x >> 16) & 1u)) >> 16) | ((y + 0x7fffu + ((y >> 16) & 1u)) & 0xffff0000u);
+    memcpy(p, &u, sizeof u);
+}
+template <class T> constexpr int64_t place(int64_t t) { return sizeof(T) == 2 ? t % 2 * LANES + t / 2 : t; }
+template <class T> INLINE ints element(int half) {
+    ints found{};
+    for (int i = 0; i < LANES; i++) found[i] = sizeof(T) == 2 ? 2 * i + half : half * LANES + i;
+    return found;
+}
+
+INLINE bool any_above(vec v, float x) {
+#ifdef __AVX512F__
+    return _mm512_cmp_ps_mask((__m512)v, _mm512_set1_ps(x), _CMP_GT_OQ) != 0;
+#else
+    for (int i = 0; i < LANES; i++) if (v[i] > x) return true;
+    return false;
+#endif
+}
+
 INLINE halves rounded(vec v) {  // to nearest, ties to even
     uints u = (uints)v;
     return __builtin_convertvector((u + 0x7fffu + ((u >> 16) & 1u)) >> 16, halves);
