@@ -71,6 +71,25 @@ def test_it_is_attention_over_the_pages(
     assert torch.equal(cache.nan_to_num(), expected.nan_to_num())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("way", [1, -1])
+def test_scores_may_rise_and_fall_by_hundreds(kernels: Kernels, dtype: torch.dtype, way: int) -> None:
+    """What was summed before a higher score counts for less and less; e to the power of the difference is infinite."""
+    length, size = 150, 64
+    torch.manual_seed(0)
+    rise_S11 = torch.linspace(-1, 1, length).mul(way).view(-1, 1, 1)
+    keys, values = (rise_S11 * torch.ones(length, 1, size)).to(dtype), torch.randn(length, 1, size).to(dtype)
+    q_NED, pages = torch.full((1, 1, size), 6.0).to(dtype), [3, 1, 2, 5, 4]
+    cache = torch.zeros(6, 1, 32, 2 * size, dtype=dtype)
+    laid_out(keys[:-1], values[:-1], pages, cache)
+    out_NED = torch.empty_like(q_NED)
+    lengths = torch.tensor([length]).int()
+    kernels.attend_paged(q_NED, keys[-1:], values[-1:], cache, torch.tensor([pages]).int(), lengths, out_NED, scale=1.0)
+    exact = attended(q_NED[0], keys, values, 1.0)
+    within = 1e-4 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(out_NED[0].double(), exact, atol=within, rtol=within)
+
+
 THREADS = """
 import os, sys
 import torch
