@@ -1,10 +1,11 @@
 """How the processes of a run are started: `rlmm run --nproc` by torchrun; what another launcher may and may not say."""
 
 import os
-import socket
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from rollouts.ports import free_port
 
 SHUTDOWN_SECONDS = 600
 """How long the processes may take over their last step when they are asked to stop, before they are killed."""
@@ -73,13 +74,6 @@ def on_this_machine(nproc: int) -> list[str]:
     """What torchrun is told to start processes here. Not --standalone: with it torchrun reads pickles from its store,
     which listens to other machines too, and asks for no token. A free port, so that two runs do not meet."""
     return [f"--nproc-per-node={nproc}", "--master-addr=127.0.0.1", f"--master-port={free_port()}"]
-
-
-def free_port() -> int:
-    """One of this machine that nothing listens at."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _after_signal(number: int, config: Path, overrides: Sequence[str]) -> int:

@@ -23,7 +23,8 @@ from rewards.base import Reward
 from rewards.remote import connect
 from rlmm.config.rewards import Rewards, RewardTerm
 from rlmm.train.processes import everywhere, gather, world
-from rollouts.vllm_engine.launch import end_group, end_with_parent, free_port
+from rollouts.ports import free_port
+from rollouts.vllm_engine.launch import end_group, end_with_parent
 
 LOG_LINES = 20
 """Last lines of a server's log that an error shows."""

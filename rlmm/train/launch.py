@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 
 from rlmm.config.recipe import Recipe
-from rlmm.launcher import free_port
 from rlmm.train.processes import EXIT_HUNG, Stopped
+from rollouts.ports import free_port
 
 FORMING_SECONDS = 1800.0
 """How long a process waits for the others when a run starts."""

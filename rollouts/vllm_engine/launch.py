@@ -6,7 +6,6 @@ import json
 import os
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,7 @@ import httpx
 import torch
 
 from rollouts.contract import EngineLost
+from rollouts.ports import free_port
 from rollouts.vllm_engine.faults import memory_advice
 from rollouts.vllm_engine.guard import KEY_VARIABLE
 from rollouts.vllm_engine.host import BLOCK, MEMORY_SHARE, SURROUNDINGS
@@ -77,12 +77,6 @@ class PortTaken(EngineLost):
 ENVIRONMENT = SURROUNDINGS | {
     "VLLM_SERVER_DEV_MODE": "1",  # the endpoints that a trainer needs: weights, caches, calls to the workers
 }
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Server:

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ from rlmm.train.faults import StorageError
 from rlmm.train.launch import processes
 from rlmm.train.processes import Stopped
 from rlmm.train.signals import EXIT_STOPPED, listening
+from rollouts.ports import free_port
 
 
 def run_forked(
@@ -41,7 +41,7 @@ def run_forked(
 def fork_group(work: Callable[[int], None], log: Path, *, count: int = 1) -> list[int]:
     """Each child's exit status (negative: the signal that ended it) after `work(rank)`. When one fails the others are
     killed, as torchrun does. One that would use a collective of objects, which pickles, fails."""
-    group = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    group = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ranks: dict[int, int] = {}
     for rank in range(count):
         child = os.fork()
@@ -89,9 +89,3 @@ def _wait(ranks: dict[int, int]) -> list[int]:
             for other in (other for other, rank in ranks.items() if rank not in found):
                 os.kill(other, signal.SIGKILL)
     return [found[rank] for rank in range(len(ranks))]
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

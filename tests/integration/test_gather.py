@@ -21,10 +21,10 @@ def test_two_processes_tell_each_other_what_there_is(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("value", "told"),
     [
-        ((1, 2), "the value is a tuple"),
-        ([0, {"a": np.float32(1)}], r"the value\[1\]\['a'\] is a float32"),
+        ((1, 2), "the value is a builtins.tuple"),
+        ([0, {"a": np.float32(1)}], r"the value\[1\]\['a'\] is a numpy.float32"),
         ({1: "a"}, "a key of type int"),
-        (b"bytes", "is a bytes"),
+        (b"bytes", "is a builtins.bytes"),
     ],
 )
 def test_what_json_would_change_is_refused_by_one_process_too(value: Any, told: str) -> None:

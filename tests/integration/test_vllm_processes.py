@@ -4,7 +4,6 @@ import importlib.util
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,8 @@ from pathlib import Path
 
 import httpx
 import pytest
+
+from rollouts.ports import free_port
 
 ROOT = Path(__file__).parents[2]
 RECIPE = str(ROOT / "tests" / "recipes" / "tiny.yaml")
@@ -31,12 +32,6 @@ def run(*command: str) -> None:
         text=True, timeout=600,
     )  # fmt: skip
     assert answer.returncode == 0, (answer.stdout + answer.stderr)[-6000:]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
