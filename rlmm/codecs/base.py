@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from rlmm.codecs.quantizers import Fsq, Lfq, Quantizer, Vq
 from rlmm.config.codec import FsqCodec, LfqCodec, StoredCodec, VqCodec
@@ -116,7 +117,8 @@ class PatchCodec(Codec):
         super().__init__(config)
         self.edge_weight = config.edge_weight
         self.quantizer: Quantizer = QUANTIZERS[config.kind](config)  # pyrefly: ignore
-        width, latent = config.width, self.quantizer.latent_dim
+        self.width = width = config.width
+        latent = self.quantizer.latent_dim
         encoder_block = _Block if config.context == "both" else _PatchBlock
         decoder_block, reach = (_PatchBlock, 0) if config.context == "none" else (_Block, 1)
         self.encoder = nn.Sequential(
@@ -129,6 +131,11 @@ class PatchCodec(Codec):
             *[decoder_block(width) for _ in range(config.blocks)],
             nn.ConvTranspose2d(width, config.channels, config.patch, stride=config.patch),
         )
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """As a transformers model has one: by its width, settings of DeepSpeed that say `auto` are set."""
+        return PreTrainedConfig(hidden_size=self.width)
 
     def forward(self, images_BCHW: Tensor) -> CodecOutput:
         self._check(images_BCHW)

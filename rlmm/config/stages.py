@@ -31,8 +31,6 @@ class CodecStage(Optimization):
     def _small_network(self) -> "CodecStage":
         if self.gradient_checkpointing:
             raise ValueError("a codec stage has no gradient checkpointing: its network is small; leave it out")
-        if self.deepspeed is not None:
-            raise ValueError("a codec stage keeps its weights whole, since its network is small; leave deepspeed out")
         return self
 
 

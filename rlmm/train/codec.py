@@ -20,6 +20,7 @@ from rlmm.codecs import (
 from rlmm.codecs.perceptual import PerceptualLoss
 from rlmm.config.data import Split
 from rlmm.config.stages import CodecStage
+from rlmm.policies.parts import whole
 from rlmm.seeds import epoch_indices
 from rlmm.train.checkpoint import write_json_atomically
 from rlmm.train.context import StageContext, load_split
@@ -98,8 +99,9 @@ def run_codec_stage(context: StageContext) -> None:
     show = ["loss", "psnr_db", *(["perceptual"] if config.perceptual else []), "learning_rate", "grad_norm"]
     train(context, codec, source, loss_fn, Meter(), micro_batch_size=config.batch_size, show=show)
     codec.eval()
-    if world()[0] == 0:
-        _leave(context, codec)
+    with whole(codec):
+        if world()[0] == 0:
+            _leave(context, codec)
 
 
 def _leave(context: StageContext, codec: Codec) -> None:

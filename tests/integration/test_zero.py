@@ -131,6 +131,26 @@ def test_other_policies_and_losses_take_the_steps_of_one_process_in_parts(
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("case", ["fsq", "vq", "lfq"])
+def test_codecs_take_the_steps_of_one_process_in_parts(case: str, tmp_path: Path) -> None:
+    resumed = f"{STAGES[-1]}+resumed"
+    start(tmp_path, case, "plain", *STAGES, resumed)
+    made = {
+        kind: load_file(tmp_path / kind / "stages/01-codec/codec/codec.safetensors")
+        for kind in ("plain", *STAGES, resumed)
+    }
+    for kind in STAGES:
+        alone, both = (rows(tmp_path, name, "01-codec") for name in ("plain", kind))
+        assert len(alone) == 4
+        for one, two in zip(alone, both, strict=True):
+            assert {name: two[name] for name in one} == pytest.approx(one, rel=1e-4, abs=EXACT), kind
+        for name, weight in made["plain"].items():
+            torch.testing.assert_close(made[kind][name], weight, rtol=0, atol=5e-5)  # Adam divides small by small
+    assert rows(tmp_path, resumed, "01-codec") == rows(tmp_path, STAGES[-1], "01-codec")
+    assert all(torch.equal(weight, made[STAGES[-1]][name]) for name, weight in made[resumed].items())
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["two", "zero2", "zero3"])
 def test_lost_in_every_phase_it_ends_with_the_same_bits(kind: str, tmp_path: Path) -> None:
     """`full`: a disk on which nothing fits, which both processes write to."""

@@ -59,6 +59,7 @@ SERVER = {"kind": "vllm_server", "kv_megabytes": 32, "max_rows": 16}
 NOISE = {"objective": {"name": "gspo", "clip_low": 0.2, "clip_high": 0.2}, "estimator": {"kind": "stratified"}}
 
 
+CODEC = {"codec": {"kind": "codec", "steps": 4, "batch_size": 8, "learning_rate": 3e-3, "checkpoint_every": 2}}
 TRAINED = {"more": SFT, "adapter": GRPO | {"lora": LORA}, "whole": GRPO}
 AGAIN, ROUNDED = {"gradient_checkpointing": True}, {"precision": "bfloat16"}
 
@@ -71,6 +72,8 @@ class Case:
     shared: tuple[str, ...]
     stages: dict[str, dict[str, Any]]
     policy: dict[str, Any] = field(default_factory=dict)
+    codec: dict[str, Any] = field(default_factory=dict)
+    """A codec of another kind, but for its sizes."""
     zero: dict[str, Any] = field(default_factory=dict)
     """Laid over the ZeRO settings of the shipped file."""
 
@@ -103,12 +106,16 @@ CASES = {
             "noise": GRPO | STEPS_SEEN | NOISE,
         },
     ),
+    "fsq": Case("tiny", (), CODEC),
+    "vq": Case("tiny", (), CODEC, codec={"kind": "vq", "codebook_size": 64, "code_dim": 8}),
+    "lfq": Case("tiny", (), CODEC, codec={"kind": "lfq", "bits": 6}),
     "dpo": Case(
         "tiny_dpo",
         ("codec", "sft", "pairs"),
         {"adapter": DPO | {"lora": LORA}, "kto": DPO | {"loss": "kto"}, "held": DPO | {"loss": "kto", "lora": LORA}},
     ),
 }
+CODEC_SIZES = ("image_size", "channels", "patch", "width", "blocks")
 WITHOUT = ("plain", "two")
 """Kinds that no file is laid out for."""
 LAST = 3
@@ -123,6 +130,8 @@ def recipe_of(folder: Path, case: Case, kind: str) -> Recipe:
             stage["deepspeed"] = str(configuration(folder, kind, case.zero))
     shared = {name: raw["stages"][name] for name in case.shared}
     own = {"run_dir": str(folder), "stages": shared | stages, "policy": raw["policy"] | case.policy}
+    if case.codec:
+        own["codec"] = {name: raw["codec"][name] for name in CODEC_SIZES} | case.codec
     return validate_recipe(raw | own, case.recipe)
 
 
