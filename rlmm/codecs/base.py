@@ -135,7 +135,7 @@ class PatchCodec(Codec):
     @property
     def config(self) -> PreTrainedConfig:
         """As a transformers model has one: by its width, settings of DeepSpeed that say `auto` are set."""
-        return PreTrainedConfig(hidden_size=self.width)
+        return PreTrainedConfig.from_dict({"hidden_size": self.width})
 
     def forward(self, images_BCHW: Tensor) -> CodecOutput:
         self._check(images_BCHW)

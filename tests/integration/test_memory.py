@@ -6,6 +6,9 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from rlmm.bench import scale_problem
+from rlmm.bench.scale_child import update
+from rlmm.bench.scale_problem import Point
 from rlmm.bench.step import StepPlan, measure
 from rlmm.bench.step_problem import Side, StepProblem, build_policy
 from rlmm.config.policy import CheckpointPolicy, Lora
@@ -136,6 +139,18 @@ def test_activations_are_what_is_neither_state_nor_gradients() -> None:
     # In the second of two micro-batches the gradients of the first are there from the beginning.
     assert twice.passing == twice.activations + twice.gradients and twice.activations == one.activations
     assert four.peak == four.passing + four.optimizer
+
+
+@pytest.mark.parametrize(("rows", "lora"), [(2, True), (4, False)])
+def test_what_an_update_allocates_is_what_is_planned(rows: int, lora: bool) -> None:
+    """At any size; of what is resident beside it, libraries' own buffers are tens of MiB."""
+    point = Point(rows=rows, tokens=64, lora=lora)
+    _, planned = scale_problem.planned(point, None)
+    policy = scale_problem.make_policy(point)
+    with Live() as live:
+        update(point, policy, 2, None)
+    assert 12 << 20 < planned < 100 << 20
+    assert planned == pytest.approx(live.peak, rel=0.02)
 
 
 CASES = [
