@@ -20,7 +20,10 @@ def rollout(
     repeats: Annotated[int, typer.Option(min=1, help="Interleaved repeats, of which medians are shown")] = 3,
     threads: Threads = 1,
     engines: Annotated[
-        str, typer.Option(help="Of torch, vllm, vllm-pairs (a request a stream) and vllm-compiled")
+        str,
+        typer.Option(
+            help="Of torch, vllm, vllm-pairs (a request a stream) and vllm-compiled; torch-lora and so on: with LoRA"
+        ),
     ] = "torch",
 ) -> None:
     """Image tokens a second of the rollout engines, against transformers' generate and the machine's own limit."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rlmm.bench.machine import Shape
 from rlmm.config.engines import EngineConfig, TorchEngineConfig, VllmEngineConfig
-from rlmm.config.policy import NewPolicy
+from rlmm.config.policy import Lora, NewPolicy
 from rlmm.policies.families.llama import build
 from rlmm.policies.transformer import TransformerPolicy
 from rlmm.train.engines import build_engine
@@ -19,6 +19,7 @@ from rlmm.train.gates import Mismatch, measure_mismatch
 from rollouts.contract import Request
 from rollouts.law import Law
 from rollouts.trajectory import Span, Trajectory
+from rollouts.vllm_engine.engine import VllmEngine
 from rollouts.vllm_engine.host import BLOCK
 
 PROMPT = 20
@@ -67,8 +68,11 @@ class Case:
         return f"{self.size} {self.precision}{' guided' if self.guided else ''}"
 
 
-ENGINES = ("torch", "vllm", "vllm-pairs", "vllm-compiled")
-"""What can be measured; `vllm-pairs` draws a guided sample in two requests, `vllm-compiled` has a compiled model."""
+LORA = "-lora"
+_BY_KIND = ("torch", "vllm", "vllm-pairs", "vllm-compiled")
+ENGINES = (*_BY_KIND, *(f"{name}{LORA}" for name in _BY_KIND))
+"""What can be measured; `vllm-pairs` draws a guided sample in two requests, `vllm-compiled` has a compiled model, and
+`-lora` means that the policy has an adapter, where else its weights are plain (as merged ones are)."""
 
 
 class Problem:
@@ -86,8 +90,11 @@ class Problem:
         self.policy = _policy(shape, self.size.codes, case.tokens)
         self.policy.to(self.device)
         self.policy.precision = case.precision
+        self.policies = {name: self._adapted if name.endswith(LORA) else self.policy for name in engines}
         self.law = Law(self.policy.layout.image, guidance_scale=case.guidance_scale)
-        self.engines = {name: build_engine(self._engine_config(name), self.policy, self.law) for name in engines}
+        self.engines = {
+            name: build_engine(self._engine_config(name), self.policies[name], self.law) for name in engines
+        }
 
     @property
     def parameters(self) -> int:
@@ -105,15 +112,15 @@ class Problem:
 
     def _engine_config(self, name: str) -> EngineConfig:
         case, config = self.case, cast(Any, self.policy.base.config)
-        rows = 2 * case.samples
-        if name == "torch":
+        rows, kind = 2 * case.samples, name.removesuffix(LORA)
+        if kind == "torch":
             return TorchEngineConfig(max_rows=rows)
         blocks = rows * (-(-(PROMPT + case.tokens) // BLOCK) + 2)
         bytes_each = 2 if case.precision == "bfloat16" else 4
         size = blocks * BLOCK * config.num_hidden_layers * 2 * config.hidden_size * bytes_each
         return VllmEngineConfig(
             max_rows=rows, max_prompt_tokens=rows * PROMPT, kv_megabytes=(size >> 20) + 1,
-            two_streams=name != "vllm-pairs", enforce_eager=name != "vllm-compiled",
+            two_streams=kind != "vllm-pairs", enforce_eager=kind != "vllm-compiled",
         )  # fmt: skip
 
     def product_shapes(self) -> list[Shape]:
@@ -127,7 +134,11 @@ class Problem:
         return [*(Shape(rows, ins, outs, dtype, layers) for ins, outs in body), head]
 
     def sample(self, engine: str = "torch") -> Trajectory:
-        """An engine's way."""
+        """An engine's way. As in a step of training, no keys and values of these prompts are there before."""
+        sampler = self.engines[engine]
+        if isinstance(sampler, VllmEngine):
+            for host in sampler.hosts:
+                host.forget()
         layout, span, group = self.policy.layout, Span("image", self.law, self.case.tokens), self.size.group
         uncond = layout.prefix(layout.null(range(PROMPT - len(layout.prefix(())))))
         requests = [
@@ -139,7 +150,7 @@ class Problem:
             )
             for row, ids in list(enumerate(self._prefix_BP.tolist()))[::group]
         ]
-        return self.engines[engine].generate(requests, [span])
+        return sampler.generate(requests, [span])
 
     def generate(self, tokens: int | None = None) -> Tensor:
         """transformers' way, as a user would: the model in the dtype, its own cache, its own guidance."""
@@ -169,8 +180,20 @@ class Problem:
         """|trainer - sampler| log-prob over every token of one batch."""
         made = self.sample(engine)
         parts = [made.rows(range(at, min(at + 16, len(made)))) for at in range(0, len(made), 16)]
-        logp_BS = torch.cat([self.policy.log_probs(part.to(self.device)).logp_BS.cpu() for part in parts])
+        logp_BS = torch.cat([self.policies[engine].log_probs(part.to(self.device)).logp_BS.cpu() for part in parts])
         return measure_mismatch(logp_BS, made.sampler_logp, made.target_mask)
+
+    @cached_property
+    def _adapted(self) -> TransformerPolicy:
+        """The policy with an adapter that is not nothing, as a fresh one would be."""
+        policy = copy.deepcopy(self.policy)
+        policy.add_lora(Lora(), seed=0)
+        for name, weight in policy.model.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(weight, std=0.02, generator=torch.Generator(weight.device).manual_seed(0))
+        policy.to(self.device)
+        policy.model.eval()
+        return policy
 
     @cached_property
     def _plain_model(self) -> Any:

@@ -82,6 +82,15 @@ class WaveScheduler(Scheduler):
             request.status = finished_status
         return [*dropped, *super().finish_requests(names, finished_status)]
 
+    def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
+        """With nothing cached, free blocks are handed out in the order they lie in again, not in that in which requests
+        gave them back: neighbouring pages of memory are read faster."""
+        done = super().reset_prefix_cache(*args, **kwargs)
+        if done:
+            queue = self.kv_cache_manager.block_pool.free_block_queue
+            queue.append_n(sorted(queue.popleft_n(queue.num_free_blocks), key=lambda block: block.block_id))
+        return done
+
     def _further(self) -> int:
         """Steps that can follow the next one without a look at the queues: as long as all that run are samples with
         tokens to go, in decode, that no token can end, nothing that waits could join them, and the free blocks hold

@@ -52,6 +52,13 @@ class Counted:
         ids_P = torch.tensor([token % SEEN for token in prefix])
         return self.policy.base.get_input_embeddings()(ids_P).detach()
 
+    def free_blocks(self) -> list[int]:
+        """In the order in which they will be handed out."""
+        scheduler = self.host.llm.llm_engine.engine_core.engine_core.scheduler
+        return [
+            block.block_id for block in scheduler.kv_cache_manager.block_pool.free_block_queue.get_all_free_blocks()
+        ]
+
     def prefilled(self, groups: Groups, **law: Any) -> int:
         """Positions of prompts that were computed: all but one a row for each token after the first."""
         asked = [
@@ -111,11 +118,14 @@ def main() -> None:
         {"cond": ids, "uncond": nulls.layout.unconditional(ids) or ()} for ids in prefixes(nulls, 0, *LENGTHS)
     ]
     seen: Groups = [{"cond": (group["cond"][0], group["cond"][1] + SEEN, *group["cond"][2:])} for group in alone]
-    found = {}
+    found: dict[str, Any] = {}
     # Fewer slots than a group has rows: its last samples start when the first have ended.
     counted = Counted(plain, max_rows=6)
     found["unguided"] = measure(counted, alone, ["cond"], 1.0)
     found["paired waves"] = measure(counted, pairs, ["cond", "uncond"], 3.0)
+    returned = counted.free_blocks()
+    counted.host.forget()
+    found["free blocks"] = {"returned": returned, "forgotten": counted.free_blocks()}
     counted.host.close()
     counted = Counted(nulls, together=True, max_rows=3)
     found["two streams"] = measure(counted, token, ["cond"], 3.0)

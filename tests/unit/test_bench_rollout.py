@@ -50,6 +50,16 @@ def test_rates_and_ratios_follow_from_the_timings(monkeypatch: pytest.MonkeyPatc
     assert one.mismatch_max < 1e-4
 
 
+def test_an_adapter_is_measured_by_the_policy_that_has_it() -> None:
+    problem = Problem(Case("tiny", "float32", 1.0, samples=4, tokens=8), ("torch", "torch-lora"))
+    plain, adapted = problem.policies["torch"], problem.policies["torch-lora"]
+    assert problem.mismatch("torch-lora").largest < 1e-4
+    made = problem.sample("torch-lora")
+    with torch.no_grad():
+        apart = (plain.log_probs(made).logp_BS - adapted.log_probs(made).logp_BS).abs().max()
+    assert float(apart) > 1e-3
+
+
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_both_ways_sample_the_same_work(scale: float) -> None:
     case = Case("tiny", "float32", scale, samples=4, tokens=5)
