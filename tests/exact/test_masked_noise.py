@@ -115,6 +115,7 @@ def test_rounding_quadrature_nodes_costs_a_small_bias(losses: Tensor) -> None:
     assert 0.001 < float((found - wanted).abs().mean() / wanted.abs().mean()) < 0.2
 
 
+@pytest.mark.long
 def test_variances_are_in_the_order_that_theory_has_them(losses: Tensor) -> None:
     variance = {
         scheme: float(estimates(scheme, losses, 20_000, draws).var(0).mean())

@@ -153,15 +153,9 @@ def test_what_an_update_allocates_is_what_is_planned(rows: int, lora: bool) -> N
     assert planned == pytest.approx(live.peak, rel=0.02)
 
 
-CASES = [
-    pytest.param(lora, checkpointing, marks=() if (lora, checkpointing) == (False, False) else pytest.mark.long)
-    for lora in (False, True)
-    for checkpointing in (False, True)
-]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("lora", "checkpointing"), CASES)
+@pytest.mark.long
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_dry_run_holds_what_the_trainer_does(
     lora: bool, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,8 +17,8 @@ MOST_SECONDS = 120
 FIRST, *REST = sorted(path.stem for path in recipes_dir().glob("*.yaml"))
 
 
-KINDS = {"dpo_words", "earl_emu3_grpo", "t2i_r1"}
-"""One of each kind of recipe that is not in the README, whose commands the suite runs; the others are long tests."""
+KINDS = {"dpo_words", "t2i_r1"}
+"""Of recipes that are not in the README, whose commands the suite runs; the others are long tests."""
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.long] * (n not in KINDS)) for n in REST])
