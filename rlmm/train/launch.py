@@ -5,6 +5,7 @@ import json
 import os
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -151,5 +152,8 @@ def _prepare_deepspeed() -> None:
             "a stage names a DeepSpeed configuration and DeepSpeed is not installed; install the extra `deepspeed`, or "
             "take the stage's `deepspeed` out"
         ) from error
+    # DeepSpeed calls two collectives by names that a newer torch warns of, at every call.
+    by_old_names = r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated"
+    warnings.filterwarnings("ignore", by_old_names, FutureWarning)
     # Shared-memory collectives for CPUs: compiled at first use, which takes a minute and needs a compiler.
     library.ops.__compatible_ops__["deepspeed_shm_comm"] = False
