@@ -31,7 +31,11 @@ def _equation(stage: object, processes: int) -> str | None:
             f"{stage.batch_size} {what} a step; {stage.steps} steps"
         )
     if isinstance(stage, CodecStage):
-        return f"{stage.batch_size} images a step; {stage.steps} steps"
+        if stage.batch_size % processes:
+            raise ValueError(
+                f"a codec's batch_size {stage.batch_size} is no multiple of {processes} processes; change one"
+            )
+        return f"{processes} process(es) x {stage.batch_size // processes} images a step; {stage.steps} steps"
     return None
 
 

@@ -20,6 +20,7 @@ from rlmm.codecs import (
 from rlmm.codecs.perceptual import PerceptualLoss
 from rlmm.config.data import Split
 from rlmm.config.stages import CodecStage
+from rlmm.policies.casting import cast_inside
 from rlmm.policies.parts import whole
 from rlmm.seeds import epoch_indices
 from rlmm.train.checkpoint import write_json_atomically
@@ -76,8 +77,10 @@ def loss_function(config: CodecStage) -> LossFn:
     weight = config.perceptual.weight if config.perceptual else 0.0
 
     def loss_fn(model: nn.Module, batch: ImageBatch, meter: Meter) -> Tensor:
-        network = perceptual.to(batch.images.device) if perceptual else None
-        with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+        device, half = batch.images.device, config.precision == "bfloat16"
+        network = perceptual.to(device) if perceptual else None
+        inside = cast_inside(getattr(model, "module", model), device.type, half)
+        with inside, torch.autocast(device.type, torch.bfloat16, enabled=half):
             loss, figures = codec_loss(model, batch.images, network, weight)
         for name, value in figures.items():
             meter.add(name, float(value))
@@ -97,7 +100,7 @@ def run_codec_stage(context: StageContext) -> None:
     images = training_images(context, codec, "train", config.images)
     source = ImageSource(images, config.batch_size, context.seed("batches"))
     show = ["loss", "psnr_db", *(["perceptual"] if config.perceptual else []), "learning_rate", "grad_norm"]
-    train(context, codec, source, loss_fn, Meter(), micro_batch_size=config.batch_size, show=show)
+    train(context, codec, source, loss_fn, Meter(), micro_batch_size=config.batch_size // world()[1], show=show)
     codec.eval()
     with whole(codec):
         if world()[0] == 0:

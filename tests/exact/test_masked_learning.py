@@ -143,6 +143,6 @@ def test_estimates_that_see_other_tokens_learn_what_depends_on_them(name: str) -
     assert min(reached(name)) > 0.9
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_tokens_taken_for_independent_do_not() -> None:
     assert min(reached("mean field (d1)")) < 0.8

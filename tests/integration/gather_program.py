@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from rlmm.codecs.together import of_all
 from rlmm.train.launch import processes
 from rlmm.train.processes import OtherProcessError, everywhere, gather, gather_arrays, in_first
 from tests.integration.forked import fork_group
@@ -42,6 +44,13 @@ def tell(rank: int) -> None:
             assert [one.dtype for one in found] == [one.dtype for one in pair]
             assert all(one.shape == other.shape for one, other in zip(found, pair, strict=True))
             assert alike([one.tolist() for one in found], [one.tolist() for one in pair])
+        parts = [torch.tensor([1.0, 2.0]), torch.tensor([3.0, 5.0])]
+        part = parts[rank].clone().requires_grad_()
+        found_PD = of_all(part)
+        assert found_PD.tolist() == torch.stack(parts).tolist()
+        # Each process weighs the other's part by its own number; a part is told the sum.
+        ((1 + rank) * found_PD.square()).sum().backward()
+        assert part.grad is not None and part.grad.tolist() == (3 * 2 * parts[rank]).tolist()
         assert in_first(lambda: {"rank": rank}) == {"rank": 0}
         assert everywhere(lambda: (rank,)) == (rank,)  # it stays here
         # The second process is told of it, and does not wait for what the first one cannot send.

@@ -1,4 +1,4 @@
-"""SFT and GRPO under DeepSpeed's ZeRO on two processes: the steps and the weights of one process alone."""
+"""Every stage that trains, under DeepSpeed's ZeRO on two processes: the steps and the weights of one process alone."""
 
 import importlib.util
 import json
@@ -29,7 +29,7 @@ OTHERS = {
     "tied": ("03-more", "04-whole"),
     "thought": ("03-whole",),
     "masked": ("03-more", "04-adapter", "05-noise"),
-    "dpo": ("04-adapter", "05-kto", "06-held"),
+    "dpo": ("04-adapter", "05-kto", "06-held", "07-whole", "08-taught"),
 }
 """The other cases of the program, and their stages."""
 STAGES = ("zero1", "zero2", "zero3")
@@ -67,7 +67,20 @@ def weights(folder: Path, kind: str, stage: str) -> dict[str, torch.Tensor]:
     return load_file(folder / kind / "stages" / stage / "model" / "model.safetensors")
 
 
+def wrapped(folder: Path, kind: str) -> dict[str, list[Any]]:
+    """Stage -> the class that its loss went through, and the stage of ZeRO."""
+    return json.loads((folder / f"{kind}.wrapped.json").read_text())
+
+
+def assert_resumed(folder: Path, kind: str, stages: int) -> None:
+    """Every process went on from the checkpoint, in so many stages."""
+    assert (folder / f"{kind}.log").read_text().count("resuming from step 2 of 4") == 2 * stages, kind
+
+
 def assert_equal_to_one_process(folder: Path, kind: str, stage: str) -> None:
+    assert wrapped(folder, "plain")[stage][1] is None
+    if kind.startswith("zero"):
+        assert wrapped(folder, kind)[stage] == ["DeepSpeedEngine", int(kind[4])]
     for one, two in zip(rows(folder, "plain", stage), rows(folder, kind, stage), strict=True):
         assert {name: two[name] for name in one} == pytest.approx(one, rel=1e-4, abs=EXACT)
     one, two = weights(folder, "plain", stage), weights(folder, kind, stage)
@@ -83,6 +96,11 @@ def test_weights_are_in_parts_between_the_modules_that_use_them(some: Path) -> N
     # All of them at once only to save the results of the two stages before, and in no rollout.
     assert both == {"kind": "DeepSpeedEngine", "processes": 2, "there": 0, "whole": 2, "recomputes": False}
     assert alone["processes"] == 1 and alone["there"] > 10_000
+
+
+@pytest.mark.parametrize("kind", STAGES)
+def test_a_run_is_not_buried_in_warnings(kind: str, some: Path) -> None:
+    assert "FutureWarning" not in (some / f"{kind}.log").read_text()
 
 
 @pytest.mark.parametrize("kind", STAGES)
@@ -114,6 +132,7 @@ def test_offloaded_or_resumed_it_takes_the_steps_of_one_process(stage: str, kind
 @pytest.mark.parametrize("kind", RESUMED)
 @pytest.mark.parametrize("stage", FOLDERS.values())
 def test_resumed_in_parts_is_bit_identical(stage: str, kind: str, every: Path) -> None:
+    assert_resumed(every, f"{kind}+resumed", len(FOLDERS))
     assert rows(every, f"{kind}+resumed", stage) == rows(every, kind, stage)
     whole, resumed = weights(every, kind, stage), weights(every, f"{kind}+resumed", stage)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
@@ -139,7 +158,9 @@ def test_codecs_take_the_steps_of_one_process_in_parts(case: str, tmp_path: Path
         kind: load_file(tmp_path / kind / "stages/01-codec/codec/codec.safetensors")
         for kind in ("plain", *STAGES, resumed)
     }
+    assert_resumed(tmp_path, resumed, 1)
     for kind in STAGES:
+        assert wrapped(tmp_path, kind) == {"01-codec": ["DeepSpeedEngine", int(kind[4])]}
         alone, both = (rows(tmp_path, name, "01-codec") for name in ("plain", kind))
         assert len(alone) == 4
         for one, two in zip(alone, both, strict=True):
@@ -157,12 +178,13 @@ def test_lost_in_every_phase_it_ends_with_the_same_bits(kind: str, tmp_path: Pat
     lost = [f"{kind}+{place}" for place in ("rollout", "scoring", "save", "full")]
     start(tmp_path, "deaths", "plain", kind, *lost)
     for name in lost:
+        assert_resumed(tmp_path, name, 1 if name.endswith("full") else 2)
         for stage in ("03-adapter", "04-whole"):
             assert rows(tmp_path, name, stage) == rows(tmp_path, kind, stage), (name, stage)
             whole, resumed = weights(tmp_path, kind, stage), weights(tmp_path, name, stage)
             assert all(torch.equal(whole[one], resumed[one]) for one in whole), (name, stage)
     said = (tmp_path / f"{kind}+full.log").read_text()
-    assert said.count("resuming from step 2 of 4") == 2 and "mend the disk" in said
+    assert "mend the disk" in said
     assert f"error: a file of the stage: {tmp_path}/{kind}+full/stages/04-whole/checkpoints" in said
 
 
@@ -215,6 +237,7 @@ def test_a_checkpoint_takes_the_room_that_is_planned(tmp_path: Path) -> None:
 def test_an_adapter_in_parts_sampled_by_a_server_and_resumed(tmp_path: Path) -> None:
     folder = start(tmp_path, "served", "plain", "zero3", "zero3+resumed")
     assert_equal_to_one_process(folder, "zero3", "03-adapter")
+    assert_resumed(folder, "zero3+resumed", 1)
     assert rows(folder, "zero3+resumed", "03-adapter") == rows(folder, "zero3", "03-adapter")
     whole, resumed = (weights(folder, kind, "03-adapter") for kind in ("zero3", "zero3+resumed"))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)

@@ -1,8 +1,9 @@
-"""Policy stages of the tiny recipes, as one process and as two, in forked processes: `FOLDER CASE KIND...`.
+"""Stages of the tiny recipes, as one process and as two, in forked processes: `FOLDER CASE KIND...`.
 
 KIND is `plain`, `two` (processes, without DeepSpeed), or a file in configs/deepspeed; `KIND+PLACE` loses its processes
 in every stage, at one of PLACES, and goes on. Runs start from the same stages, the plain run's. Beside each run's
-folder lies KIND.json: what the loss of the last GRPO stage went through.
+folder lie KIND.json: what the loss of the last GRPO stage went through, and KIND.wrapped.json: of every stage the class
+of its model and the stage of ZeRO.
 """
 
 import json
@@ -10,10 +11,10 @@ import os
 import resource
 import shutil
 import sys
-import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,13 @@ CASES = {
     "dpo": Case(
         "tiny_dpo",
         ("codec", "sft", "pairs"),
-        {"adapter": DPO | {"lora": LORA}, "kto": DPO | {"loss": "kto"}, "held": DPO | {"loss": "kto", "lora": LORA}},
+        {
+            "adapter": DPO | {"lora": LORA},
+            "kto": DPO | {"loss": "kto"},
+            "held": DPO | {"loss": "kto", "lora": LORA},
+            "whole": DPO,
+            "taught": SFT | {"lora": LORA},
+        },
     ),
 }
 CODEC_SIZES = ("image_size", "channels", "patch", "width", "blocks")
@@ -166,6 +173,21 @@ def watch(path: Path) -> None:
 
     grpo.grpo_loss = watched  # pyrefly: ignore
     TransformerPolicy.whole = noted  # pyrefly: ignore
+
+
+def note_models(path: Path) -> None:
+    """Note what every stage's loss is computed with; a run that goes on adds to it."""
+    original = StageTrainer.compute_loss
+
+    def noted(self: StageTrainer, model: Any, *args: Any, **kwargs: Any) -> Tensor:
+        if world()[0] == 0:
+            seen = json.loads(path.read_text()) if path.is_file() else {}
+            zero = model.zero_optimization_stage() if hasattr(model, "zero_optimization_stage") else None
+            seen[Path(str(self.args.output_dir)).parent.name] = [type(model).__name__, zero]
+            path.write_text(json.dumps(seen))
+        return original(self, model, *args, **kwargs)
+
+    StageTrainer.compute_loss = noted  # pyrefly: ignore
 
 
 def die() -> None:
@@ -223,12 +245,17 @@ PLACES: dict[str, Callable[[], None]] = {
 }
 
 
+said = partial(print, flush=True)
+"""What a stage says is there however its process ends."""
+
+
 def run(folder: Path, case: Case, kind: str, death: str | None, place: str = "resumed") -> None:
     """The stages that are not done yet; `death`: that one is not finished, for what happens at `place`."""
-    warnings.filterwarnings("ignore", category=FutureWarning)  # hundreds of torch's about itself would fill the log
     recipe = recipe_of(folder, case, kind)
     layout = pipeline.run_folder(recipe)
     watch(folder.with_suffix(".json"))
+    if place != "full":
+        note_models(folder.with_suffix(".wrapped.json"))
     with processes(deepspeed=kind not in WITHOUT):
         for name, config in recipe.stages.items():
             if any((layout.stage(name) / made).exists() for made in ("model", "codec", "pairs.parquet")):
@@ -236,7 +263,7 @@ def run(folder: Path, case: Case, kind: str, death: str | None, place: str = "re
             if name == death:
                 PLACES[place]()
             layout.stage(name).mkdir(parents=True, exist_ok=True)
-            pipeline.STAGES[config.kind](StageContext(recipe, layout, name, config, print))
+            pipeline.STAGES[config.kind](StageContext(recipe, layout, name, config, said))
             wait()
 
 

@@ -18,9 +18,13 @@ from rlmm.codecs import (
     save_codec,
     tensor_to_images,
 )
+from rlmm.codecs.base import CodecOutput
 from rlmm.codecs.loss import code_use, edge_loss, psnr_db
 from rlmm.codecs.quantizers import Fsq, Lfq, Vq
 from rlmm.config.codec import CodecConfig, FsqCodec, LfqCodec, VqCodec
+from rlmm.config.stages import CodecStage
+from rlmm.train.codec import ImageBatch, loss_function
+from rlmm.train.metrics import Meter
 
 SIZE = {"image_size": (16, 24), "channels": 1, "patch": 8, "width": 16, "blocks": 1}
 CONFIGS = {
@@ -253,3 +257,25 @@ def test_figures_against_closed_forms() -> None:
 def test_impossible_codecs_are_refused(change: dict[str, object], named: str) -> None:
     with pytest.raises(ValidationError, match=named):
         TypeAdapter(CodecConfig).validate_python({"kind": "fsq", **SIZE, "levels": (4, 4), **change})
+
+
+class CastsNothing(torch.nn.Module):
+    """As a DeepSpeed engine does on a GPU: its own forward is under no autocast, whatever is around it."""
+
+    def __init__(self, module: PatchCodec) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, images: torch.Tensor) -> CodecOutput:
+        with torch.autocast("cpu", enabled=False):
+            return self.module(images)
+
+
+def test_a_wrapped_codec_computes_in_bfloat16_where_that_is_asked_for() -> None:
+    def loss(model: torch.nn.Module, precision: str) -> float:
+        config = CodecStage.model_validate({"steps": 1, "learning_rate": 1e-3, "precision": precision})
+        return float(loss_function(config)(model, ImageBatch(pictures(), 1.0), Meter()).detach())
+
+    own = codec("fsq")
+    assert loss(CastsNothing(own), "bfloat16") == loss(own, "bfloat16") != loss(own, "float32")
+    assert loss(CastsNothing(own), "float32") == loss(own, "float32")

@@ -87,6 +87,13 @@ def test_check_prints_the_config_the_batch_equation_and_a_memory_plan() -> None:
     assert "Memory plan" in answer.output and "run_dir" in answer.output
 
 
+def test_a_codecs_batch_that_processes_cannot_share_is_refused_before_anything_runs() -> None:
+    recipe = read_recipe(TINY, ["stages.codec.batch_size=16"])
+    assert batch_equations(recipe, 2)[0] == "codec: 2 process(es) x 8 images a step; 4 steps"
+    with pytest.raises(ValueError, match="a codec's batch_size 16 is no multiple of 3 processes"):
+        batch_equations(recipe, 3)
+
+
 def test_reward_list_names_the_built_in_rewards() -> None:
     answer = CliRunner().invoke(app, ["reward", "list"])
     assert {"ocr", "scenes", "tesseract"} <= set(answer.output.split())
