@@ -143,10 +143,14 @@ def test_resumed_in_parts_is_bit_identical(stage: str, kind: str, every: Path) -
 def test_other_policies_and_losses_take_the_steps_of_one_process_in_parts(
     case: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    folder = start(tmp_path_factory.mktemp(case), case, "plain", *STAGES)
+    folder = start(tmp_path_factory.mktemp(case), case, "plain", *STAGES, "zero3+resumed")
+    assert_resumed(folder, "zero3+resumed", len(OTHERS[case]))
     for stage in OTHERS[case]:
         for kind in STAGES:
             assert_equal_to_one_process(folder, kind, stage)
+        assert rows(folder, "zero3+resumed", stage) == rows(folder, "zero3", stage)
+        whole, resumed = weights(folder, "zero3", stage), weights(folder, "zero3+resumed", stage)
+        assert all(torch.equal(whole[name], resumed[name]) for name in whole), stage
 
 
 @pytest.mark.long
