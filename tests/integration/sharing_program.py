@@ -2,7 +2,8 @@
 
 A next-token policy's, the same in float64, a masked one's by its trajectory's log-probs with all that is logged of a
 step, and by a noise plan's. Beside each run's folder lies what its processes planned, RUN-plans-RANK.jsonl: the digest
-of every plan, by sample. And the stages before GRPO, which start from nothing: `CODEC-PROCESSES`.
+of every plan, by sample, and RUN-gradients.safetensors, the gradients of its first GRPO step. And the stages before
+GRPO, which start from nothing: `CODEC-PROCESSES`.
 """
 
 import hashlib
@@ -11,16 +12,22 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import torch
 import yaml
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 import rlmm.train.grpo as grpo
 from rlmm.codecs import Codec
 from rlmm.objectives.estimators import Estimator
 from rlmm.objectives.noise import NoisePlan
+from rlmm.policies.head_rows import FIRST, ROWS
 from rlmm.policies.transformer import TransformerPolicy
 from rlmm.train.context import StageContext
+from rlmm.train.processes import world
+from rlmm.train.trainer import StageTrainer
 from rollouts.trajectory import Trajectory
 from tests.integration.forked import run_forked
 
@@ -76,8 +83,34 @@ def noting(folder: Path) -> Callable[[int], None]:
             return made
 
         Estimator.plan = noted  # pyrefly: ignore
+        note_gradients(folder.parent / f"{folder.name}-gradients.safetensors")
 
     return prepare
+
+
+def note_gradients(path: Path) -> None:
+    """Write down what process 0 has after the last backward of a GRPO stage's first step, not yet clipped."""
+    original = StageTrainer.training_step
+
+    def noted(self: StageTrainer, *args: Any, **kwargs: Any) -> Tensor:
+        loss = original(self, *args, **kwargs)
+        first = "grpo" in str(self.args.output_dir) and self.state.global_step == 0 and world()[0] == 0
+        if first and self.accelerator.sync_gradients:
+            save_file(whole_gradients(cast(nn.Module, self.model)), path)
+        return loss
+
+    StageTrainer.training_step = noted  # pyrefly: ignore
+
+
+def whole_gradients(model: nn.Module) -> dict[str, Tensor]:
+    """By name; those of a head of which one process trains the rows of images alone, with zeros for the others."""
+    found = {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+    for name in [name for name in found if name.endswith(ROWS)]:
+        head: Any = model.get_submodule(name.rpartition(".")[0])
+        every = torch.zeros_like(head.weight)
+        every[slice(*getattr(head, FIRST))] = found.pop(name)
+        found[name.replace(ROWS, "weight")] = every
+    return found
 
 
 def run(recipe: Path, folder: Path, count: int) -> None:

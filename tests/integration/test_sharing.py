@@ -99,6 +99,18 @@ def test_advantages_are_the_same_to_the_bit(runs: Path, case: str, count: int) -
 
 
 @pytest.mark.parametrize(("case", "count"), SEVERAL)
+def test_gradients_are_the_same_to_rounding(runs: Path, case: str, count: int) -> None:
+    """Of the first step, whose trajectories and weights are the same."""
+    one, other = (load_file(runs / f"{case}-{n}-gradients.safetensors") for n in (1, count))
+    shared = {name for name in one if other[name].any()}
+    assert len(shared) > 10 and shared == {name for name in one if one[name].any()}
+    scale = max(float(gradient.abs().max()) for gradient in one.values())
+    allowed = (1e-13 if case == "float64" else 1e-5) * scale
+    for name in one:
+        torch.testing.assert_close(other[name], one[name], rtol=0, atol=allowed)
+
+
+@pytest.mark.parametrize(("case", "count"), SEVERAL)
 def test_the_steps_are_the_same(runs: Path, case: str, count: int) -> None:
     alone, together = rows(runs / f"{case}-1"), rows(runs / f"{case}-{count}")
     assert len(alone) == len(together) == 4
