@@ -24,6 +24,7 @@ def compare(mine: str, theirs: str, rollout: int) -> None:
     if mine != theirs:
         raise RuntimeError(
             f"after the weight sync of rollout {rollout} the engine's weights ({theirs}) are not the trainer's "
-            f"({mine}); its samples would be of another policy. This is a fault of the engine: use engine.kind "
-            "torch, and report it"
+            f"({mine}); its samples would be of another policy. Where engine.urls name servers, the likely cause is "
+            "that another run gives its weights to one of them, too: each run needs servers of its own. Else this is "
+            "a fault of the engine: use engine.kind torch, and report it"
         )

@@ -3,6 +3,7 @@
 `broadcast.GroupTransfer` is the other way. Either passes over the weights once, whatever the number of servers.
 """
 
+import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,35 +19,67 @@ SHARD_BYTES = 1 << 30
 
 
 class FolderTransfer:
-    """`folder`: one that this process writes and every server reads. Nothing is left in it."""
+    """`folder`: one that this process writes and every server reads. Nothing is left in it.
+
+    Raises RuntimeError where a server cannot read there what was written.
+    """
 
     def __init__(self, hosts: Sequence[ServerHost], folder: Path) -> None:
         self.hosts, self.folder = hosts, folder
 
     def __call__(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         with tempfile.TemporaryDirectory(dir=self.folder) as scratch:
-            write_shards(weights, Path(scratch))
+            count = write_shards(weights, Path(scratch))
+            # In a folder that the user shares, a server may run as another user (of another node, or in a container).
+            # The machine's own temporary folder is open to everybody, and what is in it stays this user's.
+            if self.folder != Path(tempfile.gettempdir()):
+                _let_all_read(Path(scratch))
             with ThreadPoolExecutor(len(self.hosts)) as pool:
-                list(pool.map(lambda host: host.call("rollouts_load", scratch), self.hosts))
+                list(pool.map(lambda host: host.call("rollouts_load", scratch, str(count)), self.hosts))
 
 
-def write_shards(weights: Iterable[tuple[str, Tensor]], folder: Path) -> None:
-    """Files of about SHARD_BYTES, so that no more than that is held at once of weights that come one at a time."""
+def write_shards(weights: Iterable[tuple[str, Tensor]], folder: Path) -> int:
+    """Files of about SHARD_BYTES, so that no more than that is held at once of weights that come one at a time. How
+    many there are."""
     shard: dict[str, Tensor] = {}
     number, size = 0, 0
     for name, tensor in weights:
         shard[name] = tensor.detach().contiguous().cpu()
         size += shard[name].nbytes
         if size >= SHARD_BYTES:
-            save_file(shard, folder / f"{number:05}.safetensors")
+            save_file(shard, _shard(folder, number))
             shard, number, size = {}, number + 1, 0
     if shard:
-        save_file(shard, folder / f"{number:05}.safetensors")
+        save_file(shard, _shard(folder, number))
+    return number + bool(shard)
 
 
-def read_shards(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """What `write_shards` wrote, one weight at a time."""
-    for file in sorted(folder.glob("*.safetensors")):
+def read_shards(folder: Path, count: int) -> Iterator[tuple[str, Tensor]]:
+    """The `count` files that `write_shards` wrote, one weight at a time. Raises FileNotFoundError, before the first,
+    where one of them cannot be read: vLLM would keep its old weights and go on."""
+    files = [_shard(folder, number) for number in range(count)]
+    readable = sum(os.access(file, os.R_OK) for file in files)
+    if readable < count:
+        raise FileNotFoundError(
+            f"of the {count} file(s) of weights that the trainer wrote in {folder} this server can read {readable}; "
+            "set engine.exchange to a folder that trainer and servers share under the same path, or engine.transfer to "
+            "nccl or gloo"
+        )
+    return _weights(files)
+
+
+def _weights(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
+    for file in files:
         with safe_open(file, framework="pt") as weights:
             for name in weights.keys():  # noqa: SIM118 (no mapping)
                 yield name, weights.get_tensor(name)
+
+
+def _shard(folder: Path, number: int) -> Path:
+    return folder / f"{number:05}.safetensors"
+
+
+def _let_all_read(folder: Path) -> None:
+    folder.chmod(0o755)
+    for file in folder.iterdir():
+        file.chmod(0o644)

@@ -47,9 +47,9 @@ class RolloutWorker:
         wanted = json.loads(names)
         return [drawn.to_wire() for drawn in on_processor(self, lambda processor: processor.collect(wanted))]
 
-    def rollouts_load(self, folder: str) -> None:
-        """Take the weights in a folder of safetensors files that this server can read."""
-        self._take(read_shards(Path(folder)))
+    def rollouts_load(self, folder: str, count: str) -> None:
+        """Take the weights in a folder of so many safetensors files that this server can read."""
+        self._take(read_shards(Path(folder), int(count)))
 
     def rollouts_devices(self) -> int:
         """How many workers this server has."""

@@ -259,11 +259,11 @@ def test_every_path_but_health_wants_the_key(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_weights_are_written_in_files_of_bounded_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rollouts.vllm_engine.transfer.SHARD_BYTES", 100)
-    write_shards(((f"w{i}", torch.full((10,), float(i))) for i in range(7)), tmp_path)
+    count = write_shards(((f"w{i}", torch.full((10,), float(i))) for i in range(7)), tmp_path)
 
     shards = [load_file(file) for file in sorted(tmp_path.glob("*.safetensors"))]
     assert [sorted(shard) for shard in shards] == [["w0", "w1", "w2"], ["w3", "w4", "w5"], ["w6"]]
-    assert [(name, weight.tolist()) for name, weight in read_shards(tmp_path)] == [
+    assert [(name, weight.tolist()) for name, weight in read_shards(tmp_path, count)] == [
         (f"w{i}", [float(i)] * 10) for i in range(7)
     ]
 
