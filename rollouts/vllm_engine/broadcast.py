@@ -7,7 +7,7 @@ empty header ends the pass. The group is apart from the trainer's own and from t
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -23,6 +23,7 @@ T = TypeVar("T")
 ROOT = 0
 SECONDS = 600
 """How long either side waits for the other before it gives up."""
+BROKE_OFF = "the transfer of weights between trainer and vLLM broke off"
 ANSWER_SECONDS = 5
 """How long a server's answer may take after its connection broke."""
 
@@ -38,7 +39,7 @@ class Group:
         try:
             self.group.broadcast(tensor, ROOT).wait()
         except RuntimeError as error:  # the other end closed its connection, or did not come in time
-            raise EngineLost(f"the transfer of weights between trainer and vLLM broke off: {error}") from error
+            raise EngineLost(f"{BROKE_OFF}: {error}") from error
 
     def send(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         for name, weight in weights:
@@ -118,11 +119,19 @@ def _beside(hosts: Sequence[ServerHost], calls: Sequence[tuple[str, ...]], own: 
             made = own()
         except EngineLost:
             # What a server says itself is worth more than that its connection broke, and comes a moment later.
-            for one in wait(theirs, timeout=ANSWER_SECONDS).done:
-                one.result()
+            _raise_first(wait(theirs, timeout=ANSWER_SECONDS).done)
             raise
-        for one in theirs:
-            one.result()
+        _raise_first(theirs)
     finally:
         pool.shutdown(wait=False)  # after a failure here the servers would wait for us until their time is up
     return made
+
+
+def _raise_first(theirs: Iterable[Future[Any]]) -> None:
+    """Raises what went wrong first among servers. One that is gone breaks the pass off for the others, who then say no
+    more than that, and are lost to this pass themselves."""
+    errors = [error for one in theirs if (error := one.exception()) is not None]
+    for error in sorted(errors, key=lambda error: (not isinstance(error, EngineLost), BROKE_OFF in str(error))):
+        if BROKE_OFF in str(error) and not isinstance(error, EngineLost):
+            raise EngineLost(str(error)) from error
+        raise error
