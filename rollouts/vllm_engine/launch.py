@@ -4,6 +4,7 @@ import ctypes
 import errno
 import json
 import os
+import re
 import secrets
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +23,15 @@ import torch
 
 from rollouts.contract import EngineLost
 from rollouts.ports import free_port
-from rollouts.vllm_engine.faults import memory_advice
+from rollouts.vllm_engine.faults import NOT_INSTALLED, memory_advice
 from rollouts.vllm_engine.guard import KEY_VARIABLE
 from rollouts.vllm_engine.host import BLOCK, MEMORY_SHARE, SURROUNDINGS
 from rollouts.vllm_engine.plugin import WORKER
 
 LOG_LINES = 20
 """Last lines of a server's log that an error shows."""
+NAMED_ERROR = re.compile(r"^(?!.*\b(?:DEBUG|INFO|WARNING)\b).*?(\b[\w.]*(?:Error|Exception)(?:: .*|$))", re.MULTILINE)
+"""A line of a log that names an error, behind whatever stands before it. What a process got over is no error."""
 ADDRESS_IN_USE = os.strerror(errno.EADDRINUSE).lower()
 
 
@@ -120,13 +124,22 @@ class Server:
         return kind(f"{ended}{f' ({advice})' if advice else ''}:\n{self.tail()}")
 
     def tail(self) -> str:
-        """The last lines of its log."""
-        return "\n".join(self.log.read_text(errors="replace").splitlines()[-LOG_LINES:])
+        """The last lines of its log; before them the first that names an error."""
+        return log_end(self.log.read_text(errors="replace"))
 
     def stop(self, seconds: float = 10) -> None:
         """End every process it started and forget its files. May be called again."""
         end_group(self.process, seconds)
         self._scratch.cleanup()
+
+
+def log_end(said: str) -> str:
+    """The last lines of a log. Before them, unless they say it, the first error: vLLM's processes end one by one, and
+    the last one's log says no more than that another failed."""
+    last, first = said.splitlines()[-LOG_LINES:], NAMED_ERROR.search(said)
+    if first is None or any(first[1] in line for line in last):
+        return "\n".join(last)
+    return "\n".join([first[0], "...", *last])
 
 
 def visible_device(device: torch.device) -> str | None:
@@ -147,7 +160,9 @@ def surroundings(token: str, device: str | None = None) -> dict[str, str]:
 
 
 def serve(plan: ServerPlan, port: int, token: str) -> None:
-    """Become a server; does not return."""
+    """Become a server; does not return. Raises ImportError where there is no vLLM."""
+    if find_spec("vllm") is None:
+        raise ImportError(NOT_INSTALLED)
     command = plan.command(port)
     os.execve(command[0], command, surroundings(token))
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from rollouts.contract import EngineLost
 from rollouts.vllm_engine import launch
-from rollouts.vllm_engine.launch import PortTaken, ServerPlan, surroundings, visible_device
+from rollouts.vllm_engine.launch import LOG_LINES, PortTaken, ServerPlan, log_end, serve, surroundings, visible_device
 from rollouts.vllm_engine.server import start_servers
 
 
@@ -87,3 +88,57 @@ def test_a_second_port_that_was_taken_is_raised(chosen: list[int]) -> None:
     with pytest.raises(PortTaken, match="(?s)ended with status 1:.*Address already in use"):
         start_servers(Small(Path("model"), max_length=1), 1, 60)
     assert not chosen
+
+
+CORE = "(EngineCore pid=7) ERROR 11-27 10:00:00 [core.py:1165]"
+LOG = [
+    "(APIServer pid=1) INFO 11-27 10:00:00 [utils.py:233] non-default args",
+    "(APIServer pid=1) WARNING 11-27 10:00:00 [import.py:9] Failed: ModuleNotFoundError: No module named 'extra'",
+    "(APIServer pid=1) INFO 11-27 10:00:00 [api.py:1] raises ValueError: never",
+    f"{CORE} Traceback (most recent call last):",
+    f"{CORE}     raise ValueError(",
+    f"{CORE} ValueError: no backend for heads of 16",
+]
+ENDED = "RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {}"
+
+
+def test_the_end_of_a_log_has_the_root_cause_that_stands_far_above() -> None:
+    last = [*(f"  line {i}" for i in range(LOG_LINES)), ENDED]
+    assert log_end("\n".join([*LOG, *last])).splitlines() == [LOG[-1], "...", *last[-LOG_LINES:]]
+    bare = ["torch.OutOfMemoryError: CUDA out of memory", *last]
+    assert log_end("\n".join(bare)).splitlines() == [bare[0], "...", *last[-LOG_LINES:]]
+    plain = ["NotImplementedError", *last]
+    assert log_end("\n".join(plain)).splitlines()[0] == "NotImplementedError"
+
+
+def test_an_error_that_the_last_lines_show_is_shown_once() -> None:
+    assert log_end("\n".join([*LOG, ENDED])).splitlines() == [*LOG, ENDED]
+    again = [*(f"  line {i}" for i in range(LOG_LINES)), "(APIServer pid=1) ValueError: no backend for heads of 16"]
+    assert log_end("\n".join([*LOG, *again])).splitlines() == again[-LOG_LINES:]
+    quiet = [f"INFO line {i}" for i in range(LOG_LINES + 5)]
+    assert log_end("\n".join(quiet)).splitlines() == quiet[-LOG_LINES:]
+
+
+class Dying(ServerPlan):
+    """A server that names its error first and says much afterwards."""
+
+    def command(self, port: int) -> list[str]:
+        said = ["ValueError: the root cause", *(f"  line {i}" for i in range(LOG_LINES)), ENDED]
+        return [sys.executable, "-c", f"import sys; sys.exit({chr(10).join(said)!r})"]
+
+
+def test_a_server_that_ends_at_its_start_is_told_with_the_root_cause() -> None:
+    with pytest.raises(EngineLost, match=r"(?s)ended with status 1:\nValueError: the root cause\n\.\.\.\n.*See root"):
+        start_servers(Dying(Path("model"), max_length=1), 1, 60)
+
+
+def test_without_vllm_nobody_becomes_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    became = list[str]()
+    monkeypatch.setattr(launch.os, "execve", lambda path, command, environment: became.extend(command))
+    monkeypatch.setattr(launch, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="vLLM, which is not installed; install the extra"):
+        serve(ServerPlan(Path("model"), max_length=1), 81, "key")
+    assert not became
+    monkeypatch.setattr(launch, "find_spec", lambda name: name)
+    serve(ServerPlan(Path("model"), max_length=1), 81, "key")
+    assert "model" in became
