@@ -4,7 +4,7 @@ stage, where the checkpoint is at hand, and not hours later."""
 from collections.abc import Iterator
 from importlib.util import find_spec
 
-from rlmm.config.engines import EngineConfig, VllmEngineConfig, VllmServerConfig
+from rlmm.config.engines import EngineConfig, VllmEngineConfig, VllmServerConfig, VllmSizes
 from rlmm.config.policy import CheckpointPolicy
 from rlmm.config.recipe import Recipe
 from rlmm.config.sampling import Sampled, Written
@@ -29,6 +29,7 @@ def check_stages(recipe: Recipe, processes: int = 1) -> None:
     spelling = load_spelling(recipe.policy.path, recipe.policy)
     for name, stage in recipe.stages.items():
         _check_steps(name, stage, spelling.layout)
+        _check_length(name, stage, spelling.positions)
         if isinstance(stage, SftStage):
             check_text(stage, spelling.layout)
     for place, written, sources, engine in _texts(recipe):
@@ -72,6 +73,17 @@ def _check_steps(name: str, stage: Stage, layout: Layout) -> None:
         return
     try:
         check_steps(sampled.unmasking.record(), len(layout.grid.decided()))
+    except ValueError as error:
+        raise ValueError(f"stage {name!r}: {error}") from error
+
+
+def _check_length(name: str, stage: Stage, positions: int) -> None:
+    """Of the checkpoint that stages start from; each after it has as many."""
+    engine = stage.engine if isinstance(stage, GrpoStage | PairsStage) else None
+    if not isinstance(engine, VllmSizes):
+        return
+    try:
+        engine.positions(positions)
     except ValueError as error:
         raise ValueError(f"stage {name!r}: {error}") from error
 

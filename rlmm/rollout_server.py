@@ -44,7 +44,7 @@ def server_plan(model: Path, host: str, config: RolloutServerConfig) -> ServerPl
         )
     return ServerPlan(
         model,
-        max_length=found.get_text_config().max_position_embeddings,
+        max_length=config.positions(found.get_text_config().max_position_embeddings),
         dtype=config.dtype or str(found.dtype or "float32").removeprefix("torch."),
         max_rows=config.max_rows,
         max_prompt_tokens=config.max_prompt_tokens,

@@ -118,16 +118,15 @@ def requests(point: Point, policy: TransformerPolicy) -> list[Request]:
 
 
 def engine_config(point: Point, policy: TransformerPolicy) -> EngineConfig:
-    """The engine of the rollout, large enough for all rows at once, and for the longest sample there could be, which
-    vLLM asks for."""
+    """The engine of the rollout, large enough for all rows at once."""
     rows = point.rows_each * len(law(point, policy).streams())
     if point.engine == "torch":
         return TorchEngineConfig(max_rows=rows)
-    longest = -(-policy.sizes.max_position_embeddings // BLOCK) + 1  # one stands for "none"
-    blocks = max(longest, rows * (-(-(PROMPT + point.sampled) // BLOCK) + 2))
+    longest = max(map(len, prefixes(policy).values())) + point.sampled
+    blocks = rows * (-(-longest // BLOCK) + 2)
     size = blocks * BLOCK * position_bytes(policy, 2 if point.precision == "bfloat16" else 4)
     return VllmEngineConfig(
-        max_rows=rows, max_prompt_tokens=2 * rows * PROMPT, kv_megabytes=(size >> 20) + 1,
+        max_rows=rows, max_prompt_tokens=2 * rows * PROMPT, max_length=longest, kv_megabytes=(size >> 20) + 1,
         enforce_eager=point.engine != "vllm-compiled",
     )  # fmt: skip
 

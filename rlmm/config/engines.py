@@ -24,6 +24,9 @@ class VllmSizes(Strict):
     """Most rows (samples x streams) in one batch."""
     max_prompt_tokens: int = Field(8192, ge=1)
     """Most prefix tokens prefilled in one step."""
+    max_length: int | None = Field(None, ge=1)
+    """Positions of the longest prompt with its image; by default the checkpoint's. The keys and values of so many must
+    fit kv_megabytes, and vLLM prefills them at once where it must."""
     kv_megabytes: int = Field(1024, ge=1)
     """Memory for keys and values. vLLM touches all of it."""
     dtype: Literal["float32", "bfloat16"] | None = None
@@ -34,6 +37,15 @@ class VllmSizes(Strict):
     graphs."""
     two_streams: bool = True
     """Draw a guided sample in one request that carries both streams, where the policy's layout has a null token."""
+
+    def positions(self, longest: int) -> int:
+        """Of a request, of a checkpoint that has `longest`. Raises ValueError where more are asked for."""
+        if self.max_length is not None and self.max_length > longest:
+            raise ValueError(
+                f"max_length {self.max_length} of the vllm engine is more than the checkpoint's {longest} positions; "
+                "lower it, or leave it out"
+            )
+        return self.max_length or longest
 
 
 class VllmEngineConfig(VllmSizes):

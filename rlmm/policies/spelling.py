@@ -101,5 +101,6 @@ class Spelling:
         return UnusablePrompt(
             TOO_LONG,
             f"prompt {prompt!r:.200} makes {length} tokens with {what} and {sources} source images, and the model "
-            f"has {self.positions} positions: shorten it, or raise policy.max_positions",
+            f"has {self.positions} positions: shorten it, or raise policy.max_positions (or "
+            "engine.max_length, where that is less)",
         )

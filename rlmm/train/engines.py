@@ -5,6 +5,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor
 from rlmm.config.engines import EngineConfig, TorchEngineConfig, VllmEngineConfig, VllmServerConfig, VllmSizes
 from rlmm.policies.masked import MaskedPolicy
 from rlmm.policies.saving import by_this_process
+from rlmm.policies.spelling import Spelling
 from rlmm.policies.transformer import TransformerPolicy
 from rlmm.train.processes import world
 from rlmm.train.recovery import Recovering
@@ -39,6 +41,13 @@ def build_engine(
     policy's weights in parts, so that they cannot be saved again. A new kind is one config class in
     `rlmm.config.engines` and one entry here."""
     return ENGINES[config.kind](config, policy, law, parting)
+
+
+def within(config: EngineConfig, spelling: Spelling) -> Spelling:
+    """How prompts are spelled that the engine can take: its positions are those that it is started with."""
+    if not isinstance(config, VllmSizes):
+        return spelling
+    return replace(spelling, positions=config.positions(spelling.positions))
 
 
 def _torch(config: TorchEngineConfig, policy: TransformerPolicy, law: Law | None, parting: bool) -> Engine:
@@ -154,7 +163,7 @@ def _served(config: VllmSizes, policy: TransformerPolicy, law: Law | None) -> di
     guided = law is not None and len(law.streams()) == STREAMS
     together = config.two_streams and guided
     return {
-        "max_length": policy.sizes.max_position_embeddings,
+        "max_length": config.positions(policy.sizes.max_position_embeddings),
         "dtype": config.dtype or policy.precision,
         "max_rows": config.max_rows,
         "max_prompt_tokens": config.max_prompt_tokens,

@@ -21,7 +21,7 @@ from rlmm.train.ahead import Ahead, Drawn
 from rlmm.train.canary import canary_figures
 from rlmm.train.context import StageContext, image_tokens, load_split
 from rlmm.train.credit import advantages
-from rlmm.train.engines import build_engine
+from rlmm.train.engines import build_engine, within
 from rlmm.train.experience import Experience, Timed
 from rlmm.train.gates import check_mismatch, check_shares, measure_mismatch
 from rlmm.train.grpo_batch import GrpoBatch
@@ -48,7 +48,7 @@ class GrpoSource:
         still = Still(policy) if self.config.max_staleness else None
         sampled = policy if still is None else still.policy
         response = response_of(sampled, self.config.sampling)
-        data: Dataset = load_split(context, "prompts", response.spelling)
+        data: Dataset = load_split(context, "prompts", within(self.config.engine, response.spelling))
         self.held_out = build_composite(context.recipe.held_out)
         self.roller = Roller(
             self.config,

@@ -17,7 +17,7 @@ from rlmm.seeds import derive, epoch_indices
 from rlmm.train import experience as phases
 from rlmm.train.context import StageContext, image_tokens, load_split
 from rlmm.train.drawing import decode_images
-from rlmm.train.engines import build_engine
+from rlmm.train.engines import build_engine, within
 from rlmm.train.experience import Timed
 from rlmm.train.faults import storing
 from rlmm.train.processes import world
@@ -94,7 +94,7 @@ def drawings(
     """The stage's samples of pictures, and those of answers where it asks for them: of the same rows."""
     config: PairsStage = context.config
     response, seed = response_of(policy, config.sampling), context.seed("rollouts")
-    data = load_split(context, config.split, response.spelling)
+    data = load_split(context, config.split, within(config.engine, response.spelling))
     rows = epoch_indices(len(data), 0, config.prompts, seed, "prompts")
     if (asked := config.understanding) is not None:
         # A row without a picture cannot be asked about.

@@ -28,6 +28,7 @@ from rlmm.train import experience as phases
 from rlmm.train.checkpoint import write_json_atomically
 from rlmm.train.context import StageContext, image_tokens, load_split, parent, run_codec, sampled_policy
 from rlmm.train.drawn import Drawn, Found, Paired, group_row, picture, read_drawn, with_rows
+from rlmm.train.engines import within
 from rlmm.train.judges import bind_judges, check_gold
 from rlmm.train.pair_files import write_metrics, write_pairs, write_report
 from rlmm.train.pair_samples import ANSWERS, PICTURES, OwnJudge, Scorer, draw, drawings, scored_by
@@ -179,7 +180,7 @@ def _stored(context: StageContext, name: str) -> Iterator[list[Drawn]]:
     spelling = _spelling(inner)
     if written is not None:
         spelling = writing_spelling(spelling, written, written.length_limit, stage.sampling.thought is not None)
-    data, seed = load_split(inner, "prompts", spelling), inner.seed("rollouts")
+    data, seed = load_split(inner, "prompts", within(stage.engine, spelling)), inner.seed("rollouts")
     rewards = context.config.rewards
     reward = None if rewards is None else build_composite(rewards)
     penalty = (rewards or context.recipe.rewards).invalid_output_penalty

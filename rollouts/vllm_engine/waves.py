@@ -40,8 +40,8 @@ def check_room(prefix: Sequence[int], room: Room, image_length: int) -> int:
     end = len(prefix) + image_length
     if end > room.length:
         raise ValueError(
-            f"a prompt and its image take {end} positions and the engine has {room.length}; shorten the prompt or make "
-            "the grid smaller"
+            f"a prompt and its image take {end} positions and the engine has {room.length}; raise engine.max_length if "
+            "it is less than the checkpoint has, shorten the prompt, or make the grid smaller"
         )
     blocks = -(-end // BLOCK) + 1
     _check("kv_megabytes", blocks, room.blocks, "KV blocks")

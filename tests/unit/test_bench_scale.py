@@ -60,7 +60,8 @@ def test_vllm_has_room_for_every_row_and_for_the_longest_sample(rows: int, drawn
     config = engine_config(point, policy)
     assert isinstance(config, VllmEngineConfig) and config.enforce_eager and config.max_rows == 2 * rows
     held = (config.kv_megabytes << 20) // scale_problem.position_bytes(policy, 4)
-    assert held >= policy.sizes.max_position_embeddings + BLOCK
+    longest = max(map(len, scale_problem.prefixes(policy).values())) + (drawn or 512)
+    assert config.max_length == longest <= policy.sizes.max_position_embeddings and held >= longest + BLOCK
     assert held >= 2 * rows * (scale_problem.PROMPT + (drawn or 512)) + BLOCK
     compiled = engine_config(replace(point, engine="vllm-compiled"), policy)
     assert isinstance(compiled, VllmEngineConfig) and not compiled.enforce_eager

@@ -50,6 +50,13 @@ def test_servers_are_not_asked_about_what_a_policy_sees() -> None:
     check_stages(recipe(SERVED, variant="edit"))
 
 
+def test_a_vllm_is_not_asked_for_more_positions_than_the_checkpoint_has() -> None:
+    check_stages(recipe({"engine": {"kind": "vllm", "max_length": 512}}))
+    for kind in ("vllm", "vllm_server"):
+        with pytest.raises(ValueError, match="stage 'grpo': max_length 513 .* the checkpoint's 512 positions"):
+            check_stages(recipe({"engine": {"kind": kind, "max_length": 513}}))
+
+
 def test_a_checkpoint_that_says_nothing_of_pixels_is_not_asked_about_images(tmp_path: Path) -> None:
     folder = tmp_path / "janus"
     shutil.copytree(tiny("janus").path, folder)

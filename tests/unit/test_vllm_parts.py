@@ -65,7 +65,7 @@ def test_a_wave_is_what_fits_of_rows_prompt_tokens_and_blocks() -> None:
         (Room(9, 6, 100, 64), "needs 7 prefix tokens and the vllm engine has 6; raise engine.max_prompt_tokens"),
         (Room(9, 100, 5, 64), "needs 6 KV blocks and the vllm engine has 5; raise engine.kv_megabytes"),
         (Room(9, 100, 2, 64), "needs 3 KV blocks and the vllm engine has 2"),
-        (Room(9, 100, 100, 33), "34 positions and the engine has 33"),
+        (Room(9, 100, 100, 33), "34 positions and the engine has 33; raise engine.max_length"),
     ],
 )
 def test_a_sample_that_never_fits_is_an_error_that_names_the_size(room: Room, says: str) -> None:

@@ -5,12 +5,12 @@ from typing import Any, cast
 
 import pytest
 
-from rlmm.config.engines import RolloutServerConfig, VllmServerConfig
+from rlmm.config.engines import RolloutServerConfig, TorchEngineConfig, VllmEngineConfig, VllmServerConfig
 from rlmm.config.policy import NewPolicy
 from rlmm.policies.causal import CausalPolicy
 from rlmm.policies.families.llama import build
 from rlmm.rollout_server import serve_rollouts, server_config, server_plan
-from rlmm.train.engines import build_engine
+from rlmm.train.engines import _served, build_engine, within
 from rollouts.contract import EngineLost, Grid, Layout
 from rollouts.vllm_engine.plugin import TWO_STREAMS
 
@@ -49,11 +49,26 @@ def test_every_setting_of_a_server_changes_what_is_served(tmp_path: Path) -> Non
     plain = server_plan(plan, "127.0.0.1", RolloutServerConfig()).command(81)
     values: dict[str, Any] = {
         "max_rows": 8, "max_prompt_tokens": 9000, "kv_megabytes": 64, "dtype": "bfloat16", "enforce_eager": False,
-        "two_streams": True, "tensor_parallel": 2,
+        "two_streams": True, "tensor_parallel": 2, "max_length": 64,
     }  # fmt: skip
     assert {*values, "token_env"} == set(RolloutServerConfig.model_fields)
     for name, value in values.items():
         assert server_plan(plan, "127.0.0.1", RolloutServerConfig(**{name: value})).command(81) != plain, name
+
+
+def test_a_vllm_has_the_checkpoints_positions_or_as_many_as_it_is_told(tmp_path: Path) -> None:
+    policy = build(NewPolicy(max_positions=300), num_codes=4, grid=(1, 3), seed=0)
+    policy.save(tmp_path)
+    for told, found in ((None, 300), (300, 300), (64, 64)):
+        served = server_plan(tmp_path, "127.0.0.1", RolloutServerConfig(max_length=told))
+        assert served.max_length == _served(VllmEngineConfig(max_length=told), policy, None)["max_length"] == found
+        assert within(VllmEngineConfig(max_length=told), policy.spelling).positions == found
+    assert within(TorchEngineConfig(), policy.spelling).positions == 300
+    too_many = r"max_length 301 .* more than the checkpoint's 300 positions; lower it"
+    with pytest.raises(ValueError, match=too_many):
+        server_plan(tmp_path, "127.0.0.1", RolloutServerConfig(max_length=301))
+    with pytest.raises(ValueError, match=too_many):
+        _served(VllmEngineConfig(max_length=301), policy, None)
 
 
 def _saved(folder: Path, null: Any) -> Path:
@@ -73,7 +88,7 @@ def test_a_server_draws_in_pairs_unless_told_that_every_sample_is_guided(tmp_pat
 
 SERVERS_OWN: dict[str, Any] = {
     "dtype": "bfloat16", "enforce_eager": False, "max_rows": 8, "max_prompt_tokens": 9, "kv_megabytes": 64,
-    "tensor_parallel": 2, "two_streams": False,
+    "tensor_parallel": 2, "two_streams": False, "max_length": 64,
 }  # fmt: skip
 
 
