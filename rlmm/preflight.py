@@ -12,6 +12,7 @@ from rlmm.config.stages import GrpoStage, PairsStage, SftStage, Stage
 from rlmm.memory import has_sources
 from rlmm.policies.families.loading import load_spelling, not_here
 from rlmm.policies.responses import stop_tokens
+from rlmm.train.engines import check_gpus
 from rlmm.train.trackers import check_trackers
 from rollouts.contract import Layout, Seeing
 from rollouts.unmasking import check_steps
@@ -50,6 +51,8 @@ def _check_engine(name: str, engine: EngineConfig, processes: int) -> None:
             f"stage {name!r}: engine.kind vllm runs inside a single process and this run has {processes}; set "
             "vllm_server or torch, or start one process"
         )
+    if isinstance(engine, VllmServerConfig):
+        check_gpus(engine)
     if isinstance(engine, VllmServerConfig) and 0 < len(engine.urls) < processes:
         raise ValueError(
             f"stage {name!r}: {processes} training processes and {len(engine.urls)} rollout server(s); start one for "

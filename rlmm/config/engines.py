@@ -1,5 +1,6 @@
 """What a recipe may say of the engine that makes its rollouts."""
 
+from collections import Counter
 from ipaddress import ip_address
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
@@ -73,19 +74,24 @@ class VllmServerConfig(VllmServed):
     """Servers started with `rlmm rollout-server`, which fixed their sizes then; those are not set here. With several
     training processes each takes its share of them."""
     replicas: int = Field(1, ge=1)
-    """Servers that each training process starts where no urls are given."""
+    """Servers that each training process starts where no urls are given. More than one without a GPU alone."""
     transfer: Literal["folder", "gloo", "nccl"] = "folder"
     """How full weights reach the servers: files in `exchange`, or a process group of trainer and servers (nccl: between
     GPUs)."""
     exchange: str | None = None
     """A folder that trainer and servers share. None: a temporary one, which does for servers on this machine."""
     trainer_host: str = "127.0.0.1"
-    """This machine's address as the servers reach it, where a process group is made with them."""
+    """This machine's address as the servers reach it, where a process group is made with them (gloo, nccl)."""
     start_seconds: float = Field(600, gt=0)
     """How long a server may take to start."""
 
     @model_validator(mode="after")
     def _one_source(self) -> "VllmServerConfig":
+        if not self.urls and self._changed("token_env"):
+            raise ValueError(
+                "token_env names the key of servers that urls name, and servers that are started here make their own; "
+                "leave it out, or name the servers in urls"
+            )
         if self.urls and (here := self._changed("replicas", "start_seconds")):
             raise ValueError(
                 f"{here}: of servers that are started here, and urls name servers that run already; leave out one or "
@@ -99,9 +105,21 @@ class VllmServerConfig(VllmServed):
         return self
 
     @model_validator(mode="after")
+    def _each_once(self) -> "VllmServerConfig":
+        seen = Counter(url.rstrip("/") for url in self.urls)
+        if twice := [url for url, count in seen.items() if count > 1]:
+            raise ValueError(f"urls names {twice[0]} {seen[twice[0]]} times, and a server draws one part; name it once")
+        return self
+
+    @model_validator(mode="after")
     def _weights_arrive(self) -> "VllmServerConfig":
         far = [url for url in self.urls if not _is_loopback(urlsplit(url).hostname or "")]
         if self.transfer == "folder":
+            if self._changed("trainer_host"):
+                raise ValueError(
+                    "trainer_host is for a process group with the servers, and transfer: folder makes none; leave it "
+                    "out, or set engine.transfer to nccl or gloo"
+                )
             if far and self.exchange is None:
                 raise ValueError(
                     f"{far[0]} would be sent weights in a temporary folder of this machine; set engine.exchange to a "

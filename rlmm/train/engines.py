@@ -106,12 +106,26 @@ def _connected(config: VllmServerConfig, policy: TransformerPolicy, law: Law | N
         token = _token(config)
         hosts = [ServerHost(url, token=token) for url in _own_urls(config.urls)]
         return VllmEngine(policy.layout, hosts, _transfer(config, hosts, policy.base.device))
-    device = visible_device(policy.base.device) if config.tensor_parallel == 1 else None
+    check_gpus(config)
+    device = visible_device(policy.base.device)
     with _model_folder(policy, kept) as folder:
         served = _served(config, policy, law)
         plan = ServerPlan(folder, tensor_parallel=config.tensor_parallel, device=device, **served)
         hosts = start_servers(plan, config.replicas, config.start_seconds)
         return VllmEngine(policy.layout, hosts, _transfer(config, hosts, policy.base.device))
+
+
+def check_gpus(config: VllmServerConfig) -> None:
+    """A run starts one server, on the GPU of the process that trains: more would share it, or take those of other
+    processes. Raises ValueError where more are asked for."""
+    counts = {"replicas": config.replicas, "tensor_parallel": config.tensor_parallel}
+    asked = [f"{name}: {count}" for name, count in counts.items() if count > 1]
+    if asked and not config.urls and torch.cuda.is_available():
+        raise ValueError(
+            f"{' and '.join(asked)}: a run starts its server on the GPU of the process that trains, and on no other; "
+            "start `CUDA_VISIBLE_DEVICES=... rlmm rollout-server MODEL` on the GPUs that each server is to have, and "
+            "name them in engine.urls"
+        )
 
 
 @contextmanager

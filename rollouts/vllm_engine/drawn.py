@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 KEY = "rollouts"
-"""The entry of vLLM's `extra_args` that holds what a row must carry (`processor.row_arguments`)."""
+"""The entry of vLLM's `extra_args` that holds what a row must carry (`arguments.row_arguments`)."""
 
 
 @dataclass

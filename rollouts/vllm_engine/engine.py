@@ -2,7 +2,9 @@
 
 import uuid
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, wait
+from functools import partial
+from threading import Thread
 
 import numpy as np
 import torch
@@ -103,8 +105,9 @@ class VllmEngine:
         samples = []
         for request in requests:
             prefixes = tuple(request_stream(request, name) for name in law.streams())
-            for seed in request.seeds:
-                samples.append(Sample(f"{self._name}-{self._next}", prefixes, seed))
+            for seed, sample_id in zip(request.seeds, request.sample_ids, strict=True):
+                name = f"{self._name}-{self._next}"
+                samples.append(Sample(name, request.group_id, sample_id, prefixes, seed))
                 self._next += 1
         return samples
 
@@ -114,8 +117,9 @@ class VllmEngine:
         parts = [samples[at : at + share] for at in range(0, len(samples), share)]
         if len(parts) == 1:
             return self._draw_on(self.hosts[0], parts[0], span)
-        with ThreadPoolExecutor(len(parts)) as pool:
-            made = list(pool.map(lambda host, part: self._draw_on(host, part, span), self.hosts, parts))
+        made = _beside(
+            [partial(self._draw_on, host, part, span) for host, part in zip(self.hosts, parts, strict=False)]
+        )
         return [one for part in made for one in part]
 
     def _draw_on(self, host: Host, samples: Sequence[Sample], span: Span) -> list[Drawn]:
@@ -161,13 +165,30 @@ class VllmEngine:
         return {prefix: self.embed(prefix) for prefix in about}
 
 
+def _beside(calls: Sequence[Callable[[], list[Drawn]]]) -> list[list[Drawn]]:
+    """What calls return that run beside each other; the first error in their order, when all have ended. In threads
+    that nobody waits for who is interrupted, not even at the process's end, as those of an executor would be."""
+    futures = [Future[list[Drawn]]() for _ in calls]
+
+    def run(future: Future[list[Drawn]], call: Callable[[], list[Drawn]]) -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:  # handed over, to be raised by who waits
+            future.set_exception(error)
+
+    for future, call in zip(futures, calls, strict=True):
+        Thread(target=run, args=(future, call), daemon=True).start()
+    wait(futures)
+    return [future.result() for future in futures]
+
+
 def _check(sample: Sample, span: Span, drawn: Drawn, taken: list[list[int]]) -> None:
     """What was drawn must be what vLLM took, in every stream, to its end or to a stop token."""
     tokens = drawn.tokens_S.tolist()
     ends = next((i + 1 for i, token in enumerate(tokens) if token in span.stop), len(tokens))
     if drawn.fault is not None or any(row != tokens[:ends] for row in taken):
         raise RuntimeError(
-            f"vLLM did not follow the draws of sample {sample.name}, seed {sample.seed} "
-            f"({drawn.fault or 'its tokens are others'}), so its log-probs would be wrong; lower max_rows or raise "
-            "kv_megabytes, and report it if that does not help"
+            f"vLLM did not follow the draws of sample {sample.sample_id!r} of group {sample.group_id!r}, seed "
+            f"{sample.seed} ({drawn.fault or 'its tokens are others'}), so its log-probs would be wrong; lower "
+            "max_rows or raise kv_megabytes, and report it if that does not help"
         )

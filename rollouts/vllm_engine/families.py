@@ -137,7 +137,7 @@ class Janus(InnerLlama):
         self.generation_head = JanusVQVAEHead(vq)
 
     def inner_config(self, whole: Any) -> Any:
-        """vLLM is told of both vocabularies as one (`plugin.vocabulary_overrides`); the language model has its own."""
+        """vLLM is told of both vocabularies as one (`plugin.served_overrides`); the language model has its own."""
         text = copy.deepcopy(whole.get_text_config())
         text.vocab_size -= whole.vq_config.num_embeddings
         return text

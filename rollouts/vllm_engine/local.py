@@ -2,7 +2,8 @@
 
 import gc
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from rollouts.vllm_engine.host import BLOCK, MEMORY_SHARE, SURROUNDINGS, Room, R
 
 
 class LocalHost:
-    """Synchronous, and with the rest of the process as it was before.
+    """Synchronous. What it changes of the process stays: environment variables (`SURROUNDINGS`), and vLLM's registries,
+    in which this project's models and kernels stand from then on.
 
     `overrides` lay over the checkpoint's config.json (`plugin.two_stream_overrides`). With `chunked_prefill` long
     prompts are read in parts; requests that must keep step cannot be. With `sleep` (GPUs only) a rollout ends by giving
@@ -65,7 +67,6 @@ class LocalHost:
 
         from rollouts.vllm_engine.processor import on_processor
 
-        self._wake()
         prompts = [
             {"prompt_token_ids": list(row.prefix)} if row.embeds is None else {"prompt_embeds": row.embeds}
             for row in rows
@@ -79,10 +80,12 @@ class LocalHost:
             )
             for row in rows
         ]  # fmt: skip
-        try:
-            outputs = self.llm.generate(prompts, parameters, use_tqdm=False)
-        finally:
-            self._abort_unfinished()
+        with _memory_named(self.room.length):
+            self._wake()
+            try:
+                outputs = self.llm.generate(prompts, parameters, use_tqdm=False)
+            finally:
+                self._abort_unfinished()
         names = list(samples)
         (drawn,) = self.llm.collective_rpc(on_processor, args=(lambda processor: processor.collect(names),))
         if self.sleep:
@@ -150,17 +153,27 @@ def _start(**settings: Any) -> Any:
     use_kernels()
     set_num_threads = torch.set_num_threads
     try:
-        return LLM(
-            skip_tokenizer_init=True, async_scheduling=False,
-            enable_prefix_caching=True, logits_processors=[LawProcessor], scheduler_cls=WaveScheduler,
-            disable_log_stats=True, worker_cls=plugin.WORKER, **settings,
-        )  # fmt: skip
+        with _memory_named(settings["max_model_len"]):
+            return LLM(
+                skip_tokenizer_init=True, async_scheduling=False,
+                enable_prefix_caching=True, logits_processors=[LawProcessor], scheduler_cls=WaveScheduler,
+                disable_log_stats=True, worker_cls=plugin.WORKER, **settings,
+            )  # fmt: skip
+    finally:
+        torch.set_num_threads = set_num_threads  # vLLM puts a no-op there
+
+
+@contextmanager
+def _memory_named(length: int) -> Iterator[None]:
+    """Raises ValueError with the settings to change, in place of what torch or vLLM say of memory. `length` is the
+    longest request's."""
+    try:
+        yield
     except (ValueError, RuntimeError) as error:  # the latter also where memory is out
         if (advice := memory_advice(f"{type(error).__name__}: {error}")) is None:
             raise
-        raise ValueError(f"{advice}. vLLM: {error}") from error
-    finally:
-        torch.set_num_threads = set_num_threads  # vLLM puts a no-op there
+        size = f"the longest request has {length} positions (engine.max_length)"
+        raise ValueError(f"{advice}; {size}. vLLM: {error}") from error
 
 
 def _refuse_several_processes() -> None:

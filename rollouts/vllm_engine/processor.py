@@ -112,9 +112,17 @@ class LawProcessor(LogitsProcessor):
         return logits[:, : self.vocabulary]
 
     def collect(self, names: list[str]) -> list[Drawn]:
-        """Hand over what was drawn for these samples, and forget all: whoever asks has its rows finished."""
+        """Hand over what was drawn for these samples, and forget them, as whoever asks has its rows finished, and what
+        was given up: all that has no rows. Raises RuntimeError for a sample that is not known."""
+        if unknown := [name for name in names if name not in self.samples]:
+            raise RuntimeError(
+                f"nothing is known of {len(unknown)} of {len(names)} samples, among them {unknown[0]}: they never came "
+                "or were forgotten; a vLLM serves one engine at a time, so give every training process its own"
+            )
         drawn = [self.samples[name].drawn for name in names]
-        self.samples.clear()
+        kept = {row.sample for row in self.rows.values()} - set(names)
+        self.samples = {name: sample for name, sample in self.samples.items() if name in kept}
+        self.groups = None
         return drawn
 
     def _grouped(self) -> list[_Group]:
@@ -124,7 +132,9 @@ class LawProcessor(LogitsProcessor):
                 found[row.sample][stream] = (index, block, row.output)
         by_law: dict[Law, list[str]] = defaultdict(list)
         for name, places in found.items():
-            sample = self.samples[name]
+            sample = self.samples.get(name)
+            if sample is None:  # it was collected, and its rows are still here
+                continue
             if set(places) == set(sample.law.streams()):
                 by_law[sample.law].append(name)
             else:

@@ -12,9 +12,11 @@ from rollouts.vllm_engine.host import BLOCK, Room
 
 @dataclass(frozen=True)
 class Sample:
-    """One image to draw: its name, its prefix in each stream, and its seed."""
+    """One image to draw: its name in vLLM, the request's group and sample, its prefix in each stream, and its seed."""
 
     name: str
+    group_id: str
+    sample_id: str
     prefixes: tuple[tuple[int, ...], ...]
     seed: int
 

@@ -41,12 +41,40 @@ def gap_of_pages(page: int) -> float:
     return worst
 
 
+def processor() -> LawProcessor:
+    sizes = SimpleNamespace(get_vocab_size=lambda: 8)
+    return LawProcessor(SimpleNamespace(model_config=sizes), torch.device("cpu"), False)
+
+
+def shared_by_two() -> dict[str, Any]:
+    """Samples of two engines in one vLLM: `a` is collected while `b` runs and `c` was given up, then `b`, whose row is
+    still there."""
+    made, law = processor(), Law((2, 6))
+    added = []
+    for index, name in enumerate("abc"):
+        wanted = {"sample": name, "law": law.to_dict(), "length": 3, "seed": 5, "forced": [], "streams": ["cond"]}
+        added.append((index, SamplingParams(extra_args={KEY: wanted}), [1], list[int]()))
+    made.update_state(BatchUpdate(3, [], added, []))
+    made.apply(torch.zeros(3, 8))
+    made.update_state(BatchUpdate(2, [2], [], []))
+    (one,) = made.collect(["a"])
+    known = sorted(made.samples)
+    made.apply(torch.zeros(2, 8))
+    (other,) = made.collect(["b"])
+    left = made.apply(torch.zeros(2, 8))
+    try:
+        made.collect(["a"])
+    except RuntimeError as error:
+        return {
+            "drawn": [int(one.tokens_S[0]) >= 2, int(other.tokens_S[0]) >= 2], "known": known,
+            "untouched": not left.any().item(), "unknown": str(error),
+        }  # fmt: skip
+    raise AssertionError("a sample was collected twice")
+
+
 def processor_by_hand() -> dict[str, Any]:
     """A guided sample of two rows: a step together, one with the rows apart, and one together after they were moved."""
-    law = Law((2, 6), guidance_scale=2.0)
-    made = LawProcessor(
-        SimpleNamespace(model_config=SimpleNamespace(get_vocab_size=lambda: 8)), torch.device("cpu"), False
-    )
+    law, made = Law((2, 6), guidance_scale=2.0), processor()
     wanted = {"sample": "a", "law": law.to_dict(), "length": 3, "seed": 5, "forced": []}
     cond: list[int] = []
     uncond: list[int] = []
@@ -69,5 +97,6 @@ def processor_by_hand() -> dict[str, Any]:
         "together": [int(row.argmax()) for row in left[0]] == [int(drawn.tokens_S[0])] * 2,
         "apart": early, "left alone": bool(torch.equal(left[1], logits[1])), "undrawn": int(drawn.tokens_S[2]),
         "moved": [int(row.argmax()) for row in left[2]] == [int(drawn.tokens_S[1])] * 2,
+        "shared": shared_by_two(),
         "gap": max(abs(a - b) for a, b in zip(exact, drawn.logp_S[:2].tolist(), strict=True)),
     }  # fmt: skip

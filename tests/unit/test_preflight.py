@@ -57,6 +57,15 @@ def test_a_vllm_is_not_asked_for_more_positions_than_the_checkpoint_has() -> Non
             check_stages(recipe({"engine": {"kind": kind, "max_length": 513}}))
 
 
+def test_a_run_starts_no_servers_that_would_share_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = recipe({"engine": {"kind": "vllm_server", "replicas": 2, "tensor_parallel": 2}})
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    check_stages(asked)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    with pytest.raises(ValueError, match="replicas: 2 and tensor_parallel: 2: a run starts its server"):
+        check_stages(asked)
+
+
 def test_a_checkpoint_that_says_nothing_of_pixels_is_not_asked_about_images(tmp_path: Path) -> None:
     folder = tmp_path / "janus"
     shutil.copytree(tiny("janus").path, folder)

@@ -43,7 +43,7 @@ ROOMY = Room(rows=100, prompt_tokens=1000, blocks=1000, length=64)
 
 
 def samples(count: int, *lengths: int) -> list[Sample]:
-    return [Sample(str(i), tuple((1,) * n for n in lengths), i) for i in range(count)]
+    return [Sample(str(i), "a", f"a/{i}", tuple((1,) * n for n in lengths), i) for i in range(count)]
 
 
 def sizes(room: Room, *lengths: int, count: int = 5) -> list[int]:
@@ -148,8 +148,45 @@ def test_the_rows_of_a_wave_say_how_many_they_are() -> None:
 
 
 def test_tokens_that_were_not_drawn_are_an_error_that_names_the_sample() -> None:
-    with pytest.raises(RuntimeError, match=r"did not follow the draws of sample \w+-0, seed 0"):
+    with pytest.raises(RuntimeError, match=r"did not follow the draws of sample 'a/0' of group 'a', seed 0"):
         ask(engine_of(FakeHost(wrong=True)))
+
+
+class Stuck(FakeHost):
+    """A host that draws until it is let go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked, self.free = threading.Event(), threading.Event()
+
+    def run(self, rows: Sequence[Row], samples: Sequence[str]) -> tuple[list[list[int]], list[Drawn]]:
+        self.asked.set()
+        assert self.free.wait(20), "the rollout was waited for"
+        return super().run(rows, samples)
+
+
+def test_who_is_interrupted_waits_for_no_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    hosts = [Stuck(), Stuck()]
+
+    def interrupted(_: Any) -> None:
+        assert all(host.asked.wait(20) for host in hosts)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rollouts.vllm_engine.engine.wait", interrupted)
+    begun = set(threading.enumerate())
+    with pytest.raises(KeyboardInterrupt):
+        ask(engine_of(*hosts))
+    left = set(threading.enumerate()) - begun
+    assert len(left) == 2 and all(thread.daemon for thread in left)  # which the end of the process does not wait for
+    for host in hosts:
+        host.free.set()
+
+
+def test_an_error_of_one_host_is_raised_when_the_others_have_ended() -> None:
+    hosts = [FakeHost(wrong=True), FakeHost()]
+    with pytest.raises(RuntimeError, match="did not follow"):
+        ask(engine_of(*hosts))
+    assert len(hosts[1].rows) == 4
 
 
 def test_two_engines_never_name_a_sample_alike() -> None:

@@ -10,7 +10,7 @@ from rlmm.config.policy import NewPolicy
 from rlmm.policies.causal import CausalPolicy
 from rlmm.policies.families.llama import build
 from rlmm.rollout_server import serve_rollouts, server_config, server_plan
-from rlmm.train.engines import _served, build_engine, within
+from rlmm.train.engines import _served, build_engine, check_gpus, within
 from rollouts.contract import EngineLost, Grid, Layout
 from rollouts.vllm_engine.plugin import TWO_STREAMS
 
@@ -109,6 +109,31 @@ def test_urls_and_servers_of_ones_own_exclude_each_other(given: tuple[str, Any],
 def test_a_resolved_section_is_read_again() -> None:
     resolved = VllmServerConfig(urls=("http://a:1",), exchange="x").model_dump()
     assert VllmServerConfig.model_validate(resolved).urls == ("http://a:1",)
+
+
+def test_what_nothing_would_read_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"trainer_host is for a process group.*set engine\.transfer to nccl or gloo"):
+        VllmServerConfig(trainer_host="10.0.0.1")
+    with pytest.raises(ValueError, match="token_env names the key of servers that urls name"):
+        VllmServerConfig(token_env="MINE")
+    VllmServerConfig(urls=("http://localhost:1",), token_env="MINE", transfer="gloo", trainer_host="10.0.0.1")
+
+
+def test_a_server_is_named_once() -> None:
+    with pytest.raises(ValueError, match="urls names http://localhost:1 2 times.*name it once"):
+        VllmServerConfig(urls=("http://localhost:1", "http://localhost:2", "http://localhost:1/"))
+
+
+@pytest.mark.parametrize("asked", [{"replicas": 2}, {"tensor_parallel": 2}])
+def test_a_run_starts_no_servers_that_would_share_a_gpu(asked: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    config = VllmServerConfig.model_validate(asked)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    check_gpus(config)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    check_gpus(VllmServerConfig())
+    policy = cast(CausalPolicy, type("P", (), {"layout": LAYOUT})())
+    with pytest.raises(ValueError, match=r"(replicas|tensor_parallel): 2: a run starts its server.*in engine\.urls"):
+        build_engine(config, policy)
 
 
 @pytest.mark.parametrize("transfer", ["gloo", "nccl"])
