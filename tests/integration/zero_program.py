@@ -213,8 +213,9 @@ def in_rollout() -> None:
 
 
 def in_scoring() -> None:
+    """Of the second rollout; the first one's samples go to the held-out judge, too."""
     if world()[0]:
-        CompositeReward.score = after(CompositeReward.score, 2, die)
+        CompositeReward.score = after(CompositeReward.score, 3, die)
 
 
 def in_save() -> None:
