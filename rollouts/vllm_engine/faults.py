@@ -11,7 +11,7 @@ TOO_LARGE = ("is less than requested memory for kv", "OutOfMemoryError", "out of
 def memory_advice(said: str) -> str | None:
     """What to set where a message or log says that memory was too small or too large; else None."""
     if any(part in said for part in TOO_SMALL):
-        return "vLLM cannot hold one whole sample; raise engine.kv_megabytes"
+        return "vLLM cannot hold one whole sample; raise engine.kv_megabytes, or lower engine.max_length"
     if any(part in said for part in TOO_LARGE):
         return "there is less memory than vLLM was to take; lower engine.kv_megabytes, or use a smaller model"
     return None
