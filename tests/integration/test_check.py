@@ -67,5 +67,5 @@ def test_a_checkpoint_that_is_there_and_cannot_be_read_is_an_error(missing: str,
 
 
 def test_a_checkpoint_that_is_there_has_a_plan() -> None:
-    answer = check("t2i_r1", f"policy.path={tiny('janus').path}")
+    answer = check("t2i_r1", f"policy.path={tiny('janus').path}", "stages.grpo.engine.max_length=512")
     assert answer.exit_code == 0 and "Memory plan" in answer.output and "no memory plan" not in answer.output
