@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from rlmm.train.gates import TOLERANCE
 from rollouts.contract import Grid, Layout
 from rollouts.kernels.native import NoKernels, load_kernels
 from rollouts.vllm_engine import plugin
@@ -196,6 +197,15 @@ def test_a_grpo_stage_goes_the_same_way_under_both_engines(found: dict[str, Any]
     assert len(ours) == len(theirs) == 4
     for mine, reference in zip(ours, theirs, strict=True):
         assert mine == pytest.approx(reference, rel=1e-3, abs=1e-5)
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_in_bfloat16_weights_arrive_and_a_sync_that_did_not_take_place_shows(found: dict[str, Any]) -> None:
+    means = [row["mismatch/mean"] for row in found["bfloat16"]["rows"] if "mismatch/mean" in row]
+    assert len(means) == 2 and all(1e-5 < mean < TOLERANCE["bfloat16"] for mean in means)  # it really rounds
+    assert found["bfloat16"]["syncs"] == 2
+    assert "after the weight sync of rollout 1 the engine's weights" in found["bfloat16"]["skipped"]
 
 
 @needs_vllm

@@ -35,6 +35,7 @@ from rollouts.law import Law
 from rollouts.trajectory import Span
 from rollouts.vllm_engine import plugin
 from rollouts.vllm_engine.engine import VllmEngine
+from rollouts.vllm_engine.local import LocalHost
 from tests.integration.vllm_by_hand import processor_by_hand
 from tests.integration.vllm_requests import (
     agrees,
@@ -212,6 +213,21 @@ def sleeping(engine: Any, policy: CausalPolicy) -> dict[str, Any]:
     return found
 
 
+def halved(folder: Path) -> dict[str, Any]:
+    """A stage in bfloat16, and one whose second sync does not take place."""
+    kinds, load, done = [local(max_rows=16).model_dump()], LocalHost.load, list[None]()
+
+    def only_once(host: LocalHost, weights: Iterator[tuple[str, Tensor]]) -> None:
+        done.append(None)
+        if len(done) == 1:
+            load(host, weights)
+
+    found: dict[str, Any] = {"rows": stages(folder / "synced", kinds, precision="bfloat16")[0]}
+    with patch.object(LocalHost, "load", only_once):
+        found["skipped"] = refusal(lambda: stages(folder / "skipped", kinds, precision="bfloat16"))
+    return found | {"syncs": len(done)}
+
+
 def main() -> None:
     plugin.MODELS["RlmmAlias"] = "vllm.model_executor.models.llama:LlamaForCausalLM"
     plugin.register()
@@ -245,6 +261,7 @@ def main() -> None:
         op_registry_oot.clear()
         found["stock adapter"] = stock_adapter(Path(folder) / "stock")
         found["stage"] = stages(Path(folder), kinds)
+        found["bfloat16"] = halved(Path(folder))
     print(json.dumps(found))
 
 
