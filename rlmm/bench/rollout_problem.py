@@ -103,8 +103,8 @@ class Problem:
     @property
     def kernels(self) -> bool:
         """Whether the torch engine has its compiled ones."""
-        packed = getattr(self.engines.get("torch"), "packed", None)
-        return packed is not None and packed.kernels is not None
+        own = (getattr(self.engines.get(name), "packed", None) for name in ("torch", f"torch{LORA}"))
+        return any(packed is not None and packed.kernels is not None for packed in own)
 
     def close(self) -> None:
         for engine in self.engines.values():
