@@ -20,7 +20,7 @@ from rlmm.policies.families import llama
 from rlmm.policies.families.loading import find_family, not_here, outline
 from rlmm.policies.transformer import TransformerPolicy
 from rlmm.readings import gate_reading, supervised_share, update_reading, widest_step
-from rlmm.sharing import Sharing, gathered, read_sharing, shared
+from rlmm.sharing import Sharing, gathered, libraries, read_sharing, shared
 from rollouts.contract import Layout
 from rollouts.law import Law
 
@@ -52,11 +52,14 @@ class MemoryPlan:
     """What passes between processes: buckets of gradients, gathered weights."""
     offloaded: int = 0
     """Of the CPU's memory, and not in the total."""
+    libraries: int = 0
+    """What a process holds beside its tensors (`sharing.libraries`)."""
 
     @property
     def total(self) -> int:
         """Where sampling and updating take turns, the larger of their working sets counts."""
         held = self.weights + self.gradients + self.optimizer + self.reference + self.engine + self.exchange
+        held += self.libraries
         return held + (self.working + self.sampling if self.at_once else max(self.working, self.sampling))
 
 
@@ -158,10 +161,11 @@ def _plan(name: str, stage: PolicyStage, make: Make, sources: bool, processes: i
         reference=held.weights if _holds_reference(stage, layout) else 0,
         working=share.working,
         sampling=sampling if ahead else max(0, sampling - gradients - gathered(held, sharing)),
-        engine=(_engine_copy(stage, adapted, total) if isinstance(stage, GrpoStage) else 0) + still * ahead,
+        engine=(_engine_copy(stage, adapted, total, held) if isinstance(stage, GrpoStage) else 0) + still * ahead,
         at_once=ahead,
         exchange=share.exchange,
         offloaded=share.offloaded,
+        libraries=libraries(),
     )
 
 
@@ -224,13 +228,16 @@ def _gradients(stage: PolicyStage) -> int:
     return 2 if isinstance(stage, GrpoStage) and stage.diagnostics.gradient_agreement else 1
 
 
-def _engine_copy(stage: GrpoStage, make: Make, total: int) -> int:
+def _engine_copy(stage: GrpoStage, make: Make, total: int, held: Held) -> int:
     """vLLM has one in what it computes in. The torch engine has one where it packs the weights: under bfloat16 the
     float32 ones stand beside the rounded ones, for its fingerprint."""
     if isinstance(stage.engine, VllmSizes):
         servers = stage.engine.started if isinstance(stage.engine, VllmServerConfig) else 1
         half = (stage.engine.dtype or stage.precision) == "bfloat16"
-        return servers * total * (FLOAT_BYTES // 2 if half else FLOAT_BYTES)
+        # What a server folds adapters into is in main memory, which is the device's own where there is no GPU.
+        folds = isinstance(stage.engine, VllmServerConfig) and stage.engine.sync == "adapter"
+        base = held.weights if folds and not torch.cuda.is_available() else 0
+        return servers * (total * (FLOAT_BYTES // 2 if half else FLOAT_BYTES) + base)
     with torch.device("meta"):
         packed = packed_shape(make()) is not None
     return packed * total * FLOAT_BYTES * (3 if stage.precision == "bfloat16" else 2) // 2

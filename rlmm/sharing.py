@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from rlmm.dry_run import Held
 
 BUCKET = 500_000_000
@@ -16,6 +18,9 @@ BUCKET = 500_000_000
 LIVE = 1_000_000_000
 """DeepSpeed's `stage3_max_live_parameters` where a file names none."""
 FLOAT_BYTES = 4
+LIBRARIES = 8 << 20
+"""What an update on a CPU was seen to hold beside its tensors, in libraries' buffers and what the allocator keeps
+(docs/scale.md). It matters where all else is tens of MiB."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,11 @@ def gathered(held: Held, sharing: Sharing) -> int:
 
 def _offloads(part: dict[str, Any] | None) -> bool:
     return (part or {}).get("device", "none") != "none"
+
+
+def libraries() -> int:
+    """Bytes beside the tensors of an update, of the memory that is planned: a GPU's where there is one."""
+    return 0 if torch.cuda.is_available() else LIBRARIES
 
 
 def shared(held: Held, sharing: Sharing) -> Share:

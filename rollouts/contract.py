@@ -245,12 +245,18 @@ class Engine(Protocol):
         whole for as long as it draws."""
         ...
 
+    @property
+    def takes_adapters(self) -> bool:
+        """Whether a sync hands it a weight and the adapters on it apart (`rollouts.adapters`), and it folds them. Its
+        fingerprint is then of what it was handed, in float32, and vouches for the weights that it made of that."""
+        ...
+
     def generate(self, requests: Sequence[Request], spans: Sequence[Span]) -> Trajectory:
         """One span; several are chained by `rollouts.interleaved.generate_spans`."""
         ...
 
     def sync(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Take the policy's full weights (adapters folded in), one parameter at a time."""
+        """Take the policy's full weights, one parameter at a time; adapters folded in, or apart (`takes_adapters`)."""
         ...
 
     def fingerprint(self) -> str:

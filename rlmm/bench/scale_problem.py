@@ -21,7 +21,7 @@ from rlmm.objectives.weights import count_totals, token_weights
 from rlmm.policies.families.llama import build
 from rlmm.policies.families.loading import outline
 from rlmm.policies.transformer import TransformerPolicy
-from rlmm.sharing import read_sharing, shared
+from rlmm.sharing import libraries, read_sharing, shared
 from rlmm.train.grpo import rows_alone
 from rlmm.train.grpo_batch import GrpoBatch
 from rlmm.train.processes import world
@@ -161,7 +161,7 @@ def planned(point: Point, deepspeed: str | None) -> tuple[int, int]:
     length = max(map(len, prefixes(outlined).values())) + point.tokens
     held = dry_run(lambda: make_policy(point), law(point, outlined), update_of(point, length, streams, deepspeed))
     share = shared(held, read_sharing(deepspeed, point.processes, outlined.sizes.hidden_size))
-    total = share.weights + share.gradients + share.optimizer + share.working + share.exchange
+    total = share.weights + share.gradients + share.optimizer + share.working + share.exchange + libraries()
     return held.weights, total - held.weights
 
 

@@ -78,6 +78,9 @@ class VllmServerConfig(VllmServed):
     transfer: Literal["folder", "gloo", "nccl"] = "folder"
     """How full weights reach the servers: files in `exchange`, or a process group of trainer and servers (nccl: between
     GPUs)."""
+    sync: Literal["weights", "adapter"] = "weights"
+    """What a sync sends. adapter, for a stage with LoRA: all weights once, then the adapter alone, which each server
+    folds into a copy of the base that it keeps in main memory."""
     exchange: str | None = None
     """A folder that trainer and servers share. None: a temporary one, which does for servers on this machine."""
     trainer_host: str = "127.0.0.1"
@@ -174,6 +177,15 @@ def _is_loopback(host: str) -> bool:
         return host.lower() in ("localhost", "localhost.localdomain") or host.lower().endswith(".localhost")
     found = getattr(found, "ipv4_mapped", None) or found
     return found.is_loopback or found.is_unspecified
+
+
+def check_sync(engine: "EngineConfig", *, lora: bool) -> None:
+    """Raises ValueError where adapters are to be sent and a stage has none."""
+    if isinstance(engine, VllmServerConfig) and engine.sync == "adapter" and not lora:
+        raise ValueError(
+            "engine.sync: adapter sends the servers a LoRA adapter, and this stage trains none; give the stage a lora "
+            "section, or leave engine.sync out"
+        )
 
 
 EngineConfig = Annotated[TorchEngineConfig | VllmEngineConfig | VllmServerConfig, Field(discriminator="kind")]

@@ -6,7 +6,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from rlmm.config.base import Strict, nearest
-from rlmm.config.engines import EngineConfig, TorchEngineConfig
+from rlmm.config.engines import EngineConfig, TorchEngineConfig, check_sync
 from rlmm.config.preference import DpoStage
 from rlmm.config.rewards import Rewards
 from rlmm.config.sampling import Sampling, Written
@@ -75,6 +75,7 @@ class PairsStage(Strict):
             raise ValueError("the samples are scored by `judge` or by `rewards`; give one of them")
         if self.understanding is not None and self.split == "prompts":
             raise ValueError("understanding asks about a row's picture, and split prompts has none; use train or fresh")
+        check_sync(self.engine, lora=False)
         if (self.judge or self.understanding) and self.sampling.written is not None:
             raise ValueError("judge and understanding are of pictures alone; leave thought and answer out of sampling")
         return self

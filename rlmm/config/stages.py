@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from rlmm.config.base import Strict
 from rlmm.config.codec import Perceptual
-from rlmm.config.engines import EngineConfig, TorchEngineConfig
+from rlmm.config.engines import EngineConfig, TorchEngineConfig, check_sync
 from rlmm.config.masked import EstimatorConfig, NoiseConfig
 from rlmm.config.objectives import ObjectiveConfig
 from rlmm.config.optimization import Optimization, divides
@@ -172,6 +172,11 @@ class GrpoStage(Optimization):
                 f"{self.prompts_per_step} prompts; choose micro_batch_size and prompts_per_step so that both are even "
                 "(with several processes, on each of them)"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _a_sync_of_adapters(self) -> "GrpoStage":
+        check_sync(self.engine, lora=self.lora is not None)
         return self
 
     @model_validator(mode="after")

@@ -23,7 +23,7 @@ from rlmm.objectives.estimators import Estimator
 from rlmm.objectives.legality import LogProbKind
 from rlmm.policies.base import LogProbs, SequenceBatch
 from rlmm.policies.casting import cast_inside
-from rlmm.policies.full_weights import full_weights
+from rlmm.policies.full_weights import full_weights, weights_apart
 from rlmm.policies.head import OutputHead, decision_log_probs, sliced_head
 from rlmm.policies.head_rows import train_rows
 from rlmm.policies.layout_io import save_layout
@@ -186,6 +186,11 @@ class TransformerPolicy(ABC):
         """Full weights under the checkpoint's names, one at a time (`full_weights`)."""
         settle(self.model)
         return full_weights(self.base, self.frozen_parts)
+
+    def weights_apart(self) -> Iterator[tuple[str, Tensor]]:
+        """The same weights and their adapters apart, one at a time (`weights_apart`)."""
+        settle(self.model)
+        return weights_apart(self.base, self.frozen_parts)
 
     def whole(self) -> AbstractContextManager[None]:
         """See `Policy`."""

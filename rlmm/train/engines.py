@@ -142,12 +142,14 @@ def _model_folder(policy: TransformerPolicy, kept: Kept) -> Iterator[Path]:
 
 def _transfer(config: VllmServerConfig, hosts: Sequence[Any], device: torch.device) -> Callable[[Any], None]:
     from rollouts.vllm_engine.broadcast import GroupTransfer
-    from rollouts.vllm_engine.transfer import FolderTransfer
+    from rollouts.vllm_engine.transfer import AdapterTransfer, FolderTransfer
 
     if config.transfer == "folder":
-        return FolderTransfer(hosts, Path(config.exchange or tempfile.gettempdir()))
-    here = device if config.transfer == "nccl" else torch.device("cpu")
-    return GroupTransfer(hosts, config.trainer_host, config.transfer, here)
+        way = FolderTransfer(hosts, Path(config.exchange or tempfile.gettempdir()))
+    else:
+        here = device if config.transfer == "nccl" else torch.device("cpu")
+        way = GroupTransfer(hosts, config.trainer_host, config.transfer, here)
+    return AdapterTransfer(way) if config.sync == "adapter" else way
 
 
 def _token(config: VllmServerConfig) -> str:

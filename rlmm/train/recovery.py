@@ -11,7 +11,7 @@ from rlmm.policies.parts import several_processes
 from rlmm.policies.transformer import TransformerPolicy
 from rlmm.train.heart import phase
 from rlmm.train.processes import everywhere, gather
-from rlmm.train.sync import compare, fingerprint
+from rlmm.train.sync import compare, fingerprint, handed
 from rollouts.contract import Engine, EngineLost, Request
 from rollouts.trajectory import Span, Trajectory
 
@@ -46,6 +46,10 @@ class Recovering:
     @property
     def reads_policy(self) -> bool:
         return self.engine.reads_policy
+
+    @property
+    def takes_adapters(self) -> bool:
+        return self.engine.takes_adapters
 
     @property
     def together(self) -> bool:
@@ -115,7 +119,7 @@ class Recovering:
 
     def _take(self) -> None:
         """The policy's weights, by the engine that was built again; the others gather them with it."""
-        weights = iter(self.policy.named_weights())
+        weights = iter(handed(self.policy, self.engine))
         try:
             if self._lost is not None:
                 self._unless_lost(lambda: self.engine.sync(weights, self.version))

@@ -1,19 +1,30 @@
 """The engine takes the trainer's weights, and is believed only by their fingerprint."""
 
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
 from rlmm.policies.transformer import TransformerPolicy
 from rollouts.contract import Engine
 from rollouts.fingerprint import weights_fingerprint
 
 
+def handed(policy: TransformerPolicy, engine: Engine) -> Iterable[tuple[str, Tensor]]:
+    """The policy's weights as the engine wants them: full, or with adapters apart."""
+    return policy.weights_apart() if engine.takes_adapters else policy.named_weights()
+
+
 def fingerprint(policy: TransformerPolicy, engine: Engine) -> str:
-    """The policy's, in the engine's dtype."""
-    return weights_fingerprint(policy.named_weights(), engine.dtype)
+    """The policy's, in the engine's dtype. Where adapters are handed over apart, of them and the base in float32: the
+    change of a step may be less than what rounds an adapter."""
+    return weights_fingerprint(handed(policy, engine), torch.float32 if engine.takes_adapters else engine.dtype)
 
 
 def synced(policy: TransformerPolicy, engine: Engine, rollout: int) -> str:
     """Hand the engine the weights, as version `rollout`; their fingerprint. Raises RuntimeError where the engine has
     others."""
-    engine.sync(policy.named_weights(), rollout)
+    engine.sync(handed(policy, engine), rollout)
     mine = fingerprint(policy, engine)
     compare(mine, engine.fingerprint(), rollout)
     return mine

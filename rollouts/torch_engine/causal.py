@@ -31,6 +31,7 @@ class TorchEngine:
     """
 
     dtype = torch.float32
+    takes_adapters = False
 
     def __init__(
         self,

@@ -34,6 +34,7 @@ class MaskedTorchEngine:
 
     dtype = torch.float32
     reads_policy = True
+    takes_adapters = False
 
     def __init__(self, decoder: MaskedDecoder, *, max_rows: int = 512, cache_prompts: bool | None = None) -> None:
         self.decoder, self.max_rows, self.weights_version = decoder, max_rows, 0

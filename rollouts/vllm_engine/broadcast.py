@@ -1,4 +1,4 @@
-"""Full weights from a trainer to its vLLM servers over a process group of their own: gloo, or NCCL between GPUs.
+"""Weights from a trainer to its vLLM servers over a process group of their own: gloo, or NCCL between GPUs.
 
 The trainer is rank 0; the workers of its servers (one a device) follow. Weights travel one at a time, so neither side
 needs to know how many there are, and no more than one is held: a header (JSON: name, dtype, shape), then the tensor; an
@@ -92,8 +92,8 @@ class GroupTransfer:
         ]
         self.group = _beside(hosts, calls, lambda: _enter(store, ROOT, total, backend, device))
 
-    def __call__(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        _beside(self.hosts, [("rollouts_receive",)] * len(self.hosts), lambda: self.group.send(weights))
+    def __call__(self, weights: Iterable[tuple[str, Tensor]], key: str = "") -> None:
+        _beside(self.hosts, [("rollouts_receive", key)] * len(self.hosts), lambda: self.group.send(weights))
 
 
 def _meeting(address: str, port: int | None = None) -> TCPStore:

@@ -17,6 +17,7 @@ from rollouts.trajectory import Span, Trajectory, pad_left
 from rollouts.vllm_engine.arguments import row_arguments
 from rollouts.vllm_engine.drawn import Drawn
 from rollouts.vllm_engine.host import Host, Load, Row
+from rollouts.vllm_engine.transfer import AdapterTransfer
 from rollouts.vllm_engine.waves import Sample, check_room, plan_waves
 
 Embed = Callable[[tuple[int, ...]], Tensor]
@@ -84,6 +85,11 @@ class VllmEngine:
             support=torch.from_numpy(np.stack(supports)) if supports else None,
             weights_version=self.weights_version,
         )
+
+    @property
+    def takes_adapters(self) -> bool:
+        """Where its servers fold them."""
+        return isinstance(self.load, AdapterTransfer)
 
     def sync(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Load the weights and forget every key and value the old ones made."""

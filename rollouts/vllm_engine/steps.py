@@ -32,12 +32,16 @@ class StepsOutput(SchedulerOutput):
 
 
 class StepsRunner(CPUModelRunner):
-    """vLLM's, with the steps that a plan adds, and its cache on large pages."""
+    """vLLM's, with the steps that a plan adds, attention called directly, and its cache on large pages."""
 
     around: ForwardContext | None = None
 
     def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
         super().initialize_kv_cache(*args, **kwargs)
+        if self.vllm_config.model_config.enforce_eager:
+            # An operation that hides attention from a compiler costs tens of microseconds a call, and nobody compiles.
+            for layer in get_layers_from_vllm_config(self.vllm_config, Attention).values():
+                layer.use_direct_call = True
         with suppress(NoKernels):
             for memory in {cache.data_ptr(): cache.untyped_storage() for cache in self.kv_caches}.values():
                 load_kernels().zeros_anew(memory)

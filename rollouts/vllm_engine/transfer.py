@@ -1,21 +1,47 @@
-"""Full weights from a trainer to its vLLM servers, through files that both can read.
+"""Weights from a trainer to its vLLM servers, through files that both can read.
 
 `broadcast.GroupTransfer` is the other way. Either passes over the weights once, whatever the number of servers.
+`AdapterTransfer` sends by either of them no more than has changed.
 """
 
 import os
 import tempfile
+import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Protocol
 
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from rollouts.adapters import adapters_alone
 from rollouts.vllm_engine.server import ServerHost
 
 SHARD_BYTES = 1 << 30
+
+
+class Transfer(Protocol):
+    """Sends weights to all of its servers, which run with them; under a key they keep what they were sent, too."""
+
+    hosts: Sequence[ServerHost]
+
+    def __call__(self, weights: Iterable[tuple[str, Tensor]], key: str = "") -> None: ...
+
+
+class AdapterTransfer:
+    """All weights once, and from then on their adapters alone (`rollouts.adapters.apart`), which each server folds into
+    a copy of the base that it keeps in main memory. All again, where a server does not have them: it was started anew,
+    serves another run, or what it was sent last did not arrive."""
+
+    def __init__(self, way: Transfer) -> None:
+        self.way, self.key = way, uuid.uuid4().hex
+        self._held = {"key": self.key, "complete": True}
+
+    def __call__(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        based = all([host.call("rollouts_held") == self._held for host in self.way.hosts])
+        self.way(adapters_alone(weights) if based else weights, self.key)
 
 
 class FolderTransfer:
@@ -27,7 +53,7 @@ class FolderTransfer:
     def __init__(self, hosts: Sequence[ServerHost], folder: Path) -> None:
         self.hosts, self.folder = hosts, folder
 
-    def __call__(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+    def __call__(self, weights: Iterable[tuple[str, Tensor]], key: str = "") -> None:
         with tempfile.TemporaryDirectory(dir=self.folder) as scratch:
             count = write_shards(weights, Path(scratch))
             # In a folder that the user shares, a server may run as another user (of another node, or in a container).
@@ -35,7 +61,7 @@ class FolderTransfer:
             if self.folder != Path(tempfile.gettempdir()):
                 _let_all_read(Path(scratch))
             with ThreadPoolExecutor(len(self.hosts)) as pool:
-                list(pool.map(lambda host: host.call("rollouts_load", scratch, str(count)), self.hosts))
+                list(pool.map(lambda host: host.call("rollouts_load", scratch, str(count), key), self.hosts))
 
 
 def write_shards(weights: Iterable[tuple[str, Tensor]], folder: Path) -> int:

@@ -49,7 +49,7 @@ class Mortal:
         assert inner.packed is not None
         inner.packed._weights = None
 
-    dtype, reads_policy = torch.float32, False
+    dtype, reads_policy, takes_adapters = torch.float32, False, False
 
     def generate(self, *asked: Any) -> Any:
         self._maybe_lost("generate")

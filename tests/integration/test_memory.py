@@ -17,7 +17,7 @@ from rlmm.dry_run import Held, Live, Update, dry_run
 from rlmm.memory import MemoryPlan, memory_plans
 from rlmm.policies.tokenizer import character_tokenizer
 from rlmm.policies.transformer import TransformerPolicy
-from rlmm.sharing import read_sharing
+from rlmm.sharing import libraries, read_sharing
 from rollouts.law import Law
 from tests.integration.conftest import TINY, TinyRun
 
@@ -50,6 +50,8 @@ def test_each_setting_moves_its_own_figure() -> None:
     assert 2 * halved.engine == plain.engine
     servers = "stages.grpo.engine={kind: vllm_server, replicas: 3, dtype: bfloat16}"
     assert 2 * plan(servers).engine == 3 * plain.engine
+    folding = plan("stages.grpo.engine={kind: vllm_server, sync: adapter}")
+    assert folding.engine == plain.engine + plain.weights
     elsewhere = "stages.grpo.engine={kind: vllm_server, urls: ['http://127.0.0.1:1']}"
     assert plan(elsewhere).engine == 0
 
@@ -149,6 +151,7 @@ def test_what_an_update_allocates_is_what_is_planned(rows: int, lora: bool) -> N
     policy = scale_problem.make_policy(point)
     with Live() as live:
         update(point, policy, 2, None)
+    planned -= libraries()
     assert 12 << 20 < planned < 100 << 20
     assert planned == pytest.approx(live.peak, rel=0.02)
 

@@ -114,8 +114,8 @@ def test_no_path_but_health_answers_without_the_key(engine: Recovering) -> None:
 
 def test_weights_that_the_server_cannot_read_are_its_workers_fault_and_it_goes_on(engine: Recovering) -> None:
     host, before = host_of(engine), engine.fingerprint()
-    with pytest.raises(RuntimeError, match=r"failed in rollouts_load\(/nowhere, 2\):.*can read 0; set"):
-        host.call("rollouts_load", "/nowhere", "2")
+    with pytest.raises(RuntimeError, match=r"failed in rollouts_load\(/nowhere, 2, \):.*can read 0; set"):
+        host.call("rollouts_load", "/nowhere", "2", "")
     assert host_of(engine) is host and engine.fingerprint() == before
     with pytest.raises(PermissionError, match="token_env"):
         ServerHost(host.url, token="another")

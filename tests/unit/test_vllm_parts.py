@@ -201,7 +201,8 @@ def test_two_engines_never_name_a_sample_alike() -> None:
 class Mortal:
     """An engine that is lost at given calls."""
 
-    dtype, shown = torch.float32, weights_fingerprint([("fresh", torch.zeros(1))], torch.float32)
+    dtype, takes_adapters = torch.float32, False
+    shown = weights_fingerprint([("fresh", torch.zeros(1))], torch.float32)
 
     def __init__(self, deaths: list[str]) -> None:
         self.deaths, self.calls = deaths, list[str]()

@@ -32,8 +32,8 @@ def test_settings_of_a_server_are_checked_before_it_starts(monkeypatch: pytest.M
 
 
 def test_a_server_takes_what_it_reads_and_says_where_the_rest_belongs() -> None:
-    theirs = ("exchange=x", "kind=vllm_server", "replicas=2", "start_seconds=5", "trainer_host=a", "transfer=nccl",
-              "urls=[http://a:1]")  # fmt: skip
+    theirs = ("exchange=x", "kind=vllm_server", "replicas=2", "start_seconds=5", "sync=adapter", "trainer_host=a",
+              "transfer=nccl", "urls=[http://a:1]")  # fmt: skip
     for setting in theirs:
         name = setting.partition("=")[0]
         with pytest.raises(ValueError, match=rf"{name}: of the training run.*engine\.{name} in the recipe"):

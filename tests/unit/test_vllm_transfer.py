@@ -31,8 +31,8 @@ class Reader:
         self.finds, self.taken = finds, list[tuple[str, Tensor]]()
         self.modes: set[int] = set()
 
-    def call(self, method: str, folder: str, count: str) -> None:
-        assert method == "rollouts_load"
+    def call(self, method: str, folder: str, count: str, key: str) -> None:
+        assert (method, key) == ("rollouts_load", "")
         here = Path(folder)
         self.modes = {stat.S_IMODE(path.stat().st_mode) for path in (here, *here.iterdir())}
         self.taken = list(read_shards(self.finds(here), int(count)))
