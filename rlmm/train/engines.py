@@ -4,7 +4,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -99,20 +99,29 @@ def _vllm_server(config: VllmServerConfig, policy: TransformerPolicy, law: Law |
 
 def _connected(config: VllmServerConfig, policy: TransformerPolicy, law: Law | None, kept: Kept) -> Engine:
     from rollouts.vllm_engine.engine import VllmEngine
-    from rollouts.vllm_engine.launch import ServerPlan, visible_device
-    from rollouts.vllm_engine.server import ServerHost, start_servers
+    from rollouts.vllm_engine.server import ServerHost
 
-    if config.urls:
-        token = _token(config)
-        hosts = [ServerHost(url, token=token) for url in _own_urls(config.urls)]
-        return VllmEngine(policy.layout, hosts, _transfer(config, hosts, policy.base.device))
+    with ExitStack() as opened:  # closed, and servers of our own ended, unless there is an engine at the end
+        if config.urls:
+            token = _token(config)
+            hosts = [opened.enter_context(closing(ServerHost(url, token=token))) for url in _own_urls(config.urls)]
+        else:
+            hosts = [opened.enter_context(closing(host)) for host in _started(config, policy, law, kept)]
+        engine = VllmEngine(policy.layout, hosts, _transfer(config, hosts, policy.base.device))
+        opened.pop_all()
+    return engine
+
+
+def _started(config: VllmServerConfig, policy: TransformerPolicy, law: Law | None, kept: Kept) -> Sequence[Any]:
+    from rollouts.vllm_engine.launch import ServerPlan, visible_device
+    from rollouts.vllm_engine.server import start_servers
+
     check_gpus(config)
     device = visible_device(policy.base.device)
     with _model_folder(policy, kept) as folder:
         served = _served(config, policy, law)
         plan = ServerPlan(folder, tensor_parallel=config.tensor_parallel, device=device, **served)
-        hosts = start_servers(plan, config.replicas, config.start_seconds)
-        return VllmEngine(policy.layout, hosts, _transfer(config, hosts, policy.base.device))
+        return start_servers(plan, config.replicas, config.start_seconds)
 
 
 def check_gpus(config: VllmServerConfig) -> None:

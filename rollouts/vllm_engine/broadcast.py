@@ -7,9 +7,10 @@ empty header ends the pass. The group is apart from the trainer's own and from t
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.distributed import PrefixStore, TCPStore
 
 from rollouts.contract import EngineLost
+from rollouts.vllm_engine.beside import begin
 from rollouts.vllm_engine.server import ServerHost
 
 T = TypeVar("T")
@@ -111,19 +113,16 @@ def _enter(store: TCPStore, rank: int, size: int, backend: str, device: torch.de
 
 
 def _beside(hosts: Sequence[ServerHost], calls: Sequence[tuple[str, ...]], own: Callable[[], T]) -> T:
-    """Our part of what every server does at the same time."""
-    pool = ThreadPoolExecutor(len(hosts))
+    """Our part of what every server does at the same time. After a failure here the servers wait for us until their
+    time is up, or this process ends; nobody waits for them."""
+    theirs = begin([partial(host.call, *call) for host, call in zip(hosts, calls, strict=True)])
     try:
-        theirs = [pool.submit(host.call, *call) for host, call in zip(hosts, calls, strict=True)]
-        try:
-            made = own()
-        except EngineLost:
-            # What a server says itself is worth more than that its connection broke, and comes a moment later.
-            _raise_first(wait(theirs, timeout=ANSWER_SECONDS).done)
-            raise
-        _raise_first(theirs)
-    finally:
-        pool.shutdown(wait=False)  # after a failure here the servers would wait for us until their time is up
+        made = own()
+    except EngineLost:
+        # What a server says itself is worth more than that its connection broke, and comes a moment later.
+        _raise_first(wait(theirs, timeout=ANSWER_SECONDS).done)
+        raise
+    _raise_first(theirs)
     return made
 
 

@@ -1,10 +1,10 @@
 """Rollouts by stock vLLM: the torch engine's contract, and for the same seeds its tokens."""
 
+import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from functools import partial
-from threading import Thread
 
 import numpy as np
 import torch
@@ -15,13 +15,16 @@ from rollouts.contract import SEEN, Layout, Request
 from rollouts.law import Law
 from rollouts.trajectory import Span, Trajectory, pad_left
 from rollouts.vllm_engine.arguments import row_arguments
+from rollouts.vllm_engine.beside import begin
 from rollouts.vllm_engine.drawn import Drawn
-from rollouts.vllm_engine.host import Host, Load, Row
+from rollouts.vllm_engine.host import ABANDON_SECONDS, Host, Load, Row
 from rollouts.vllm_engine.transfer import AdapterTransfer
 from rollouts.vllm_engine.waves import Sample, check_room, plan_waves
 
 Embed = Callable[[tuple[int, ...]], Tensor]
 """Embeddings [P, H] of a prefix."""
+AGAIN_SECONDS = 0.2
+"""How soon a host that has not ended its rollout is told again."""
 
 
 class VllmEngine:
@@ -36,6 +39,11 @@ class VllmEngine:
     def __init__(self, layout: Layout, hosts: Sequence[Host], load: Load, embed: Embed | None = None) -> None:
         if not hosts:
             raise ValueError("a vllm engine without a vLLM; give it at least one host")
+        if len(dtypes := {host.room.dtype for host in hosts}) > 1:
+            raise ValueError(
+                f"the vLLM servers hold their weights as {' and '.join(sorted(dtypes))}, and can only be compared with "
+                "the trainer's in one; start them with the same dtype"
+            )
         self.layout, self.hosts, self.load, self.weights_version = layout, list(hosts), load, 0
         self.embed = embed
         self._name, self._next = uuid.uuid4().hex[:12], 0  # a server may still know samples of an engine before
@@ -123,10 +131,9 @@ class VllmEngine:
         parts = [samples[at : at + share] for at in range(0, len(samples), share)]
         if len(parts) == 1:
             return self._draw_on(self.hosts[0], parts[0], span)
-        made = _beside(
-            [partial(self._draw_on, host, part, span) for host, part in zip(self.hosts, parts, strict=False)]
-        )
-        return [one for part in made for one in part]
+        hosts = self.hosts[: len(parts)]
+        calls = [partial(self._draw_on, host, part, span) for host, part in zip(hosts, parts, strict=True)]
+        return [one for part in _beside(hosts, calls) for one in part]
 
     def _draw_on(self, host: Host, samples: Sequence[Sample], span: Span) -> list[Drawn]:
         carried = self._carried(host, samples, span.law)
@@ -171,21 +178,34 @@ class VllmEngine:
         return {prefix: self.embed(prefix) for prefix in about}
 
 
-def _beside(calls: Sequence[Callable[[], list[Drawn]]]) -> list[list[Drawn]]:
-    """What calls return that run beside each other; the first error in their order, when all have ended. In threads
-    that nobody waits for who is interrupted, not even at the process's end, as those of an executor would be."""
-    futures = [Future[list[Drawn]]() for _ in calls]
+def _beside(hosts: Sequence[Host], calls: Sequence[Callable[[], list[Drawn]]]) -> list[list[Drawn]]:
+    """What the hosts' calls return that run beside each other. Where one fails, or this thread is interrupted, the
+    others give up their rows: nobody will ask for them, and the hosts are to be free for who comes next."""
+    futures = begin(calls)
+    try:
+        wait(futures, return_when=FIRST_EXCEPTION)
+        for future in futures:
+            if future.done():
+                future.result()
+        return [future.result() for future in futures]
+    except BaseException as error:
+        _abandon(hosts, futures, error)
+        raise
 
-    def run(future: Future[list[Drawn]], call: Callable[[], list[Drawn]]) -> None:
-        try:
-            future.set_result(call())
-        except BaseException as error:  # handed over, to be raised by who waits
-            future.set_exception(error)
 
-    for future, call in zip(futures, calls, strict=True):
-        Thread(target=run, args=(future, call), daemon=True).start()
-    wait(futures)
-    return [future.result() for future in futures]
+def _abandon(hosts: Sequence[Host], futures: Sequence[Future[list[Drawn]]], first: BaseException) -> None:
+    """Returns when all have ended, or are late. Told again and again, since a host may not have begun when told. What
+    then goes wrong stands below what went wrong first."""
+    end = time.monotonic() + ABANDON_SECONDS
+    while (late := [k for k, future in enumerate(futures) if not future.done()]) and time.monotonic() < end:
+        for k in late:
+            hosts[k].abandon()
+        wait([futures[k] for k in late], AGAIN_SECONDS)
+    if late:
+        first.add_note(f"and {len(late)} of {len(hosts)} vLLMs did not end their rollouts in {ABANDON_SECONDS} s")
+    others = [future.exception() for future in futures if future.done()]
+    for note in [note for other in others if other is not first for note in getattr(other, "__notes__", ())]:
+        first.add_note(note)
 
 
 def _check(sample: Sample, span: Span, drawn: Drawn, taken: list[list[int]]) -> None:

@@ -12,6 +12,8 @@ Load = Callable[[Iterable[tuple[str, Tensor]]], None]
 """Brings full weights, which come one at a time, to the hosts of an engine."""
 BLOCK = 32
 """Positions a KV block holds: the least a CPU allows, so that samples of one prompt share most of its prefix."""
+ABANDON_SECONDS = 60
+"""How long a host may take to give up its rows."""
 MEMORY_SHARE = 0.01
 """vLLM's `gpu_memory_utilization`: it asks that so much of the device be free, which training holds most of, and takes
 the bytes of keys and values that it is told whatever this says."""
@@ -67,6 +69,11 @@ class Host(Protocol):
         """The tokens vLLM took for each row, and what was drawn for each sample, in order.
 
         Raises EngineLost where it is gone; it holds no rows afterwards, whatever was raised."""
+        ...
+
+    def abandon(self) -> None:
+        """From another thread: the `run` under way is to give up its rows and raise soon; nothing where none is. May be
+        called again."""
         ...
 
     def forget(self) -> None:

@@ -109,7 +109,7 @@ class Server:
             if self.process.poll() is not None:
                 raise self._ended()
             with suppress(httpx.TransportError):
-                if httpx.get(f"{self.url}/health", timeout=5).status_code == httpx.codes.OK:
+                if httpx.get(f"{self.url}/health", timeout=5, trust_env=False).status_code == httpx.codes.OK:
                     return
             time.sleep(0.2)
         raise EngineLost(
@@ -119,7 +119,8 @@ class Server:
 
     def _ended(self) -> EngineLost:
         said = self.log.read_text(errors="replace")
-        advice, kind = memory_advice(said), PortTaken if ADDRESS_IN_USE in said.lower() else EngineLost
+        advice = memory_advice(said, self.plan.max_length)
+        kind = PortTaken if ADDRESS_IN_USE in said.lower() else EngineLost
         ended = f"the vLLM server ended with status {self.process.returncode}"
         return kind(f"{ended}{f' ({advice})' if advice else ''}:\n{self.tail()}")
 

@@ -93,6 +93,9 @@ class LocalHost:
             self._asleep = True
         return [list(output.outputs[0].token_ids) for output in outputs], drawn
 
+    def abandon(self) -> None:
+        """Nothing: vLLM runs in the thread that calls it, and an interrupt there ends it."""
+
     def load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """`host.Load`: the tensors are handed over as they are."""
         from rollouts.vllm_engine.weights import refresh_tied_head
@@ -170,10 +173,9 @@ def _memory_named(length: int) -> Iterator[None]:
     try:
         yield
     except (ValueError, RuntimeError) as error:  # the latter also where memory is out
-        if (advice := memory_advice(f"{type(error).__name__}: {error}")) is None:
+        if (advice := memory_advice(f"{type(error).__name__}: {error}", length)) is None:
             raise
-        size = f"the longest request has {length} positions (engine.max_length)"
-        raise ValueError(f"{advice}; {size}. vLLM: {error}") from error
+        raise ValueError(f"{advice}. vLLM: {error}") from error
 
 
 def _refuse_several_processes() -> None:

@@ -5,6 +5,8 @@ import json
 import logging
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack, closing
+from threading import Lock
 from typing import Any
 
 import httpx
@@ -12,7 +14,7 @@ import httpx
 from rollouts.contract import EngineLost
 from rollouts.vllm_engine.connections import CONNECTIONS
 from rollouts.vllm_engine.drawn import KEY, Drawn
-from rollouts.vllm_engine.host import Room, Row
+from rollouts.vllm_engine.host import ABANDON_SECONDS, Room, Row
 from rollouts.vllm_engine.launch import PortTaken, Server, ServerPlan
 
 log = logging.getLogger(__name__)
@@ -23,8 +25,6 @@ HEALTH_SECONDS = 10
 """How long a server may take to say that it is well."""
 DYING_SECONDS = 1
 """How long a server may still say so when one of its processes has died."""
-ABORT_SECONDS = 60
-"""How long it may take to give up rows."""
 
 
 class ServerHost:
@@ -40,18 +40,41 @@ class ServerHost:
     def __init__(self, url: str, *, token: str, own: Server | None = None, timeout: float = 3600) -> None:
         self.url, self.own, self.timeout = url.rstrip("/"), own, timeout
         self.headers = {"Authorization": f"Bearer {token}"}
-        self.client = httpx.Client(base_url=self.url, headers=self.headers, timeout=timeout)
-        self.room = Room(**self.call("rollouts_room"))
+        # No connection is kept: a server closes one that is idle, and where the next call comes just then, that would
+        # look like its loss.
+        once = httpx.Limits(max_keepalive_connections=0)
+        self.client = httpx.Client(
+            base_url=self.url, headers=self.headers, timeout=timeout, trust_env=self.by_proxy, limits=once
+        )  # fmt: skip
+        self._lock = Lock()
+        self._sending: tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]] | None = None
+        try:
+            self.room = Room(**self.call("rollouts_room"))
+        except BaseException:
+            self.client.close()
+            raise
+
+    @property
+    def by_proxy(self) -> bool:
+        """A proxy that the environment names leads elsewhere, and not to a server of our own on this machine."""
+        return self.own is None
 
     def run(self, rows: Sequence[Row], samples: Sequence[str]) -> tuple[list[list[int]], list[Drawn]]:
         with CONNECTIONS.held_for(len(rows)):
             try:
-                taken = asyncio.run(self._send(rows))
+                taken = asyncio.run(self._abandonable(rows))
             except BaseException as error:
                 first = _first(error)
                 self._give_up(first)
                 raise first from (None if first is error else error)
         return taken, [Drawn.from_wire(record) for record in self.call("rollouts_collect", json.dumps(list(samples)))]
+
+    def abandon(self) -> None:
+        with self._lock:
+            if self._sending is not None:
+                loop, task = self._sending
+                loop.call_soon_threadsafe(task.cancel)
+                self._sending = None  # once: again would disturb it while it leaves
 
     def forget(self) -> None:
         if not _checked(self._post("/reset_prefix_cache", {}, self.timeout)).json()["success"]:
@@ -68,14 +91,27 @@ class ServerHost:
     def _give_up(self, first: BaseException) -> None:
         """No rows are left behind, whatever happened. What went wrong first is what is told first."""
         try:
-            _checked(self._post("/abort_requests", {}, min(ABORT_SECONDS, self.timeout)))
+            _checked(self._post("/abort_requests", {}, min(ABANDON_SECONDS, self.timeout)))
         except (RuntimeError, OSError) as second:  # EngineLost and TimeoutError among them
             first.add_note(f"and the rows of this rollout could not be given up: {second}")
+
+    async def _abandonable(self, rows: Sequence[Row]) -> list[list[int]]:
+        task = asyncio.current_task()
+        assert task is not None, "within asyncio.run"
+        with self._lock:
+            self._sending = asyncio.get_running_loop(), task
+        try:
+            return await self._send(rows)
+        finally:
+            with self._lock:  # as long as it is held here, the loop is not closed
+                self._sending = None
 
     async def _send(self, rows: Sequence[Row]) -> list[list[int]]:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
         async with (
-            httpx.AsyncClient(base_url=self.url, headers=self.headers, timeout=self.timeout, limits=limits) as client,
+            httpx.AsyncClient(
+                base_url=self.url, headers=self.headers, timeout=self.timeout, limits=limits, trust_env=self.by_proxy
+            ) as client,
             asyncio.TaskGroup() as group,
         ):
             tasks = [group.create_task(self._row(client, row)) for row in rows]
@@ -95,7 +131,13 @@ class ServerHost:
             answer = await client.post(GENERATE, json=body)
         except httpx.TransportError as error:
             raise self._unanswered(GENERATE, self.timeout, error) from error
-        return _checked(answer).json()["choices"][0]["token_ids"]
+        (choice,) = _checked(answer).json()["choices"]
+        if choice.get("finish_reason") == "abort":
+            raise RuntimeError(
+                f"the vLLM server at {self.url} was told by somebody else to give up what it draws; a vLLM serves one "
+                "engine at a time, so give every run, and every training process, its own"
+            )
+        return choice["token_ids"]
 
     def call(self, method: str, *arguments: str) -> Any:
         """What the first worker answers to `RolloutWorker`'s method; with tensor parallelism all of them draw alike.
@@ -143,23 +185,25 @@ def _first(error: BaseException) -> BaseException:
 def start_servers(plan: ServerPlan, count: int, seconds: float) -> list[ServerHost]:
     """Servers on this machine, all starting at once; one whose port was taken meanwhile is started once more. None is
     left behind where one of them fails."""
-    servers: list[Server] = []
-    try:
-        for _ in range(count):
-            servers.append(Server(plan))
+    with ExitStack() as started:
+
+        def start() -> Server:
+            server = Server(plan)
+            started.callback(server.stop)
+            return server
+
+        servers = [start() for _ in range(count)]
         for at, server in enumerate(servers):
             try:
                 server.wait(seconds)
             except PortTaken as error:
                 log.warning("a vLLM server is started again: %s", error)
                 server.stop()
-                servers[at] = Server(plan)
+                servers[at] = start()
                 servers[at].wait(seconds)
-        return [ServerHost(one.url, token=one.token, own=one) for one in servers]
-    except BaseException:
-        for server in servers:
-            server.stop()
-        raise
+        hosts = [started.enter_context(closing(ServerHost(one.url, token=one.token, own=one))) for one in servers]
+        started.pop_all()
+    return hosts
 
 
 def _checked(answer: httpx.Response) -> httpx.Response:

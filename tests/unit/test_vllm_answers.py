@@ -9,7 +9,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
@@ -112,6 +113,59 @@ def test_a_rollout_that_is_longer_than_its_time_is_no_loss(far: Answering) -> No
         slow.set()
 
 
+def test_rows_that_somebody_else_gave_up_are_told_as_such(far: Answering) -> None:
+    host = ServerHost(far.url, token="x")
+    far.says[GENERATE] = 200, {"choices": [{"token_ids": [], "finish_reason": "abort"}]}
+    with pytest.raises(RuntimeError, match=rf"{far.url} was told by somebody else to give up.*one engine at a time"):
+        host.run([ROW], ["a"])
+
+
+class Closing(BaseHTTPRequestHandler):
+    """As a server that closes a connection for its idleness just when the next call comes."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        body = json.dumps({"results": [ROOM]}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+        self.rfile.peek(1)  # pyrefly: ignore  (a buffered reader)
+        self.close_connection = True
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+def test_a_connection_that_is_closed_while_idle_is_no_loss() -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Closing) as served:
+        served.daemon_threads = True
+        threading.Thread(target=served.serve_forever, daemon=True).start()
+        host = ServerHost(f"http://127.0.0.1:{served.server_port}", token="x")
+        assert host.call("rollouts_room") == ROOM == host.call("rollouts_room")
+        host.close()
+        served.shutdown()
+
+
+def test_a_proxy_of_the_environment_does_not_lead_to_a_server_of_our_own(
+    monkeypatch: pytest.MonkeyPatch, far: Answering
+) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    far.says[GENERATE] = 200, {"choices": [{"token_ids": [7], "finish_reason": "length"}]}
+    far.says[CALL] = lambda: (200, {"results": [ROOM if not rooms else []]})
+    rooms: list[Any] = []
+    host = ServerHost(far.url, token="x", own=cast(Any, SimpleNamespace(tail=str, stop=lambda: None)))
+    rooms.append(host.room)
+    assert host.run([ROW], []) == ([[7]], [])
+    with pytest.raises(EngineLost, match="is gone"):
+        ServerHost(far.url, token="x")  # one elsewhere may be behind it
+
+
 def test_of_several_servers_the_one_that_is_gone_is_told_first() -> None:
     """The others' pass breaks off with it, which is no fault of theirs; a fault of theirs is told before a break."""
     gone, broke, fault = EngineLost("gone"), RuntimeError(f"failed in x: {BROKE_OFF}"), RuntimeError("another shape")
@@ -122,6 +176,20 @@ def test_of_several_servers_the_one_that_is_gone_is_told_first() -> None:
     ):
         with pytest.raises(kind, match=says):
             broadcast._raise_first([_failed(error) for error in errors])
+
+
+def test_a_server_that_waits_for_weights_does_not_keep_a_trainer_that_failed() -> None:
+    waits, before = threading.Event(), set(threading.enumerate())
+    host = cast(Any, SimpleNamespace(call=lambda *_: waits.wait(20)))
+
+    def fails() -> None:
+        raise ValueError("no such weight")
+
+    with pytest.raises(ValueError, match="no such weight"):
+        broadcast._beside([host], [("rollouts_receive",)], fails)
+    (left,) = set(threading.enumerate()) - before
+    assert left.daemon  # the process's end does not wait for it
+    waits.set()
 
 
 def _failed(error: Exception) -> Any:

@@ -90,6 +90,16 @@ def test_a_second_port_that_was_taken_is_raised(chosen: list[int]) -> None:
     assert not chosen
 
 
+def test_a_proxy_of_the_environment_is_not_asked_for_a_server_that_is_started_here(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    (host,) = start_servers(Small(Path("model"), max_length=1), 1, 10)
+    host.close()
+
+
 CORE = "(EngineCore pid=7) ERROR 11-27 10:00:00 [core.py:1165]"
 LOG = [
     "(APIServer pid=1) INFO 11-27 10:00:00 [utils.py:233] non-default args",

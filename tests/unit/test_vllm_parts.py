@@ -88,6 +88,7 @@ class FakeHost:
         self.room, self.wrong = room, wrong
         self.rows: list[Row] = []
         self.taken: list[str] = []
+        self.abandoned = 0
 
     def run(self, rows: Sequence[Row], samples: Sequence[str]) -> tuple[list[list[int]], list[Drawn]]:
         self.rows += rows
@@ -95,6 +96,9 @@ class FakeHost:
         drawn = [Drawn(np.array([4 + by_name[name] % 5, 4]), np.zeros(2), None) for name in samples]
         found = {name: one.tokens_S.tolist() for name, one in zip(samples, drawn, strict=True)}
         return [[8, 8] if self.wrong else found[row.arguments["sample"]] for row in rows], drawn
+
+    def abandon(self) -> None:
+        self.abandoned += 1
 
     def load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         self.taken += [name for name, _ in weights]
@@ -139,6 +143,12 @@ def test_hosts_draw_equal_parts_in_order_and_forget_with_each_sync() -> None:
     assert engine.fingerprint() == "w/v/forgot"
 
 
+def test_servers_that_hold_their_weights_in_two_dtypes_are_no_engine() -> None:
+    """Their weights would never be the trainer's, and the fingerprint could not say why."""
+    with pytest.raises(ValueError, match="hold their weights as bfloat16 and float32.*start them with the same dtype"):
+        engine_of(FakeHost(), FakeHost(replace(ROOMY, dtype="bfloat16")))
+
+
 def test_the_rows_of_a_wave_say_how_many_they_are() -> None:
     host = FakeHost(Room(5, 100, 100, 64))
     ask(engine_of(host))
@@ -150,44 +160,6 @@ def test_the_rows_of_a_wave_say_how_many_they_are() -> None:
 def test_tokens_that_were_not_drawn_are_an_error_that_names_the_sample() -> None:
     with pytest.raises(RuntimeError, match=r"did not follow the draws of sample 'a/0' of group 'a', seed 0"):
         ask(engine_of(FakeHost(wrong=True)))
-
-
-class Stuck(FakeHost):
-    """A host that draws until it is let go."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.asked, self.free = threading.Event(), threading.Event()
-
-    def run(self, rows: Sequence[Row], samples: Sequence[str]) -> tuple[list[list[int]], list[Drawn]]:
-        self.asked.set()
-        assert self.free.wait(20), "the rollout was waited for"
-        return super().run(rows, samples)
-
-
-def test_who_is_interrupted_waits_for_no_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    hosts = [Stuck(), Stuck()]
-
-    def interrupted(_: Any) -> None:
-        assert all(host.asked.wait(20) for host in hosts)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("rollouts.vllm_engine.engine.wait", interrupted)
-    begun = set(threading.enumerate())
-    with pytest.raises(KeyboardInterrupt):
-        ask(engine_of(*hosts))
-    left = set(threading.enumerate()) - begun
-    assert len(left) == 2 and all(thread.daemon for thread in left)  # which the end of the process does not wait for
-    for host in hosts:
-        host.free.set()
-
-
-def test_an_error_of_one_host_is_raised_when_the_others_have_ended() -> None:
-    slow = Stuck()
-    threading.Timer(0.5, slow.free.set).start()
-    with pytest.raises(RuntimeError, match="did not follow"):
-        ask(engine_of(FakeHost(wrong=True), slow))
-    assert len(slow.rows) == 4
 
 
 def test_two_engines_never_name_a_sample_alike() -> None:
@@ -394,12 +366,13 @@ def test_a_server_that_dies_for_memory_names_the_setting(said: str, advice: str)
         def command(self, port: int) -> list[str]:
             return [sys.executable, "-c", f"print({said!r}, *['later'] * 30, sep='\\n'); raise SystemExit(1)"]
 
-    with pytest.raises(EngineLost, match=rf"ended with status 1 \(.*{advice}"):
-        start_servers(Full(Path("model"), max_length=1), 1, 60)
+    longest = r"the longest request has 131072 positions \(engine\.max_length\)"
+    with pytest.raises(EngineLost, match=rf"ended with status 1 \(.*{advice}.*; {longest}\):"):
+        start_servers(Full(Path("model"), max_length=131072), 1, 60)
 
 
 def test_what_a_log_says_of_memory_that_sufficed_is_no_advice() -> None:
-    assert memory_advice("INFO GPU KV cache size: 4,096 tokens\nRuntimeError: no such device") is None
+    assert memory_advice("INFO GPU KV cache size: 4,096 tokens\nRuntimeError: no such device", 9) is None
 
 
 def test_streams_travel_together_only_where_the_unconditional_one_is_a_function_of_the_tokens() -> None:
