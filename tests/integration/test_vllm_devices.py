@@ -3,7 +3,9 @@
 import importlib.util
 import os
 import signal
+import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,10 +14,13 @@ from rlmm.config.engines import VllmServerConfig
 from rlmm.policies.causal import CausalPolicy
 from rlmm.train.engines import build_engine
 from rlmm.train.recovery import Recovering
+from rollouts.law import Law
+from rollouts.trajectory import Span
+from rollouts.vllm_engine import engine as engines
 from rollouts.vllm_engine.broadcast import GroupTransfer
 from rollouts.vllm_engine.engine import VllmEngine
 from rollouts.vllm_engine.server import ServerHost
-from tests.integration.vllm_requests import agrees, change, check_laws, check_sync, gap, make_policy, sample
+from tests.integration.vllm_requests import agrees, change, check_laws, check_sync, gap, make_policy, requests, sample
 
 pytestmark = [
     pytest.mark.long,
@@ -61,6 +66,29 @@ def test_a_sync_that_one_of_two_missed_shows(engine: Recovering, policy: CausalP
     assert isinstance(first, ServerHost)
     GroupTransfer([first], "127.0.0.1", "gloo", policy.base.device)(policy.named_weights())
     assert not agrees(engine, policy) and first.fingerprint() != second.fingerprint()
+
+
+@pytest.mark.parametrize("engine", ["two servers"], indirect=True)
+def test_an_interrupted_rollout_leaves_both_servers_free(
+    engine: Recovering, policy: CausalPolicy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As another run finds them, and this one where it goes on: what is drawn afterwards is what was drawn before."""
+    expected, main, wait = sample(engine, policy, {"guidance_scale": 2.0}), threading.get_ident(), engines.wait
+
+    def interrupted(*given: Any, **how: Any) -> Any:
+        threading.Timer(0.3, lambda: signal.pthread_kill(main, signal.SIGINT)).start()
+        monkeypatch.setattr(engines, "wait", wait)
+        return wait(*given, **how)
+
+    row = Span("image", Law(policy.layout.image), policy.layout.grid.length)
+    many = [replace(one, seeds=tuple(range(400)), sample_ids=("x",) * 400) for one in requests(policy)]
+    monkeypatch.setattr(engines, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt) as told:
+        engine.generate(many, [row])
+    assert not getattr(told.value, "__notes__", [])
+    for host in inner(engine).hosts:
+        host.forget()  # which a server refuses as long as rows are running
+    assert sample(engine, policy, {"guidance_scale": 2.0}).ids.equal(expected.ids)
 
 
 @pytest.mark.long
