@@ -98,10 +98,10 @@ class LocalHost:
 
     def load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """`host.Load`: the tensors are handed over as they are."""
-        from rollouts.vllm_engine.weights import refresh_tied_head
+        from rollouts.vllm_engine.weights import refresh_tied_head, reload_all
 
         self._wake()
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
+        reload_all(lambda **given: self.llm.collective_rpc("reload_weights", kwargs=given), weights)
         self.llm.apply_model(refresh_tied_head)
 
     def forget(self) -> None:

@@ -6,7 +6,7 @@ answers to the unit vectors: these are its weights, exactly, and a copy that mis
 parallelism each device answers for its part and the parts are gathered, one weight at a time: all must ask together.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -22,6 +22,22 @@ def running_fingerprint(model: nn.Module) -> str:
     """`weights_fingerprint` of what `model` (vLLM's) computes with."""
     with torch.no_grad():
         return weights_fingerprint(running_weights(model))
+
+
+def reload_all(reload: Callable[..., Any], weights: Iterable[tuple[str, Tensor]]) -> None:
+    """vLLM's `reload_weights` of weights that may break off. They then seem to end, so that vLLM puts its layers
+    together again before the error is raised: left in the middle of a pass, it would take no other one."""
+    broke: list[BaseException] = []
+
+    def until_broken() -> Iterator[tuple[str, Tensor]]:
+        try:
+            yield from weights
+        except BaseException as error:  # raised below
+            broke.append(error)
+
+    reload(weights_iterator=until_broken())
+    if broke:
+        raise broke[0]
 
 
 def refresh_tied_head(model: Any) -> None:

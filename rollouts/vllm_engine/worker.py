@@ -18,7 +18,7 @@ from rollouts.vllm_engine.cpu_kernels import use_kernels
 from rollouts.vllm_engine.host import room_of_model
 from rollouts.vllm_engine.processor import on_processor
 from rollouts.vllm_engine.transfer import read_shards
-from rollouts.vllm_engine.weights import refresh_tied_head, running_fingerprint
+from rollouts.vllm_engine.weights import refresh_tied_head, reload_all, running_fingerprint
 
 use_kernels()  # vLLM's workers import this module before they build the model
 
@@ -97,5 +97,5 @@ class RolloutWorker:
         self._load(self.rollouts_base.folded(self.device))
 
     def _load(self, weights: Iterator[tuple[str, Tensor]]) -> None:
-        self.reload_weights(weights_iterator=weights)  # pyrefly: ignore  (vLLM's worker has it)
+        reload_all(self.reload_weights, weights)  # pyrefly: ignore  (vLLM's worker has it)
         refresh_tied_head(self.model_runner.get_model())

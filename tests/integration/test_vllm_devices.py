@@ -4,6 +4,7 @@ import importlib.util
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -16,9 +17,9 @@ from rlmm.train.engines import build_engine
 from rlmm.train.recovery import Recovering
 from rollouts.law import Law
 from rollouts.trajectory import Span
-from rollouts.vllm_engine import engine as engines
 from rollouts.vllm_engine.broadcast import GroupTransfer
 from rollouts.vllm_engine.engine import VllmEngine
+from rollouts.vllm_engine.host import Host
 from rollouts.vllm_engine.server import ServerHost
 from tests.integration.vllm_requests import agrees, change, check_laws, check_sync, gap, make_policy, requests, sample
 
@@ -69,26 +70,31 @@ def test_a_sync_that_one_of_two_missed_shows(engine: Recovering, policy: CausalP
 
 
 @pytest.mark.parametrize("engine", ["two servers"], indirect=True)
-def test_an_interrupted_rollout_leaves_both_servers_free(
-    engine: Recovering, policy: CausalPolicy, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_rollout_leaves_both_servers_free(engine: Recovering, policy: CausalPolicy) -> None:
     """As another run finds them, and this one where it goes on: what is drawn afterwards is what was drawn before."""
-    expected, main, wait = sample(engine, policy, {"guidance_scale": 2.0}), threading.get_ident(), engines.wait
+    expected, main, hosts = sample(engine, policy, {"guidance_scale": 2.0}), threading.get_ident(), inner(engine).hosts
 
-    def interrupted(*given: Any, **how: Any) -> Any:
-        threading.Timer(0.3, lambda: signal.pthread_kill(main, signal.SIGINT)).start()
-        monkeypatch.setattr(engines, "wait", wait)
-        return wait(*given, **how)
+    def interrupt() -> None:
+        end = time.monotonic() + 60
+        while any(map(is_free, hosts)) and time.monotonic() < end:
+            time.sleep(0.01)
+        signal.pthread_kill(main, signal.SIGINT)
 
-    row = Span("image", Law(policy.layout.image), policy.layout.grid.length)
+    span = Span("image", Law(policy.layout.image), policy.layout.grid.length)
     many = [replace(one, seeds=tuple(range(400)), sample_ids=("x",) * 400) for one in requests(policy)]
-    monkeypatch.setattr(engines, "wait", interrupted)
+    threading.Thread(target=interrupt, daemon=True).start()
     with pytest.raises(KeyboardInterrupt) as told:
-        engine.generate(many, [row])
-    assert not getattr(told.value, "__notes__", [])
-    for host in inner(engine).hosts:
-        host.forget()  # which a server refuses as long as rows are running
+        engine.generate(many, [span])
+    assert not getattr(told.value, "__notes__", []) and all(map(is_free, hosts))
     assert sample(engine, policy, {"guidance_scale": 2.0}).ids.equal(expected.ids)
+
+
+def is_free(host: Host) -> bool:
+    try:
+        host.forget()
+    except RuntimeError:  # rows are running
+        return False
+    return True
 
 
 @pytest.mark.long

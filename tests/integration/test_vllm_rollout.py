@@ -125,6 +125,8 @@ def test_a_sync_reaches_the_weights_that_run(found: dict[str, Any]) -> None:
     assert syncs["done"]["agrees"] and syncs["done"]["gap"] < 1e-4 and syncs["done"]["version"] == 7
     assert not syncs["later change leaks in"]
     assert syncs["after half"]["agrees"] and syncs["after half"]["gap"] < 1e-4
+    assert syncs["broken off"] == "RuntimeError: the trainer is gone"
+    assert syncs["after a break"]["agrees"] and syncs["after a break"]["gap"] < 1e-4
 
 
 @needs_vllm

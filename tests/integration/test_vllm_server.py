@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 
 import httpx
@@ -23,8 +24,9 @@ from rollouts.contract import EngineLost
 from rollouts.vllm_engine.engine import VllmEngine
 from rollouts.vllm_engine.launch import Server
 from rollouts.vllm_engine.server import ServerHost
-from rollouts.vllm_engine.transfer import FolderTransfer
+from rollouts.vllm_engine.transfer import FolderTransfer, write_shards
 from tests.integration.vllm_requests import (
+    agrees,
     change,
     check_laws,
     check_sync,
@@ -119,6 +121,18 @@ def test_weights_that_the_server_cannot_read_are_its_workers_fault_and_it_goes_o
     assert host_of(engine) is host and engine.fingerprint() == before
     with pytest.raises(PermissionError, match="token_env"):
         ServerHost(host.url, token="another")
+
+
+def test_a_sync_that_broke_off_is_made_good_by_the_next(
+    engine: Recovering, policy: CausalPolicy, tmp_path: Path
+) -> None:
+    weights = policy.named_weights()
+    write_shards(islice(weights, 3), tmp_path)  # in the middle of matrices that vLLM joins into one
+    (tmp_path / "00001.safetensors").write_bytes(b"cut short")
+    with pytest.raises(RuntimeError, match=r"failed in rollouts_load\(.*, 2\)"):
+        host_of(engine).call("rollouts_load", str(tmp_path), "2")
+    engine.sync(policy.named_weights(), 7)
+    assert agrees(engine, policy) and gap(policy, sample(engine, policy, {})) < 1e-4
 
 
 def test_an_interrupted_rollout_leaves_no_rows_behind(engine: Recovering, policy: CausalPolicy) -> None:

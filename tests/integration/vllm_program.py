@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -64,6 +65,12 @@ def half(weights: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
     return (pair for pair in weights if "layers.1.mlp" not in pair[0])
 
 
+def broken_off(weights: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """In the middle of matrices that vLLM joins into one."""
+    yield from islice(weights, 3)
+    raise RuntimeError("the trainer is gone")
+
+
 def parts(engine: Any) -> list[str]:
     """The classes of vLLM's attention, norms and gates."""
 
@@ -99,6 +106,10 @@ def syncs(engine: Any, policy: CausalPolicy) -> dict[str, Any]:
     found["half"] = agrees(engine, policy)
     engine.sync(policy.named_weights(), 9)
     found["after half"] = {"agrees": agrees(engine, policy), "gap": gap(policy, sample(engine, policy, {}))}
+    change(policy, 4)
+    found["broken off"] = refusal(lambda: engine.sync(broken_off(policy.named_weights()), 10))
+    engine.sync(policy.named_weights(), 11)
+    found["after a break"] = {"agrees": agrees(engine, policy), "gap": gap(policy, sample(engine, policy, {}))}
     return found
 
 
