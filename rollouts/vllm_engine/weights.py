@@ -35,9 +35,11 @@ def reload_all(reload: Callable[..., Any], weights: Iterable[tuple[str, Tensor]]
         except BaseException as error:  # raised below
             broke.append(error)
 
-    reload(weights_iterator=until_broken())
-    if broke:
-        raise broke[0]
+    try:
+        reload(weights_iterator=until_broken())
+    finally:
+        if broke:  # also where vLLM misses what did not come
+            raise broke[0]
 
 
 def refresh_tied_head(model: Any) -> None:
