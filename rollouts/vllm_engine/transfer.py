@@ -8,7 +8,8 @@ import os
 import tempfile
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import wait
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -17,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rollouts.adapters import adapters_alone
+from rollouts.vllm_engine.beside import begin
 from rollouts.vllm_engine.server import ServerHost
 
 SHARD_BYTES = 1 << 30
@@ -60,8 +62,10 @@ class FolderTransfer:
             # The machine's own temporary folder is open to everybody, and what is in it stays this user's.
             if self.folder != Path(tempfile.gettempdir()):
                 _let_all_read(Path(scratch))
-            with ThreadPoolExecutor(len(self.hosts)) as pool:
-                list(pool.map(lambda host: host.call("rollouts_load", scratch, str(count), key), self.hosts))
+            loads = begin([partial(host.call, "rollouts_load", scratch, str(count), key) for host in self.hosts])
+            wait(loads)  # an interrupt waits for nobody
+            for one in loads:
+                one.result()
 
 
 def write_shards(weights: Iterable[tuple[str, Tensor]], folder: Path) -> int:
