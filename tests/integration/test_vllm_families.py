@@ -24,11 +24,19 @@ LONG = ("chameleon", "lumina_mgpt", "llamagen", "simplear", "blip3o_next", "glm_
 """Families that another of the suite is much like."""
 EAGER = "llamagen_text"
 """What cannot be compiled."""
+SHORT = tuple(name for name in SIZES if name not in LONG)
+RUNS = [
+    ("eager", SHORT), ("eager", LONG), ("compiled", tuple(name for name in SHORT if name != EAGER)), ("compiled", LONG),
+    ("served", ("emu3", "janus")), ("devices", ("emu3", "janus")),
+]  # fmt: skip
+"""What one program goes through: in this process, by a server, by a server over two devices. The suite has the first.
+"""
 CASES = [
-    *(pytest.param(name, "eager", marks=[pytest.mark.long] if name in LONG else []) for name in SIZES),
-    *(pytest.param(name, "compiled", marks=pytest.mark.long) for name in SIZES if name != EAGER),
+    pytest.param(name, run, id=f"{name}-{run[0]}", marks=[pytest.mark.long] * (run is not RUNS[0]))
+    for run in RUNS
+    for name in run[1]
 ]
-of_each_family = pytest.mark.parametrize(("name", "mode"), CASES)
+of_each_family = pytest.mark.parametrize(("name", "through"), CASES)
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -46,14 +54,14 @@ def ran(*arguments: str) -> dict[str, Any]:
 
 
 @pytest.fixture
-def found(name: str, mode: str) -> dict[str, Any]:
-    long = name in LONG
-    return ran(*(one for one in SIZES if (one in LONG) == long and (mode, one) != ("compiled", EAGER)), f"--{mode}")
+def found(name: str, through: tuple[str, tuple[str, ...]]) -> dict[str, Any]:
+    mode, names = through
+    return ran(*names, f"--{mode}")[name]
 
 
 @of_each_family
-def test_each_law_is_the_trainers_and_the_tokens_are_the_torch_engines(found: dict[str, Any], name: str) -> None:
-    laws = found[name]["laws"]
+def test_each_law_is_the_trainers_and_the_tokens_are_the_torch_engines(found: dict[str, Any]) -> None:
+    laws = found["laws"]
     assert set(laws) == set(LAWS)
     assert all(law["gap"] < 1e-4 and law["decided"] > 0 for law in laws.values()), laws
     # A draw at whose edge the two engines round apart sends a sample another way: of the 32,768 codes of Emu3 one has a
@@ -62,16 +70,21 @@ def test_each_law_is_the_trainers_and_the_tokens_are_the_torch_engines(found: di
     assert same[0] > 0.8 and same[len(same) // 2] == 1.0, laws
 
 
-@pytest.mark.parametrize(("name", "mode"), [case for case in CASES if case.values[0] in WRITERS])
-def test_a_thought_and_its_image_are_the_trainers_and_the_torch_engines(found: dict[str, Any], name: str) -> None:
-    thought = found[name]["thought"]
+@pytest.mark.parametrize(("name", "through"), [case for case in CASES if case.values[0] in WRITERS])
+def test_a_thought_and_its_image_are_the_trainers_and_the_torch_engines(found: dict[str, Any]) -> None:
+    thought = found["thought"]
     assert thought["gap"] < 1e-4 and thought["text"] > 0 and thought["image"] > 0, thought
     assert thought["same"] > 0.5, thought  # a draw at whose edge the engines round apart parts a row
 
 
 @of_each_family
-def test_the_weights_that_run_are_the_trainers_and_a_missed_sync_shows(found: dict[str, Any], name: str) -> None:
-    assert found[name]["agrees"] == [True, False, True]
+def test_the_weights_that_run_are_the_trainers_and_a_missed_sync_shows(found: dict[str, Any]) -> None:
+    assert found["agrees"] == [True, False, True]
+
+
+@of_each_family
+def test_it_runs_where_it_was_told(found: dict[str, Any], through: tuple[str, tuple[str, ...]]) -> None:
+    assert found["workers"] == {"served": 1, "devices": 2}.get(through[0], 0)
 
 
 @pytest.mark.long

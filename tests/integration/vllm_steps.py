@@ -44,16 +44,20 @@ def make_policy(hidden: int = 64) -> CausalPolicy:
 
 
 class Counted:
-    """A vLLM with a count of its scheduler's turns and evictions. `single`: a step a turn, as in stock vLLM."""
+    """A vLLM with a count of its scheduler's turns and evictions, and of prompts that it reads in parts."""
 
     def __init__(self, policy: TransformerPolicy, **sizes: Any) -> None:
-        given: dict[str, Any] = {"max_rows": 16, "max_prompt_tokens": 512, "kv_bytes": 200 * PAGE} | sizes
+        given: dict[str, Any] = {
+            "max_length": 160, "dtype": "float32", "enforce_eager": not COMPILED, "max_rows": 16,
+            "max_prompt_tokens": 512, "kv_bytes": 200 * PAGE,
+        }  # fmt: skip
         with tempfile.TemporaryDirectory() as folder:
             policy.save(Path(folder))
-            self.host = LocalHost(Path(folder), max_length=160, dtype="float32", enforce_eager=not COMPILED, **given)
+            self.host = LocalHost(Path(folder), **given | sizes)
         self.engine = VllmEngine(policy.layout, [self.host], self.host.load)
         self.scheduler = self.host.llm.llm_engine.engine_core.engine_core.scheduler
         self.seen: Counter[str] = Counter()
+        self.split: set[str] = set()
         for name in ("schedule", "_preempt_request"):
             setattr(self.scheduler, name, self._counting(name))
 
@@ -62,9 +66,17 @@ class Counted:
 
         def counted(*args: Any, **kwargs: Any) -> Any:
             self.seen[name] += 1
-            return call(*args, **kwargs)
+            made = call(*args, **kwargs)
+            if name == "schedule":
+                self.split.update(filter(self._unread, made.num_scheduled_tokens))
+            return made
 
         return counted
+
+    def _unread(self, name: str) -> bool:
+        """Whether a request has more of its prompt to read after the step that is planned."""
+        request = self.scheduler.requests[name]
+        return request.num_computed_tokens < request.num_prompt_tokens
 
     def both(self, call: Any) -> tuple[Any, Any, Counter[str]]:
         """What `call` gives with several steps a turn and with one; the first's turns and evictions, the tokens that it

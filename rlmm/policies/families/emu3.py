@@ -103,7 +103,7 @@ def tiny(folder: Path, image_size: tuple[int, int]) -> None:
     config = Emu3Config(
         text_config={
             "vocab_size": FIRST_CODE + CODES, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-            "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "max_position_embeddings": 512,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 512,
             "attention_dropout": 0.1,
         },
         vq_config={
