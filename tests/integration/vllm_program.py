@@ -37,6 +37,7 @@ from rollouts.trajectory import Span
 from rollouts.vllm_engine import plugin
 from rollouts.vllm_engine.engine import VllmEngine
 from rollouts.vllm_engine.local import LocalHost
+from tests.families.checkpoints import peaked
 from tests.integration.vllm_by_hand import processor_by_hand
 from tests.integration.vllm_requests import (
     agrees,
@@ -270,7 +271,8 @@ def main() -> None:
         AttentionBackendEnum.CPU_ATTN.clear_override()  # stock vLLM has its own kernels
         _cached_get_attn_backend.cache_clear()
         op_registry_oot.clear()
-        found["stock adapter"] = stock_adapter(Path(folder) / "stock")
+        stock = {"llama": make_policy(lora=False)} | {name: peaked(name) for name in ("simplear", "blip3o_next")}
+        found["stock adapter"] = {name: stock_adapter(policy, Path(folder) / name) for name, policy in stock.items()}
         found["stage"] = stages(Path(folder), kinds)
         found["bfloat16"] = halved(Path(folder))
     print(json.dumps(found))

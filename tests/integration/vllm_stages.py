@@ -13,14 +13,14 @@ from vllm.lora.request import LoRARequest
 from rlmm import pipeline
 from rlmm.config.policy import Lora
 from rlmm.config.recipe import validate_recipe
+from rlmm.policies.transformer import TransformerPolicy
 from rlmm.train.context import StageContext
-from tests.integration.vllm_requests import PROMPTS, change, make_policy
+from tests.integration.vllm_requests import PROMPTS, change
 
 
-def stock_adapter(folder: Path) -> dict[str, float]:
+def stock_adapter(policy: TransformerPolicy, folder: Path) -> dict[str, float]:
     """The largest difference of log-probs, over a prompt and an image, between the trainer's model with its adapter and
     stock vLLM with the saved base and the saved adapter; and without the adapter."""
-    policy = make_policy(lora=False)
     policy.save(folder / "base")
     policy.add_lora(Lora(rank=8, target_modules=("q_proj", "v_proj", "o_proj", "gate_proj", "down_proj")), seed=1)
     change(policy, 5)
