@@ -58,7 +58,7 @@ def test_key_heads_that_devices_repeat_are_not_compared() -> None:
 def test_quantised_weights_are_not_compared() -> None:
     from vllm.model_executor.layers.linear import ReplicatedLinear
 
-    layer = ReplicatedLinear(32, 32, bias=False)
+    layer: Any = ReplicatedLinear(32, 32, bias=False)
     layer.weight = torch.nn.Parameter(layer.weight.to(torch.int8), requires_grad=False)
     with pytest.raises(NotImplementedError, match=r"ReplicatedLinear of type torch\.int8 .*run the engine unquantised"):
         weights(layer)
