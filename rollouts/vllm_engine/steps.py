@@ -22,6 +22,7 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 
 from rollouts.kernels.native import NoKernels, load_kernels
 from rollouts.vllm_engine.cpu_kernels import KernelImpl
+from rollouts.vllm_engine.flat import FlatLlama, is_flat
 
 
 @dataclass
@@ -35,6 +36,8 @@ class StepsRunner(CPUModelRunner):
     """vLLM's, with the steps that a plan adds, attention called directly, and its cache on large pages."""
 
     around: ForwardContext | None = None
+    flat: FlatLlama | None = None
+    """The model of this turn's further steps, where it is one that can be called more directly."""
 
     def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
         super().initialize_kv_cache(*args, **kwargs)
@@ -54,6 +57,8 @@ class StepsRunner(CPUModelRunner):
             token_B1 = torch.tensor(output.sampled_token_ids)
             # The lists of tokens so far that logits processors see.
             seen = [self.requests[name].output_token_ids for name in self.input_batch.req_ids]
+            eager = self.vllm_config.model_config.enforce_eager
+            self.flat = FlatLlama(self.model) if planned.further and eager and is_flat(self.model) else None
             for _ in range(planned.further):
                 token_B1 = self._sample(self._logits(planned, token_B1), None).sampled_token_ids
                 for row, token in enumerate(token_B1.flatten().tolist()):
@@ -80,7 +85,10 @@ class StepsRunner(CPUModelRunner):
         self.seq_lens[:rows].add_(1)
         input_ids, embeds, positions, between, more, _ = self._preprocess(planned, rows)
         with override_forward_context(self.around):
-            hidden = super()._model_forward(input_ids, positions, between, embeds, **more)
+            if self.flat is not None and input_ids is not None:
+                hidden = self.flat(input_ids, positions)
+            else:
+                hidden = super()._model_forward(input_ids, positions, between, embeds, **more)
         model: Any = self.model
         return model.compute_logits(hidden[:rows])
 

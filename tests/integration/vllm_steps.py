@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from vllm import SamplingParams
 from vllm.compilation.counter import compilation_counter
 
@@ -24,17 +25,33 @@ from rollouts.law import Law
 from rollouts.trajectory import Span
 from rollouts.vllm_engine.arguments import row_arguments
 from rollouts.vllm_engine.engine import VllmEngine
+from rollouts.vllm_engine.flat import FlatLlama
 from rollouts.vllm_engine.host import BLOCK, Row
 from rollouts.vllm_engine.local import LocalHost
+from rollouts.vllm_engine.plugin import two_stream_overrides
 from tests.integration.vllm_requests import gap, requests
 
 PAGE = 2 * 2 * BLOCK * 64 * 4
 """Bytes of keys and values of two layers, float32."""
+FLAT: Counter[str] = Counter()
+"""Steps that went past the model's modules."""
 COMPILED = "--compiled" in sys.argv
 
 
-def make_policy(hidden: int = 64) -> CausalPolicy:
-    config = NewPolicy(hidden_size=hidden, num_layers=2, num_heads=2, intermediate_size=96)
+def count_flat() -> None:
+    call = FlatLlama.__call__
+
+    def counted(self: FlatLlama, ids_N: Tensor, position_N: Tensor) -> Tensor:
+        FLAT["steps"] += 1
+        return call(self, ids_N, position_N)
+
+    FlatLlama.__call__ = counted
+
+
+def make_policy(hidden: int = 64, *, token: bool = False) -> CausalPolicy:
+    config = NewPolicy(
+        hidden_size=hidden, num_layers=2, num_heads=2, intermediate_size=96, null="token" if token else "prompt"
+    )
     policy = build(config, num_codes=40, grid=(9, 8), seed=1)
     assert isinstance(policy, CausalPolicy)
     with torch.no_grad():
@@ -82,7 +99,9 @@ class Counted:
         """What `call` gives with several steps a turn and with one; the first's turns and evictions, the tokens that it
         goes on reserving, and the second's evictions."""
         self.seen.clear()
+        FLAT.clear()
         several, seen = call(), self.seen.copy()
+        seen["flat"] = FLAT["steps"]
         seen["reserving"] = self.scheduler.num_lookahead_tokens or int(self.scheduler.goes_on)
         self.scheduler.goes_on, self.scheduler.num_lookahead_tokens = False, 0
         self.seen.clear()
@@ -100,6 +119,7 @@ def samples(counted: Counted, policy: TransformerPolicy, count: int, **law: Any)
         "same log-probs": torch.equal(several.sampler_logp, single.sampler_logp),
         "gap": gap(policy, several),
         "turns": seen["schedule"],
+        "flat": seen["flat"],
         "evicted": seen["_preempt_request"],
         "evicted by single steps": seen["evicted by single steps"],
         "reserving": seen["reserving"],
@@ -158,6 +178,7 @@ def beside(counted: Counted, policy: TransformerPolicy) -> dict[str, Any]:
 
 
 def main() -> None:
+    count_flat()
     policy = make_policy()
     counted = Counted(policy)
     found: dict[str, Any] = {
@@ -169,6 +190,13 @@ def main() -> None:
     small = Counted(policy, max_rows=6, kv_bytes=13 * PAGE)
     found["evicting"] = samples(small, policy, 2)
     small.host.close()
+    both = make_policy(token=True)
+    paired = Counted(both, overrides=two_stream_overrides(both.layout))
+    found["two streams"] = samples(paired, both, 2, guidance_scale=3.0)
+    paired.host.close()
+    half = Counted(policy, dtype="bfloat16")
+    found["bfloat16"] = samples(half, policy, 2)
+    half.host.close()
     wide = make_policy(160)
     stock = Counted(wide)
     found["stock attention"] = samples(stock, wide, 2)
