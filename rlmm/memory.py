@@ -234,10 +234,9 @@ def _engine_copy(stage: GrpoStage, make: Make, total: int, held: Held) -> int:
     if isinstance(stage.engine, VllmSizes):
         servers = stage.engine.started if isinstance(stage.engine, VllmServerConfig) else 1
         half = (stage.engine.dtype or stage.precision) == "bfloat16"
-        # What a server folds adapters into is in main memory, which is the device's own where there is no GPU.
-        folds = isinstance(stage.engine, VllmServerConfig) and stage.engine.sync == "adapter"
-        base = held.weights if folds and not torch.cuda.is_available() else 0
-        return servers * (total * (FLOAT_BYTES // 2 if half else FLOAT_BYTES) + base)
+        # Bases of adapters are in main memory, which is the one that is planned where there is no GPU.
+        bases = 0 if torch.cuda.is_available() else stage.engine.bases * held.weights
+        return servers * total * (FLOAT_BYTES // 2 if half else FLOAT_BYTES) + bases
     with torch.device("meta"):
         packed = packed_shape(make()) is not None
     return packed * total * FLOAT_BYTES * (3 if stage.precision == "bfloat16" else 2) // 2

@@ -39,6 +39,11 @@ class VllmSizes(Strict):
     two_streams: bool = True
     """Draw a guided sample in one request that carries both streams, where the policy's layout has a null token."""
 
+    @property
+    def bases(self) -> int:
+        """Copies of the weights on this machine that adapters are folded into."""
+        return 0
+
     def positions(self, longest: int) -> int:
         """Of a request, of a checkpoint that has `longest`. Raises ValueError where more are asked for."""
         if self.max_length is not None and self.max_length > longest:
@@ -76,7 +81,7 @@ class VllmServerConfig(VllmServed):
     replicas: int = Field(1, ge=1)
     """Servers that each training process starts where no urls are given. More than one without a GPU alone."""
     transfer: Literal["folder", "gloo", "nccl"] = "folder"
-    """How full weights reach the servers: files in `exchange`, or a process group of trainer and servers (nccl: between
+    """How weights reach the servers: files in `exchange`, or a process group of trainer and servers (nccl: between
     GPUs)."""
     sync: Literal["weights", "adapter"] = "weights"
     """What a sync sends. adapter, for a stage with LoRA: all weights once, then the adapter alone, which each server
@@ -148,6 +153,10 @@ class VllmServerConfig(VllmServed):
     def started(self) -> int:
         """Servers on this machine's account."""
         return 0 if self.urls else self.replicas
+
+    @property
+    def bases(self) -> int:
+        return self.started * self.tensor_parallel * (self.sync == "adapter")
 
 
 class RolloutServerConfig(VllmServed):

@@ -27,6 +27,16 @@ def weights_apart(model: nn.Module, left_out: tuple[str, ...]) -> Iterator[Named
     return _through(model, left_out, apart)
 
 
+def refuse_tied(head: Any, table: nn.Module) -> None:
+    """Raises ValueError where an adapter is on a head (PEFT's layer) that shares its matrix with the table of
+    embeddings: folded, it would change these, too."""
+    if hasattr(head, "base_layer") and head.base_layer.weight is table.get_parameter("weight"):
+        raise ValueError(
+            "lora.target_modules names the output head, whose matrix is that of the embeddings (tie_word_embeddings), "
+            "so no merged model and no rollout engine can have the adapter on one of the two alone; leave it out"
+        )
+
+
 def _through(model: nn.Module, left_out: tuple[str, ...], give: Give) -> Iterator[Named]:
     """Of weights in parts no more than one is gathered at once, with the adapter on it, and every process must go
     through all of them."""

@@ -23,7 +23,7 @@ from rlmm.objectives.estimators import Estimator
 from rlmm.objectives.legality import LogProbKind
 from rlmm.policies.base import LogProbs, SequenceBatch
 from rlmm.policies.casting import cast_inside
-from rlmm.policies.full_weights import full_weights, weights_apart
+from rlmm.policies.full_weights import full_weights, refuse_tied, weights_apart
 from rlmm.policies.head import OutputHead, decision_log_probs, sliced_head
 from rlmm.policies.head_rows import train_rows
 from rlmm.policies.layout_io import save_layout
@@ -258,6 +258,7 @@ class TransformerPolicy(ABC):
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             self.model = get_peft_model(self.base, settings)
+        refuse_tied(self.base.get_output_embeddings(), self.base.get_input_embeddings())
 
     def _without_adapter(self, linear: list[str]) -> list[str]:
         """Patterns of the layers that take none: those with no part in drawing, and a head that shares its name with a

@@ -44,11 +44,8 @@ def llama_shape(model: nn.Module) -> LlamaShape:
         raise Unsupported(f"the model is a {type(model).__name__} and no LlamaForCausalLM")
     config, rotary = cast(Any, model.config), cast(Any, model.model.rotary_emb)
     norms = {type(module).__name__ for name, module in model.named_modules() if name.endswith("norm")}
-    tied = config.tie_word_embeddings
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     faults = {
-        "an adapter sits on its tied head, whose folded weight has no name": tied
-        and type(model.lm_head) is not nn.Linear,
         f"its weights are {model.dtype}, not float32": model.dtype != torch.float32,
         f"its rotary embedding is of kind {rotary.rope_type!r}": rotary.rope_type not in STATIC_ROPES,
         f"its activation is {config.hidden_act!r}, not 'silu'": config.hidden_act != "silu",
@@ -66,7 +63,7 @@ def llama_shape(model: nn.Module) -> LlamaShape:
         head_size=head_size,
         intermediate=config.intermediate_size,
         eps=config.rms_norm_eps,
-        tied=tied,
+        tied=config.tie_word_embeddings,
         attention_bias=config.attention_bias,
         mlp_bias=config.mlp_bias,
         cos_PD=cos_PD,

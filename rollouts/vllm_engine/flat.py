@@ -88,7 +88,7 @@ def _is_plain(layer: Any) -> bool:
         and all(_is_norm(norm) for norm in (layer.input_layernorm, layer.post_attention_layernorm))
         and type(layer.mlp.act_fn) is KernelGate
         and all(type(one.quant_method) is UnquantizedLinearMethod and one.tp_size == 1 for one in linears)
-        and type(attention.rotary_emb).forward_cpu is RotaryEmbedding.forward_cpu
+        and getattr(type(attention.rotary_emb), "forward_cpu", None) is RotaryEmbedding.forward_cpu
     )
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from rollouts.vllm_engine.drawn import Drawn
 
 Load = Callable[[Iterable[tuple[str, Tensor]]], None]
-"""Brings full weights, which come one at a time, to the hosts of an engine."""
+"""Brings weights, which come one at a time, to the hosts of an engine."""
 BLOCK = 32
 """Positions a KV block holds: the least a CPU allows, so that samples of one prompt share most of its prefix."""
 ABANDON_SECONDS = 60

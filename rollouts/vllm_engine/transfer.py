@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rollouts.adapters import adapters_alone
+from rollouts.contract import EngineLost
 from rollouts.vllm_engine.beside import begin
 from rollouts.vllm_engine.server import ServerHost
 
@@ -64,8 +65,9 @@ class FolderTransfer:
                 _let_all_read(Path(scratch))
             loads = begin([partial(host.call, "rollouts_load", scratch, str(count), key) for host in self.hosts])
             wait(loads)  # an interrupt waits for nobody
-            for one in loads:
-                one.result()
+            errors = [error for one in loads if (error := one.exception()) is not None]
+            for error in sorted(errors, key=lambda error: not isinstance(error, EngineLost)):
+                raise error  # that a server is lost before what another one says of it
 
 
 def write_shards(weights: Iterable[tuple[str, Tensor]], folder: Path) -> int:

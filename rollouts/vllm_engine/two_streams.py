@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.layers.attention.attention import unified_attention_with_output
 from vllm.model_executor.models.llama import LlamaAttention, LlamaDecoderLayer, LlamaForCausalLM, LlamaModel
 
 from rollouts.vllm_engine.plugin import STREAMS
@@ -37,15 +36,9 @@ class TwoStreamAttention(LlamaAttention):
         q, k, v = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
         q, k = self.rotary_emb(positions, q, k)
         half = len(positions) // STREAMS
-        streams = (self.attn, slice(None, half)), (self.attn_uncond, slice(half, None))
-        if not self.attn.use_direct_call:
-            output, _ = self.o_proj(torch.cat([attn(q[part], k[part], v[part]) for attn, part in streams]))
-            return output
-        attended = torch.empty_like(q)
-        heads = [tensor.unflatten(1, (-1, self.head_dim)) for tensor in (q, k, v, attended)]
-        for attn, part in streams:
-            unified_attention_with_output(*(tensor[part] for tensor in heads), attn.layer_name)
-        output, _ = self.o_proj(attended)
+        cond = self.attn(q[:half], k[:half], v[:half])
+        uncond = self.attn_uncond(q[half:], k[half:], v[half:])
+        output, _ = self.o_proj(torch.cat([cond, uncond]))
         return output
 
 

@@ -52,6 +52,8 @@ def test_each_setting_moves_its_own_figure() -> None:
     assert 2 * plan(servers).engine == 3 * plain.engine
     folding = plan("stages.grpo.engine={kind: vllm_server, sync: adapter}")
     assert folding.engine == plain.engine + plain.weights
+    parallel = plan("stages.grpo.engine={kind: vllm_server, sync: adapter, tensor_parallel: 2}")
+    assert parallel.engine == plain.engine + 2 * plain.weights
     elsewhere = "stages.grpo.engine={kind: vllm_server, urls: ['http://127.0.0.1:1']}"
     assert plan(elsewhere).engine == 0
 

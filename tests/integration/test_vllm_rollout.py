@@ -1,6 +1,7 @@
 """vLLM behind the Engine contract: the trainer's law, the torch engine's tokens, and no stale weights."""
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -61,6 +62,7 @@ from rollouts.vllm_engine.cpu_kernels import use_kernels
 use_kernels()
 print(AttentionBackendEnum.CPU_ATTN.get_path(), sorted(op_registry_oot))
 """
+TWO_STREAMS = "import json; from tests.integration.vllm_program import two_streams; print(json.dumps(two_streams()))"
 
 
 @needs_vllm
@@ -69,6 +71,10 @@ def test_without_a_compiler_vllm_keeps_its_own(tmp_path: Path) -> None:
     around = os.environ | {"CXX": "/no/compiler", "XDG_CACHE_HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", WITHOUT], env=around, capture_output=True, text=True)
     assert done.stdout.splitlines()[-1:] == ["vllm.v1.attention.backends.cpu_attn.CPUAttentionBackend []"], done.stderr
+    done = subprocess.run([sys.executable, "-c", TWO_STREAMS], env=around, capture_output=True, text=True)
+    facts = json.loads(done.stdout.splitlines()[-1])
+    assert facts["streams"] == 2 and facts["agrees"] == [True, False, True]
+    assert all(one["gap"] < 1e-4 and one["same tokens"] for one in facts["laws"].values()), facts
 
 
 @needs_vllm

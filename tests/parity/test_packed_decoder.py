@@ -206,8 +206,7 @@ def test_other_models_are_named_and_sampled_through_their_own_forward(caplog: py
     other = MistralForCausalLM(MistralConfig(vocab_size=8, hidden_size=32, num_hidden_layers=1, intermediate_size=16))
     dynamic: Any = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 500.0}
     ropes = LlamaForCausalLM(LlamaConfig(vocab_size=8, num_hidden_layers=1, hidden_size=32, rope_parameters=dynamic))
-    tied = make_policy("tied head", lora=True)
-    faults = {"Mistral": other, "float64": make_policy().model.double(), "'dynamic'": ropes, "tied": tied.base}
+    faults = {"Mistral": other, "float64": make_policy().model.double(), "'dynamic'": ropes}
     for word, model in faults.items():
         with pytest.raises(Unsupported, match=word):
             llama_shape(model)

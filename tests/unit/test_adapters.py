@@ -100,7 +100,9 @@ def test_what_is_folded_of_the_parts_is_what_the_policy_folds(policy: Transforme
     assert not equal(dict(held.folded(CPU)), policy)
 
 
-def test_peft_merges_to_the_same_weights(policy: TransformerPolicy) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_peft_merges_to_the_same_weights(policy: TransformerPolicy, dtype: torch.dtype) -> None:
+    cast(nn.Module, policy.model).to(dtype)
     ours = dict(policy.named_weights())
     theirs = cast(Any, policy.model).merge_and_unload().state_dict()
     named = {name: weight for name, weight in theirs.items() if name in ours}
@@ -178,6 +180,14 @@ def test_a_worker_folds_what_came_and_says_where_something_else_runs(
     assert "was folded" in one.rollouts_fingerprint()
     one._take(iter(policy.named_weights()), "")
     assert not one.rollouts_held()["complete"] and one.rollouts_fingerprint() == weights_fingerprint(running.items())
+
+
+def test_an_adapter_on_a_tied_head_is_refused_since_it_would_be_folded_into_the_embeddings() -> None:
+    tied = build(NewPolicy(tie_embeddings=True), num_codes=4, grid=(1, 3), seed=0)
+    with pytest.raises(ValueError, match="names the output head, whose matrix is that of the embeddings"):
+        tied.add_lora(Lora(rank=2, target_modules=("q_proj", "lm_head")), seed=0)
+    plain = build(NewPolicy(), num_codes=4, grid=(1, 3), seed=0)
+    plain.add_lora(Lora(rank=2, target_modules=("q_proj", "lm_head")), seed=0)
 
 
 def test_a_stage_without_an_adapter_has_none_to_send() -> None:
