@@ -69,6 +69,7 @@ def test_a_sync_that_one_of_two_missed_shows(engine: Recovering, policy: CausalP
     assert not agrees(engine, policy) and first.fingerprint() != second.fingerprint()
 
 
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("engine", ["two servers"], indirect=True)
 def test_an_interrupted_rollout_leaves_both_servers_free(engine: Recovering, policy: CausalPolicy) -> None:
     """As another run finds them, and this one where it goes on: what is drawn afterwards is what was drawn before."""

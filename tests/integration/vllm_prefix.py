@@ -17,6 +17,7 @@ from rollouts.contract import SEEN, Request
 from rollouts.law import Law
 from rollouts.trajectory import Span
 from rollouts.vllm_engine.engine import VllmEngine
+from rollouts.vllm_engine.flat import FlatLlama
 from rollouts.vllm_engine.host import BLOCK
 from rollouts.vllm_engine.local import LocalHost
 from rollouts.vllm_engine.plugin import two_stream_overrides
@@ -44,9 +45,20 @@ class Counted:
         self.policy, self.positions = policy, 0
         self.engine = VllmEngine(policy.layout, [self.host], self.host.load, self._embedded if embeds else None)
         self.host.llm.apply_model(lambda model: model.register_forward_pre_hook(self._count, with_kwargs=True))
+        self._count_flat()
 
     def _count(self, model: Any, arguments: Any, named: dict[str, Any]) -> None:
         self.positions += len(named["positions"])
+
+    def _count_flat(self) -> None:
+        """Steps that go past the model's modules."""
+        call, ours = FlatLlama.__call__, self
+
+        def counted(self: FlatLlama, ids_N: Tensor, position_N: Tensor) -> Tensor:
+            ours.positions += len(ids_N)
+            return call(self, ids_N, position_N)
+
+        FlatLlama.__call__ = counted
 
     def _embedded(self, prefix: tuple[int, ...]) -> Tensor:
         ids_P = torch.tensor([token % SEEN for token in prefix])

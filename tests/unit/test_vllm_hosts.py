@@ -67,6 +67,7 @@ def interrupt_when(*events: threading.Event) -> None:
     threading.Thread(target=run, daemon=True).start()
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupted_rollout_leaves_no_rows_on_any_server(servers: list[Drawing]) -> None:
     servers += [Drawing(), Drawing()]
     engine, before = over(servers), set(threading.enumerate())
@@ -78,6 +79,7 @@ def test_an_interrupted_rollout_leaves_no_rows_on_any_server(servers: list[Drawi
     assert not getattr(told.value, "__notes__", []) and time.monotonic() - began < 10
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_a_server_that_is_gone_or_refuses_is_told_of_with_the_interrupt(servers: list[Drawing]) -> None:
     servers += [Drawing(told=lambda: (500, "no more")), Drawing()]
     interrupt_when(*(one.asked for one in servers))
