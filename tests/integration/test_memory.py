@@ -17,7 +17,7 @@ from rlmm.dry_run import Held, Live, Update, dry_run
 from rlmm.memory import MemoryPlan, memory_plans
 from rlmm.policies.tokenizer import character_tokenizer
 from rlmm.policies.transformer import TransformerPolicy
-from rlmm.sharing import libraries, read_sharing
+from rlmm.sharing import LIBRARIES, libraries, read_sharing
 from rollouts.law import Law
 from tests.integration.conftest import TINY, TinyRun
 
@@ -99,7 +99,14 @@ def test_what_sampling_holds_by_hand() -> None:
 def test_the_total_takes_the_larger_of_sampling_and_updating() -> None:
     held = {"weights": 1, "gradients": 20, "optimizer": 300, "reference": 4_000, "engine": 50_000}
     assert MemoryPlan("grpo", **held, working=700_000, sampling=699_999).total == 754_321
-    assert MemoryPlan("grpo", **held, working=700_000, sampling=800_000).total == 854_321
+    assert MemoryPlan("grpo", **held, working=700_000, sampling=800_000, libraries=6_000_000).total == 6_854_321
+
+
+def test_a_cpu_holds_libraries_beside_a_stage_and_a_gpus_memory_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert plan().libraries == LIBRARIES > 0
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert plan().libraries == 0
 
 
 def test_storages_count_from_when_they_are_made_to_when_nothing_refers_to_them() -> None:

@@ -11,15 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlmm.config.engines import VllmServerConfig
 from rlmm.policies.causal import CausalPolicy
-from rlmm.train.engines import build_engine
 from rlmm.train.recovery import Recovering
 from rlmm.train.sync import synced
 from rollouts.vllm_engine.engine import VllmEngine
 from rollouts.vllm_engine.server import ServerHost
 from rollouts.vllm_engine.transfer import AdapterTransfer
-from tests.integration.vllm_requests import change, check_laws, make_policy, sample
+from tests.integration.vllm_requests import change, check_laws, make_policy, sample, served
 
 pytestmark = [
     pytest.mark.long,
@@ -40,14 +38,8 @@ def policy() -> CausalPolicy:
 
 @pytest.fixture(scope="module", params=list(WAYS))
 def engine(request: pytest.FixtureRequest, policy: CausalPolicy) -> Iterator[Recovering]:
-    change(policy, 1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # or two devices on one processor are refused
-        sizes = VllmServerConfig(max_rows=7, max_prompt_tokens=300, kv_megabytes=32, sync="adapter")
-        made = build_engine(sizes.model_copy(update=WAYS[request.param]), policy)
-        assert isinstance(made, Recovering)
+    with served(policy, sync="adapter", **WAYS[request.param]) as made:
         yield made
-        made.close()
 
 
 def inner(engine: Recovering) -> tuple[AdapterTransfer, ServerHost]:

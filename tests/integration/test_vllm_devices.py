@@ -11,9 +11,7 @@ from typing import Any
 
 import pytest
 
-from rlmm.config.engines import VllmServerConfig
 from rlmm.policies.causal import CausalPolicy
-from rlmm.train.engines import build_engine
 from rlmm.train.recovery import Recovering
 from rollouts.law import Law
 from rollouts.trajectory import Span
@@ -21,7 +19,17 @@ from rollouts.vllm_engine.broadcast import GroupTransfer
 from rollouts.vllm_engine.engine import VllmEngine
 from rollouts.vllm_engine.host import Host
 from rollouts.vllm_engine.server import ServerHost
-from tests.integration.vllm_requests import agrees, change, check_laws, check_sync, gap, make_policy, requests, sample
+from tests.integration.vllm_requests import (
+    agrees,
+    change,
+    check_laws,
+    check_sync,
+    gap,
+    make_policy,
+    requests,
+    sample,
+    served,
+)
 
 pytestmark = [
     pytest.mark.long,
@@ -37,14 +45,8 @@ def policy() -> CausalPolicy:
 
 @pytest.fixture(scope="module", params=list(WAYS))
 def engine(request: pytest.FixtureRequest, policy: CausalPolicy) -> Iterator[Recovering]:
-    change(policy, 1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # or two devices on one processor are refused
-        config = VllmServerConfig(max_rows=7, max_prompt_tokens=300, kv_megabytes=32, transfer="gloo")
-        made = build_engine(config.model_copy(update=WAYS[request.param]), policy)
-        assert isinstance(made, Recovering)
+    with served(policy, transfer="gloo", **WAYS[request.param]) as made:
         yield made
-        made.close()
 
 
 def inner(engine: Recovering) -> VllmEngine:

@@ -1,17 +1,22 @@
 """What the tests of the vLLM engines ask for: a small peaked policy, prompts, laws, and the torch engine's answers."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
-from rlmm.config.engines import VllmEngineConfig
+from rlmm.config.engines import VllmEngineConfig, VllmServerConfig
 from rlmm.config.policy import Lora, NewPolicy
 from rlmm.policies.causal import CausalPolicy
 from rlmm.policies.families.llama import build
 from rlmm.policies.transformer import TransformerPolicy
+from rlmm.train.engines import build_engine
+from rlmm.train.recovery import Recovering
 from rollouts.contract import Request
 from rollouts.fingerprint import weights_fingerprint
 from rollouts.interleaved import generate_spans
@@ -84,6 +89,19 @@ def requests(policy: TransformerPolicy, samples: int = 3) -> list[Request]:
 def sample(engine: Any, policy: TransformerPolicy, law: dict[str, Any]) -> Trajectory:
     span = Span("image", Law(policy.layout.image, **law), policy.layout.grid.length)
     return engine.generate(requests(policy), [span])
+
+
+@contextmanager
+def served(policy: TransformerPolicy, **settings: Any) -> Iterator[Recovering]:
+    """The policy by servers that are started here, over several devices of one processor where that is asked for."""
+    change(policy, 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # or two devices on one processor are refused
+        config = VllmServerConfig(max_rows=7, max_prompt_tokens=300, kv_megabytes=32, **settings)
+        made = build_engine(config, policy)
+        assert isinstance(made, Recovering)
+        yield made
+        made.close()
 
 
 def gap(policy: TransformerPolicy, made: Trajectory) -> float:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rlmm.train.sync import compare
+from rollouts.contract import EngineLost
 from rollouts.vllm_engine.server import ServerHost
 from rollouts.vllm_engine.transfer import FolderTransfer, read_shards, write_shards
 
@@ -84,3 +85,12 @@ def test_the_machines_temporary_folder_shows_weights_to_nobody_else(
 def test_weights_of_another_run_are_named_as_the_likely_cause() -> None:
     with pytest.raises(RuntimeError, match=r"engine\.urls.*another run gives its weights.*servers of its own"):
         compare("mine", "theirs", 3)
+
+
+def test_a_lost_server_is_told_of_before_what_another_one_cannot_read(tmp_path: Path) -> None:
+    class Gone(Reader):
+        def call(self, method: str, folder: str, count: str, key: str) -> None:
+            raise EngineLost("gone")
+
+    with pytest.raises(EngineLost, match="gone"):
+        sent(tmp_path, Reader(lambda folder: Path("/nowhere", folder.name)), Gone())
