@@ -9,7 +9,6 @@ from typing import Annotated
 import typer
 import yaml
 from rich.console import Console
-from rich.table import Table
 
 from rlmm.bench.commands import bench_app
 from rlmm.evaluation.commands import benchmark_app
@@ -50,6 +49,9 @@ def run(
     if nproc is not None:
         launch(nproc, config, overrides or [])
         return
+    import torch
+
+    from rlmm import allocator
     from rlmm.config.recipe import read_recipe
     from rlmm.memory import plan_lines
     from rlmm.pipeline import run_recipe
@@ -59,7 +61,8 @@ def run(
     recipe = read_recipe(config, overrides)
     files = deepspeed_files(recipe)
     if os.environ.get("RANK", "0") == "0":
-        for line in plan_lines(recipe, int(os.environ.get("WORLD_SIZE", "1"))):
+        note = allocator.plan_note(allocator.here(), torch.cuda.is_available())
+        for line in plan_lines(recipe, int(os.environ.get("WORLD_SIZE", "1"))) + note:
             say(line)
     with processes(deepspeed=bool(files)), listening():
         folder = run_recipe(recipe, say)
@@ -73,11 +76,15 @@ def check(
     nproc: Annotated[int, typer.Option(min=1, help="Plan for so many processes, over all machines")] = 1,
 ) -> None:
     """Read and resolve a recipe; print it, its batch equation and, if its checkpoint is here, a memory plan."""
+    import torch
+
+    from rlmm import allocator
     from rlmm.batch import batch_equations
     from rlmm.config.policy import CheckpointPolicy
     from rlmm.config.recipe import read_recipe
     from rlmm.dry_run import NO_DRY_RUN
-    from rlmm.memory import memory_plans, no_dry_run, readable
+    from rlmm.memory import memory_plans, no_dry_run
+    from rlmm.plan_table import plan_table
     from rlmm.policies.families.loading import not_here
     from rlmm.preflight import check_stages
     from rlmm.train.launch import deepspeed_files
@@ -91,19 +98,14 @@ def check(
         say(f"no memory plan: {recipe.policy.path} is not here: {absent}")
         return
     deepspeed_files(recipe)
-    table = Table(title="Memory plan (estimate)" + ", of each process" * (nproc > 1))
     try:
         plans = memory_plans(recipe, nproc)
     except NO_DRY_RUN as error:
         say(no_dry_run(error))
         return
-    parts = ("weights", "gradients", "optimizer", "reference", "engine", "exchange", "working", "sampling", "total")
-    parts += ("offloaded",) * any(plan.offloaded for plan in plans)
-    for column in ("held", *(plan.stage for plan in plans)):
-        table.add_column(column, justify="left" if column == "held" else "right")
-    for part in parts:
-        table.add_row(part, *[readable(getattr(plan, part)) for plan in plans])
-    console.print(table)
+    console.print(plan_table(plans, nproc))
+    for line in allocator.plan_note(allocator.here(), torch.cuda.is_available()):
+        say(line)
 
 
 @app.command()

@@ -19,7 +19,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from rlmm import diagnosis
+from rlmm import allocator, diagnosis
 from rlmm.bench.threads import check_thread_choice, measured_apart
 from rlmm.diagnosis import Check
 from rlmm.installation import ROOMS, room_path
@@ -57,6 +57,7 @@ def _machine() -> list[Check]:
         diagnosis.check_threads(threads, visible_cores(), all_cores, os.getloadavg()[0]),
         *_thread_choice(),
         diagnosis.check_bf16(_read("/proc/cpuinfo")),
+        allocator.check_allocator(allocator.here()),
         diagnosis.check_browser(next(filter(None, map(shutil.which, BROWSERS)), None)),
         diagnosis.check_disk(shutil.disk_usage(".").free),
     ]

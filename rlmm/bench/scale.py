@@ -53,11 +53,17 @@ class ScalePlan:
         return list(dict.fromkeys(found))
 
 
+MAPPED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+"""With which glibc maps each tensor alone, so that what is resident is what is held (rlmm/allocator.py). Updates take
+half as long again, so they are timed in another process."""
+
+
 @dataclass(frozen=True)
 class ScaleRow:
-    """Medians over repeats and counted updates. Bytes of one process: `peak` above the loaded policy, what is
-    `planned` for it, and the whole `weights`. `share`: of a decode step's time, what reading its weights and cache
-    once would take at the speed of a copy."""
+    """Medians over repeats and counted updates. Bytes of one process: `peak` that it holds above the loaded policy,
+    what is `planned` for it, the whole `weights`, and on a CPU the peak that was `resident` with the allocator of the
+    timed process. `share`: of a decode step's time, what reading its weights and cache once would take at the speed of
+    a copy."""
 
     point: Point
     parameters: int
@@ -70,6 +76,7 @@ class ScaleRow:
     planned: float
     weights: float
     copied_bytes_a_second: float
+    resident: float
 
 
 def scale_plan(lists: Mapping[str, str], fixed: Mapping[str, Any], **settings: int) -> ScalePlan:
@@ -123,7 +130,13 @@ def bench_scale(plan: ScalePlan, json_file: Path | None, plot_file: Path | None)
 
 def run_point(point: Point, plan: ScalePlan) -> dict[str, Any]:
     """What the point's first process found. Raises RuntimeError with its last words where it fails."""
-    order = {"point": asdict(point), "steps": plan.steps, "threads": plan.threads}
+    timed = _child(point, plan, {})
+    held = timed["peak"] if timed["gpu"] else _child(point, plan, MAPPED)["peak"]
+    return timed | {"resident": timed["peak"], "peak": held}
+
+
+def _child(point: Point, plan: ScalePlan, mapped: dict[str, str]) -> dict[str, Any]:
+    order = {"point": asdict(point), "steps": plan.steps, "threads": plan.threads, "only_memory": bool(mapped)}
     launched = ["-m", "torch.distributed.run", *on_this_machine(point.processes)]
     with tempfile.TemporaryDirectory() as folder:
         asked, answer = Path(folder) / "order.json", Path(folder) / "result.json"
@@ -131,10 +144,7 @@ def run_point(point: Point, plan: ScalePlan) -> dict[str, Any]:
         own = ["-m", "rlmm.bench.scale_child", str(asked), str(answer)]
         done = subprocess.run(
             [sys.executable, *(launched if point.processes > 1 else []), *own],
-            # Memory that is let go of is given back at once, so that what is resident is what is held.
-            env=os.environ
-            | {"OMP_NUM_THREADS": str(plan.threads), "HF_HUB_OFFLINE": "1"}
-            | {"MALLOC_MMAP_THRESHOLD_": "1000000", "MALLOC_TRIM_THRESHOLD_": "1000000"},
+            env=os.environ | {"OMP_NUM_THREADS": str(plan.threads), "HF_HUB_OFFLINE": "1"} | mapped,
             capture_output=True,
             text=True,
         )
@@ -168,6 +178,7 @@ def row_of(point: Point, made: Sequence[dict[str, Any]]) -> ScaleRow:
         planned=made[0]["planned"],
         weights=made[0]["weights"],
         copied_bytes_a_second=copied,
+        resident=median(one["resident"] for one in made),
     )
 
 
@@ -198,7 +209,7 @@ def table(rows: Sequence[ScaleRow], threads: int) -> Table:
     shown = Table(title=f"A rollout and an update ({threads} thread(s) a process)")
     columns = (
         "model", "rows", "tokens", "processes", "ZeRO", "rollout s", "tokens/s", "of bandwidth", "update s", "tokens/s",
-        "peak", "planned",
+        "peak", "planned", "resident",
     )  # fmt: skip
     for column in columns:
         shown.add_column(column, justify="left" if column == "model" else "right")
@@ -208,5 +219,6 @@ def table(rows: Sequence[ScaleRow], threads: int) -> Table:
             Path(point.model).name, str(point.rows), str(point.tokens), str(point.processes), str(point.zero or "-"),
             f"{row.rollout_s:.3g}", f"{row.tokens_a_second:.0f}", f"{row.share:.2f}", f"{row.update_s:.3g}",
             f"{row.trained_tokens_a_second:.0f}", readable(int(row.peak)), readable(int(row.planned)),
+            readable(int(row.resident)),
         )  # fmt: skip
     return shown

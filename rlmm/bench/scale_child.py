@@ -36,7 +36,7 @@ from rollouts.trajectory import Span
 from rollouts.vllm_engine.engine import VllmEngine
 
 WARM_UP = 4
-"""Image tokens drawn before the rollout that is timed, and trained on before the updates that are."""
+"""Image tokens drawn before the rollout that is timed."""
 
 
 def roll_out(point: Point, policy: TransformerPolicy) -> dict[str, float]:
@@ -93,17 +93,19 @@ def policy_here(point: Point) -> TransformerPolicy:
         return make_policy(point)
 
 
+def held(point: Point, deepspeed: str | None) -> dict[str, Any]:
+    """The bytes of a point's update alone, of this process. The second has the optimizer's state from its start."""
+    return {"peak": update(point, policy_here(point), 2, deepspeed)["peak"]}
+
+
 def measured(point: Point, steps: int, deepspeed: str | None) -> dict[str, Any]:
     """All figures of a point, of this process."""
     copied = copied_bytes_a_second()
-    # What libraries hold from their first use on is not the update's.
-    small = replace(point, model="tiny", rows=point.processes, micro=0, tokens=WARM_UP, drawn=0)
-    update(small, policy_here(small), 2, deepspeed)
     weights, beside = planned(point, deepspeed) if world()[0] == 0 else (None, None)
     policy = policy_here(point)
     policy.model.eval()
     parameters = sum(one.numel() for one in policy.base.parameters())
-    figures = {"parameters": parameters, "planned": beside, "weights": weights}
+    figures = {"parameters": parameters, "planned": beside, "weights": weights, "gpu": torch.cuda.is_available()}
     with torch.no_grad():
         figures |= roll_out(point, policy) | {"copied_bytes_a_second": copied}
     return figures | update(point, policy, steps, deepspeed)
@@ -114,7 +116,8 @@ def main(order: Path, result: Path) -> None:
     torch.set_num_threads(given["threads"])
     point = Point(**given["point"])
     with processes(deepspeed=point.zero > 0), tempfile.TemporaryDirectory() as folder:
-        figures = measured(point, given["steps"], zero_file(point, Path(folder)))
+        file = zero_file(point, Path(folder))
+        figures = held(point, file) if given["only_memory"] else measured(point, given["steps"], file)
         if world()[0] == 0:
             result.write_text(json.dumps(figures))
 

@@ -7,6 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rlmm.bench import scale_problem
+from rlmm.bench.scale import ScalePlan, bench_scale
 from rlmm.bench.scale_child import update
 from rlmm.bench.scale_problem import Point
 from rlmm.bench.step import StepPlan, measure
@@ -163,6 +164,16 @@ def test_what_an_update_allocates_is_what_is_planned(rows: int, lora: bool) -> N
     planned -= libraries()
     assert 12 << 20 < planned < 100 << 20
     assert planned == pytest.approx(live.peak, rel=0.02)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("rows", "tokens", "lora"), [(2, 256, True), (2, 256, False), (8, 256, True), (1, 64, False)])
+def test_what_a_fresh_process_holds_is_what_is_planned(rows: int, tokens: int, lora: bool) -> None:
+    """First use of libraries included, with an allocator that leaves no holes: each tensor is mapped alone."""
+    plan = ScalePlan(Point(rows=rows, tokens=tokens, drawn=4, lora=lora), {}, steps=2)
+    (row,) = bench_scale(plan, None, None)
+    assert row.planned > 69 << 20 and row.resident > 32 << 20
+    assert row.planned == pytest.approx(row.peak, rel=0.15)
 
 
 @pytest.mark.long

@@ -25,7 +25,9 @@ BASE = Point("tiny", rows=8, tokens=16)
 def row(point: Point, parameters: int = 100) -> ScaleRow:
     """Costs by powers: the update with rows to 1.5 and parameters to 0.5, its memory with tokens squared."""
     update_s = point.rows**1.5 * parameters**0.5
-    return ScaleRow(point, parameters, point.tokens * 1.0, 1.0, 0.5, update_s, 1.0, point.tokens**2.0, 1.0, 1.0, 1.0)
+    return ScaleRow(
+        point, parameters, point.tokens * 1.0, 1.0, 0.5, update_s, 1.0, point.tokens**2.0, 1.0, 1.0, 1.0, 1.0
+    )
 
 
 def test_one_axis_is_changed_at_a_time_from_the_first_of_each_list() -> None:

@@ -1,15 +1,20 @@
 """Recipes: every shipped one is valid, and what is wrong in one is named with its place and its nearest neighbour."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
+from rlmm import allocator
 from rlmm.batch import batch_equations
 from rlmm.cli import app
 from rlmm.config.recipe import RecipeError, read_recipe, validate_recipe
 from rlmm.installation import recipes_dir
+from rlmm.memory import memory_plans
+from rlmm.plan_table import plan_table
 
 TINY = Path(__file__).parents[1] / "recipes" / "tiny.yaml"
 
@@ -85,6 +90,22 @@ def test_check_prints_the_config_the_batch_equation_and_a_memory_plan() -> None:
     assert "2 prompts x 4 samples = 8 rollouts" in answer.output
     assert "2 update(s) a rollout, each 1 process(es) x 2 micro-batch(es) x 2 rows" in answer.output
     assert "Memory plan" in answer.output and "run_dir" in answer.output
+
+
+@pytest.mark.parametrize("name", ["glibc 2.36", "jemalloc"])
+def test_a_plan_names_the_allocator_that_may_hold_more(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(allocator, "here", lambda: name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    output = CliRunner().invoke(app, ["check", str(TINY)]).output
+    assert ("LD_PRELOAD=libjemalloc.so.2" in output) == (name == "glibc 2.36")
+
+
+def test_the_rows_of_a_plan_are_those_a_machine_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = memory_plans(read_recipe(TINY, []))[0]
+    assert [*plan_table([plan], 1).columns[0].cells][-2:] == ["libraries", "total"]
+    bare = replace(plan, libraries=0, offloaded=1)
+    assert [*plan_table([plan, bare], 1).columns[0].cells][-3:] == ["libraries", "total", "offloaded"]
+    assert [*plan_table([bare], 2).columns[0].cells][-3:] == ["sampling", "total", "offloaded"]
 
 
 def test_a_codecs_batch_that_processes_cannot_share_is_refused_before_anything_runs() -> None:

@@ -1,0 +1,21 @@
+"""The memory plan as `rlmm check` shows it."""
+
+from collections.abc import Sequence
+
+from rich.table import Table
+
+from rlmm.memory import MemoryPlan, readable
+
+PARTS = ("weights", "gradients", "optimizer", "reference", "engine", "exchange", "working", "sampling")
+
+
+def plan_table(plans: Sequence[MemoryPlan], processes: int) -> Table:
+    """A column a policy stage, a row a part; parts that few machines have only where there are any."""
+    parts = PARTS + ("libraries",) * any(plan.libraries for plan in plans) + ("total",)
+    parts += ("offloaded",) * any(plan.offloaded for plan in plans)
+    table = Table(title="Memory plan (estimate)" + ", of each process" * (processes > 1))
+    for column in ("held", *(plan.stage for plan in plans)):
+        table.add_column(column, justify="left" if column == "held" else "right")
+    for part in parts:
+        table.add_row(part, *[readable(getattr(plan, part)) for plan in plans])
+    return table
