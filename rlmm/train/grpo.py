@@ -1,5 +1,7 @@
 """The GRPO stage: rollouts by an engine, scores by rewards, updates by a clipped policy gradient."""
 
+from contextlib import closing
+
 import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
@@ -202,20 +204,17 @@ def run_grpo(context: StageContext) -> None:
     weighting = None if given is None else load_token_weighting(given)
     check_gold(context)
     meter = Meter()
-    source = GrpoSource(context, policy, codec, meter)
-    train(
-        context,
-        policy.model,
-        source,
-        lambda model, batch, meter: grpo_loss(policy, config, model, batch, meter, weighting),
-        meter,
-        micro_batch_size=config.micro_batch_size,
-        show=("reward/mean", "group/flat_share", "entropy", "mismatch/max", "grad_norm"),
-        gradient_agreement=config.diagnostics.gradient_agreement,
-        resume_fault=source.resume_fault,
-        callbacks=kept_in_checkpoints(source),
-    )
-    if source.ahead is not None:
-        source.ahead.close()
-    source.engine.close()
+    with closing(GrpoSource(context, policy, codec, meter)) as source:
+        train(
+            context,
+            policy.model,
+            source,
+            lambda model, batch, meter: grpo_loss(policy, config, model, batch, meter, weighting),
+            meter,
+            micro_batch_size=config.micro_batch_size,
+            show=("reward/mean", "group/flat_share", "entropy", "mismatch/max", "grad_norm"),
+            gradient_agreement=config.diagnostics.gradient_agreement,
+            resume_fault=source.resume_fault,
+            callbacks=kept_in_checkpoints(source),
+        )
     save_result(context, policy, codec)

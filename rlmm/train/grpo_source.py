@@ -90,6 +90,12 @@ class GrpoSource:
     def engine(self) -> Engine:
         return self.roller.engine
 
+    def close(self) -> None:
+        """End the rollout under way, and the servers that were started."""
+        if self.ahead is not None:
+            self.ahead.close()
+        self.engine.close()
+
     def micro_batches(self, step: int) -> list[GrpoBatch]:
         rollout, update = divmod(step, self.updates)
         if update == 0:

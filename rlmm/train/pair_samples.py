@@ -1,6 +1,7 @@
 """Samples drawn anew for pairs: of each prompt's picture, of answers about a row's own picture, scored and stored."""
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -122,21 +123,18 @@ def draw(context: StageContext, policy: TransformerPolicy, codec: Codec, what: D
     paths = [what.folder / f"step-{number:06d}.parquet" for number in range(len(starts))]
     rank, processes = world()
     missing = [number for number in range(rank, len(starts), processes) if not paths[number].is_file()]
-    engine = build_engine(config.engine, policy, what.response.law) if missing else None
-    if engine is not None:
-        synced(policy, engine, 0)  # a server that runs already may hold any weights
-    tokens = image_tokens(context, codec, policy)
-    for number in missing:
-        if asked():
-            break
-        assert engine is not None, "there is one where something is missing"
-        places = range(starts[number], min(starts[number] + config.batch_prompts, config.prompts))
-        with leaving(at_once=False):
-            _draw_batch(context, policy, tokens, what, engine, places, number, paths[number])
-        kind = what.folder.name
-        context.say(f"{context.name}: {kind} of {places.stop} of {config.prompts} prompts drawn and scored")
-    if engine is not None:
-        engine.close()
+    if missing:
+        with closing(build_engine(config.engine, policy, what.response.law)) as engine:
+            synced(policy, engine, 0)  # a server that runs already may hold any weights
+            tokens = image_tokens(context, codec, policy)
+            for number in missing:
+                if asked():
+                    break
+                places = range(starts[number], min(starts[number] + config.batch_prompts, config.prompts))
+                with leaving(at_once=False):
+                    _draw_batch(context, policy, tokens, what, engine, places, number, paths[number])
+                kind = what.folder.name
+                context.say(f"{context.name}: {kind} of {places.stop} of {config.prompts} prompts drawn and scored")
     stop_if_asked()
     return paths
 

@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 
 from rollouts.contract import EngineLost
+from rollouts.vllm_engine.beside import begin
 from rollouts.vllm_engine.connections import CONNECTIONS
 from rollouts.vllm_engine.drawn import KEY, Drawn
 from rollouts.vllm_engine.host import ABANDON_SECONDS, Room, Row
@@ -62,7 +63,7 @@ class ServerHost:
     def run(self, rows: Sequence[Row], samples: Sequence[str]) -> tuple[list[list[int]], list[Drawn]]:
         with CONNECTIONS.held_for(len(rows)):
             try:
-                taken = asyncio.run(self._abandonable(rows))
+                taken = self._taken(rows)
             except BaseException as error:
                 first = _first(error)
                 self._give_up(first)
@@ -94,6 +95,19 @@ class ServerHost:
             _checked(self._post("/abort_requests", {}, min(ABANDON_SECONDS, self.timeout)))
         except (RuntimeError, OSError) as second:  # EngineLost and TimeoutError among them
             first.add_note(f"and the rows of this rollout could not be given up: {second}")
+
+    def _taken(self, rows: Sequence[Row]) -> list[list[int]]:
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            return asyncio.run(self._abandonable(rows))
+        # A thread runs one loop, and in a notebook that is the notebook's.
+        (future,) = begin([lambda: asyncio.run(self._abandonable(rows))])
+        try:
+            return future.result()
+        except BaseException:
+            self.abandon()
+            raise
 
     async def _abandonable(self, rows: Sequence[Row]) -> list[list[int]]:
         task = asyncio.current_task()

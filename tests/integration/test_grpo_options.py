@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from rlmm.config.recipe import Recipe, RecipeError
 from rlmm.pipeline import run_recipe
 from rlmm.policies.layout_io import load_layout
 from rlmm.run_folder import RunFolder
+from rlmm.train.engines import build_engine
 from rlmm.train.grpo_batch import GrpoBatch
 from rlmm.train.grpo_source import GrpoSource
 from rlmm.train.metrics import MetricsFile
@@ -94,6 +96,28 @@ def test_a_token_weighting_in_the_recipe_is_used(variant: Callable[..., Recipe],
     ]
     assert row["grad_norm"] > 0 and 0.2 <= row["token_weight"] < 0.3
     assert torch.isfinite(torch.tensor(row["loss"]))
+
+
+def test_a_stage_that_raises_closes_its_engine(
+    variant: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whose servers would else stay to the end of the process, a notebook's perhaps."""
+    closed: list[Any] = []
+
+    def build(*given: Any, **named: Any) -> Any:
+        engine: Any = build_engine(*given, **named)
+        engine.close = lambda: closed.append(engine)
+        return engine
+
+    def fails(self: GrpoSource, step: int) -> list[GrpoBatch]:
+        assert not closed
+        raise LookupError("of a plug-in")
+
+    monkeypatch.setattr("rlmm.train.grpo_source.build_engine", build)
+    monkeypatch.setattr(GrpoSource, "micro_batches", fails)
+    with pytest.raises(LookupError):
+        run_recipe(variant(f"run_dir={tmp_path / 'fails'}"), lambda line: None)
+    assert len(closed) == 1
 
 
 def test_all_weights_resume_bit_identically(

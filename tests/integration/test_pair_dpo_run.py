@@ -119,13 +119,16 @@ def test_an_engine_with_other_weights_draws_nothing(
     def other(*built_for: Any) -> Any:
         engine: Any = build_engine(*built_for)
         engine.fingerprint = lambda: "another"
+        engine.close = lambda: closed.append(engine)
         return engine
+
+    closed: list[Any] = []
 
     monkeypatch.setattr("rlmm.train.pair_samples.build_engine", other)
     context = StageContext(run.recipe, run.folder, "self_play", run.recipe.stages["self_play"], print, tmp_path)
     with pytest.raises(RuntimeError, match=r"the engine's weights \(another\) are not the trainer's"):
         run_pairs(context)
-    assert not list(tmp_path.rglob("*.parquet"))
+    assert not list(tmp_path.rglob("*.parquet")) and len(closed) == 1
 
 
 def test_what_does_not_fit_is_refused() -> None:

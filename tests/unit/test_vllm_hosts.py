@@ -1,5 +1,6 @@
 """Rollouts over several hosts that end early: an interrupt, an error of one, a host that does not answer. No vLLM."""
 
+import asyncio
 import signal
 import threading
 import time
@@ -13,7 +14,7 @@ from rollouts.vllm_engine import engine as engines
 from rollouts.vllm_engine.drawn import Drawn
 from rollouts.vllm_engine.engine import VllmEngine
 from rollouts.vllm_engine.host import Row
-from rollouts.vllm_engine.server import GENERATE, ServerHost
+from rollouts.vllm_engine.server import CALL, GENERATE, ServerHost
 from tests.unit.test_vllm_answers import Answering
 from tests.unit.test_vllm_parts import LAYOUT, FakeHost, ask, engine_of
 
@@ -77,6 +78,39 @@ def test_an_interrupted_rollout_leaves_no_rows_on_any_server(servers: list[Drawi
         ask(engine, guided=False)
     assert [one.given_up for one in servers] == [1, 1] and not rollout_threads(before)
     assert not getattr(told.value, "__notes__", []) and time.monotonic() - began < 10
+
+
+def in_a_loop(call: Callable[[], Any]) -> Any:
+    """As a notebook runs a cell: the thread has a loop already, and the call blocks it."""
+
+    async def cell() -> Any:
+        return call()
+
+    loop = asyncio.new_event_loop()
+    try:
+        return loop.run_until_complete(cell())
+    finally:
+        loop.close()
+
+
+def test_a_notebook_draws_from_one_server(servers: list[Drawing]) -> None:
+    servers += [Drawing()]
+    host = ServerHost(servers[0].url, token="x")
+    drawn = [{"token_ids": [7, 8], "finish_reason": "length"}]
+    servers[0].says |= {GENERATE: lambda: (200, {"choices": drawn}), CALL: lambda: (200, {"results": [[]]})}
+    assert in_a_loop(lambda: host.run([Row((1,), {}, 2)], [])) == ([[7, 8]], [])
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_an_interrupted_notebook_leaves_no_rows_on_its_server(servers: list[Drawing]) -> None:
+    servers += [Drawing()]
+    engine, before = over(servers), set(threading.enumerate())
+    interrupt_when(servers[0].asked)
+    with pytest.raises(KeyboardInterrupt):
+        in_a_loop(lambda: ask(engine, guided=False))
+    for thread in rollout_threads(before):
+        thread.join(5)
+    assert servers[0].given_up == 1 and not rollout_threads(before)
 
 
 @pytest.mark.usefixtures("interruptible")
