@@ -18,7 +18,7 @@ BUCKET = 500_000_000
 LIVE = 1_000_000_000
 """DeepSpeed's `stage3_max_live_parameters` where a file names none."""
 FLOAT_BYTES = 4
-LIBRARIES = 16 << 20
+LIBRARIES = 24 << 20
 """What a process's first update on a CPU was seen to hold beside its tensors, in libraries that it is the first to use
 (docs/scale.md). It matters where all else is tens of MiB."""
 
