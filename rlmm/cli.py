@@ -62,7 +62,7 @@ def run(
     files = deepspeed_files(recipe)
     if os.environ.get("RANK", "0") == "0":
         note = allocator.plan_note(allocator.here(), torch.cuda.is_available())
-        for line in plan_lines(recipe, int(os.environ.get("WORLD_SIZE", "1"))) + note:
+        for line in plan_lines(recipe, int(os.environ.get("WORLD_SIZE", "1")), note):
             say(line)
     with processes(deepspeed=bool(files)), listening():
         folder = run_recipe(recipe, say)

@@ -5,6 +5,7 @@ One axis is changed at a time, from a base point; every point is a process of it
 
 import json
 import os
+import platform
 import subprocess
 import sys
 import tempfile
@@ -53,17 +54,17 @@ class ScalePlan:
         return list(dict.fromkeys(found))
 
 
-MAPPED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+MAPPED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "LD_PRELOAD": ""}
 """With which glibc maps each tensor alone, so that what is resident is what is held (rlmm/allocator.py). Updates take
-half as long again, so they are timed in another process."""
+half as long again, so they are timed in another process. Other C libraries' processes are measured as they are."""
 
 
 @dataclass(frozen=True)
 class ScaleRow:
     """Medians over repeats and counted updates. Bytes of one process: `peak` that it holds above the loaded policy,
-    what is `planned` for it, the whole `weights`, and on a CPU the peak that was `resident` with the allocator of the
-    timed process. `share`: of a decode step's time, what reading its weights and cache once would take at the speed of
-    a copy."""
+    what is `planned` for it, the whole `weights`, and the peak that was `resident` with the allocator of the timed
+    process, None on a GPU. `share`: of a decode step's time, what reading its weights and cache once would take at the
+    speed of a copy."""
 
     point: Point
     parameters: int
@@ -76,7 +77,7 @@ class ScaleRow:
     planned: float
     weights: float
     copied_bytes_a_second: float
-    resident: float
+    resident: float | None
 
 
 def scale_plan(lists: Mapping[str, str], fixed: Mapping[str, Any], **settings: int) -> ScalePlan:
@@ -131,7 +132,10 @@ def bench_scale(plan: ScalePlan, json_file: Path | None, plot_file: Path | None)
 def run_point(point: Point, plan: ScalePlan) -> dict[str, Any]:
     """What the point's first process found. Raises RuntimeError with its last words where it fails."""
     timed = _child(point, plan, {})
-    held = timed["peak"] if timed["gpu"] else _child(point, plan, MAPPED)["peak"]
+    if timed["gpu"]:
+        return timed | {"resident": None}
+    glibc = platform.libc_ver()[0] == "glibc"
+    held = _child(point, plan, MAPPED)["peak"] if glibc else timed["peak"]
     return timed | {"resident": timed["peak"], "peak": held}
 
 
@@ -178,7 +182,7 @@ def row_of(point: Point, made: Sequence[dict[str, Any]]) -> ScaleRow:
         planned=made[0]["planned"],
         weights=made[0]["weights"],
         copied_bytes_a_second=copied,
-        resident=median(one["resident"] for one in made),
+        resident=None if made[0]["gpu"] else median(one["resident"] for one in made),
     )
 
 
@@ -219,6 +223,6 @@ def table(rows: Sequence[ScaleRow], threads: int) -> Table:
             Path(point.model).name, str(point.rows), str(point.tokens), str(point.processes), str(point.zero or "-"),
             f"{row.rollout_s:.3g}", f"{row.tokens_a_second:.0f}", f"{row.share:.2f}", f"{row.update_s:.3g}",
             f"{row.trained_tokens_a_second:.0f}", readable(int(row.peak)), readable(int(row.planned)),
-            readable(int(row.resident)),
+            "-" if row.resident is None else readable(int(row.resident)),
         )  # fmt: skip
     return shown

@@ -36,7 +36,7 @@ from rollouts.trajectory import Span
 from rollouts.vllm_engine.engine import VllmEngine
 
 WARM_UP = 4
-"""Image tokens drawn before the rollout that is timed."""
+"""Image tokens drawn before the rollout that is timed, and on a GPU trained on before the updates that are."""
 
 
 def roll_out(point: Point, policy: TransformerPolicy) -> dict[str, float]:
@@ -101,6 +101,9 @@ def held(point: Point, deepspeed: str | None) -> dict[str, Any]:
 def measured(point: Point, steps: int, deepspeed: str | None) -> dict[str, Any]:
     """All figures of a point, of this process."""
     copied = copied_bytes_a_second()
+    if torch.cuda.is_available():  # whose libraries' first use is in the memory that is planned, and no part of it
+        small = replace(point, model="tiny", rows=point.processes, micro=0, tokens=WARM_UP, drawn=0)
+        update(small, policy_here(small), 2, deepspeed)
     weights, beside = planned(point, deepspeed) if world()[0] == 0 else (None, None)
     policy = policy_here(point)
     policy.model.eval()

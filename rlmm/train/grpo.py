@@ -1,7 +1,5 @@
 """The GRPO stage: rollouts by an engine, scores by rewards, updates by a clipped policy gradient."""
 
-from contextlib import closing
-
 import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
@@ -204,7 +202,7 @@ def run_grpo(context: StageContext) -> None:
     weighting = None if given is None else load_token_weighting(given)
     check_gold(context)
     meter = Meter()
-    with closing(GrpoSource(context, policy, codec, meter)) as source:
+    with GrpoSource(context, policy, codec, meter) as source:
         train(
             context,
             policy.model,

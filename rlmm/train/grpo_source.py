@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Self
 
 import torch
 
@@ -49,7 +50,14 @@ class GrpoSource:
         sampled = policy if still is None else still.policy
         response = response_of(sampled, self.config.sampling)
         data: Dataset = load_split(context, "prompts", within(self.config.engine, response.spelling))
-        self.held_out = build_composite(context.recipe.held_out)
+        self._count()
+        reward, self.held_out = map(build_composite, (context.recipe.rewards, context.recipe.held_out))
+        bind_judges(context, judges := {"rewards": reward, "held_out": self.held_out})
+        self.scores = Scores(judges, context.say)
+        self.metrics = MetricsFile(context.folder / "metrics.jsonl")
+        self._held: tuple[int, Experience] | None = None
+        self.nothing_counts = False
+        # Last, since it may start servers, which what is refused would leave.
         self.roller = Roller(
             self.config,
             data,
@@ -57,44 +65,43 @@ class GrpoSource:
             image_tokens(context, codec, policy),
             build_engine(self.config.engine, sampled, response.law, parting=keeps_parts(self.config.deepspeed)),
             response,
-            build_composite(context.recipe.rewards),
+            reward,
             context.recipe.rewards.invalid_output_penalty,
             self.seed,
         )
         self.ahead = None if still is None else Ahead(context, self.roller, still)
-        judges = {"rewards": self.roller.reward, "held_out": self.held_out}
-        bind_judges(context, judges)
-        self.scores = Scores(judges, context.say)
-        self.metrics = MetricsFile(context.folder / "metrics.jsonl")
+
+    def _count(self) -> None:
+        """Rows and micro-batches of this process's updates. Raises ValueError where they do not come out even."""
         self.updates = self.config.objective.updates_per_rollout
-        rows = share(self.config.rollouts, "prompts_per_step x samples_per_prompt")
-        self.rows_an_update = (rows.stop - rows.start) // self.updates
+        mine = len(range(self.config.rollouts)[share(self.config.rollouts, "prompts_per_step x samples_per_prompt")])
+        self.rows_an_update = mine // self.updates
         self.micro_batches_per_step = self.rows_an_update // self.config.micro_batch_size
         if self.micro_batches_per_step * self.config.micro_batch_size != self.rows_an_update:
             raise ValueError(
                 f"{self.rows_an_update} rollouts a process and update are no multiple of micro_batch_size "
                 f"{self.config.micro_batch_size}; change one of them or the number of processes"
             )
-        if (
-            self.config.diagnostics.gradient_agreement
-            and (rows.stop - rows.start) // self.config.samples_per_prompt % 2
-        ):
+        if self.config.diagnostics.gradient_agreement and mine // self.config.samples_per_prompt % 2:
             raise ValueError(
                 "diagnostics.gradient_agreement compares the even and the odd prompts of each process, and prompts_per_"
                 f"step {self.config.prompts_per_step} gives one an odd number of them; use a multiple of twice as many"
             )
-        self._held: tuple[int, Experience] | None = None
-        self.nothing_counts = False
 
     @property
     def engine(self) -> Engine:
         return self.roller.engine
 
-    def close(self) -> None:
-        """End the rollout under way, and the servers that were started."""
-        if self.ahead is not None:
-            self.ahead.close()
-        self.engine.close()
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """End the servers that were started. Where the stage failed and draws ahead, the process's end does: the error
+        does not wait for the rollout under way, nor does its engine go from beneath it."""
+        if self.ahead is None or kind is None:
+            if self.ahead is not None:
+                self.ahead.close()
+            self.engine.close()
 
     def micro_batches(self, step: int) -> list[GrpoBatch]:
         rollout, update = divmod(step, self.updates)

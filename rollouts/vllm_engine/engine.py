@@ -17,14 +17,12 @@ from rollouts.trajectory import Span, Trajectory, pad_left
 from rollouts.vllm_engine.arguments import row_arguments
 from rollouts.vllm_engine.beside import begin
 from rollouts.vllm_engine.drawn import Drawn
-from rollouts.vllm_engine.host import ABANDON_SECONDS, Host, Load, Row
+from rollouts.vllm_engine.host import ABANDON_SECONDS, AGAIN_SECONDS, Host, Load, Row
 from rollouts.vllm_engine.transfer import AdapterTransfer
 from rollouts.vllm_engine.waves import Sample, check_room, plan_waves
 
 Embed = Callable[[tuple[int, ...]], Tensor]
 """Embeddings [P, H] of a prefix."""
-AGAIN_SECONDS = 0.2
-"""How soon a host that has not ended its rollout is told again."""
 
 
 class VllmEngine:

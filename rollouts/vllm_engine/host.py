@@ -14,6 +14,8 @@ BLOCK = 32
 """Positions a KV block holds: the least a CPU allows, so that samples of one prompt share most of its prefix."""
 ABANDON_SECONDS = 60
 """How long a host may take to give up its rows."""
+AGAIN_SECONDS = 0.2
+"""After which it is told again: it may not have begun when it was told first."""
 MEMORY_SHARE = 0.01
 """vLLM's `gpu_memory_utilization`: it asks that so much of the device be free, which training holds most of, and takes
 the bytes of keys and values that it is told whatever this says."""

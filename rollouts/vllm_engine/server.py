@@ -5,6 +5,7 @@ import json
 import logging
 import time
 from collections.abc import Sequence
+from concurrent.futures import wait
 from contextlib import ExitStack, closing
 from threading import Lock
 from typing import Any
@@ -15,7 +16,7 @@ from rollouts.contract import EngineLost
 from rollouts.vllm_engine.beside import begin
 from rollouts.vllm_engine.connections import CONNECTIONS
 from rollouts.vllm_engine.drawn import KEY, Drawn
-from rollouts.vllm_engine.host import ABANDON_SECONDS, Room, Row
+from rollouts.vllm_engine.host import ABANDON_SECONDS, AGAIN_SECONDS, Room, Row
 from rollouts.vllm_engine.launch import PortTaken, Server, ServerPlan
 
 log = logging.getLogger(__name__)
@@ -106,7 +107,10 @@ class ServerHost:
         try:
             return future.result()
         except BaseException:
-            self.abandon()
+            end = time.monotonic() + ABANDON_SECONDS
+            while not future.done() and time.monotonic() < end:
+                self.abandon()
+                wait([future], AGAIN_SECONDS)
             raise
 
     async def _abandonable(self, rows: Sequence[Row]) -> list[list[int]]:

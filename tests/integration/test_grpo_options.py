@@ -101,7 +101,7 @@ def test_a_token_weighting_in_the_recipe_is_used(variant: Callable[..., Recipe],
 def test_a_stage_that_raises_closes_its_engine(
     variant: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whose servers would else stay to the end of the process, a notebook's perhaps."""
+    """Whose servers would else stay to the end of the process, a notebook's perhaps. What is refused builds none."""
     closed: list[Any] = []
 
     def build(*given: Any, **named: Any) -> Any:
@@ -118,6 +118,11 @@ def test_a_stage_that_raises_closes_its_engine(
     with pytest.raises(LookupError):
         run_recipe(variant(f"run_dir={tmp_path / 'fails'}"), lambda line: None)
     assert len(closed) == 1
+    closed.clear()
+    stale = ("stages.grpo.max_staleness=1", "stages.grpo.objective.mismatch={kind: truncate}")
+    with pytest.raises(LookupError):
+        run_recipe(variant(*stale, f"run_dir={tmp_path / 'ahead'}"), lambda line: None)
+    assert not closed, "a rollout that is drawn ahead may be under way"
 
 
 def test_all_weights_resume_bit_identically(

@@ -95,10 +95,10 @@ def test_a_server_killed_at_any_moment_changes_nothing(whole: Whole, tmp_path: P
     for line in command.lines():
         if line in asked:
             time.sleep(asked[line])
-            # None, where the loss of the one before is not noticed yet: it was killed when its rollout was drawn.
-            for server in children(command.process.pid, sessions=True):
+            # There may be none that was not killed: the next is started when the loss is noticed, by the next rollout.
+            for server in {*children(command.process.pid, sessions=True)} - {*killed}:
                 os.killpg(server, signal.SIGKILL)
                 killed.append(server)
     assert command.process.returncode == 0, command.log.read_text()[-6000:]
-    assert len(killed) == len(set(killed)) >= 2
+    assert len(killed) >= 2
     check(tmp_path / "run", whole)

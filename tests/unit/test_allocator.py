@@ -1,5 +1,7 @@
 """Which allocator a process has, and what is said of it beside a memory plan."""
 
+import platform
+
 import pytest
 
 from rlmm import allocator
@@ -32,6 +34,20 @@ def test_glibc_before_it_merged_the_pieces_leaves_holes(name: str, leaves: bool)
     assert len(plan_note(name, gpu=False)) == leaves and plan_note(name, gpu=True) == []
 
 
+@pytest.mark.parametrize(("threshold", "mapped"), [("", False), ("1000000", False), ("x", False), ("65536", True)])
+def test_a_glibc_that_maps_tensors_leaves_no_holes(threshold: str, mapped: bool) -> None:
+    name = allocator.allocator("", GLIBC, threshold)
+    assert name == "glibc 2.36" + ", tensors mapped" * mapped and leaves_holes(name) != mapped
+
+
+@pytest.mark.parametrize(
+    ("name", "seen"), [("jemalloc", True), ("glibc 2.36, tensors mapped", True), ("glibc 2.39", False), ("", False)]
+)
+def test_what_was_not_measured_is_said_to_be_so(name: str, seen: bool) -> None:
+    check = check_allocator(name)
+    assert check.status == "ok" and ("not measured" in check.found) != seen
+
+
+@pytest.mark.skipif(platform.system() != "Linux", reason="of Linux's files")
 def test_this_process_has_one() -> None:
-    """The one it really has: a preloaded library is in the maps."""
-    assert check_allocator(allocator.here()).found
+    assert allocator.here().startswith(("glibc", *allocator.OTHERS))

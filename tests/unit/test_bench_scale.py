@@ -9,9 +9,9 @@ import pytest
 import torch
 from matplotlib.axes import Axes
 
-from rlmm.bench import scale_problem
-from rlmm.bench.scale import ScalePlan, ScaleRow, along, bench_scale, growth, scale_plan, table
-from rlmm.bench.scale_child import measured
+from rlmm.bench import scale, scale_problem
+from rlmm.bench.scale import MAPPED, ScalePlan, ScaleRow, along, bench_scale, growth, run_point, scale_plan, table
+from rlmm.bench.scale_child import held, measured
 from rlmm.bench.scale_plot import write_plot
 from rlmm.bench.scale_problem import Point, bytes_a_step, engine_config, make_policy, micro_batches, stage
 from rlmm.config.engines import VllmEngineConfig
@@ -144,3 +144,23 @@ def test_a_point_is_measured() -> None:
     assert len(found["update_s"]) == 2 and min(found["update_s"]) > 0
     assert found["rollout_s"] > 0 and found["planned"] > 0 and found["weights"] == 4 * found["parameters"]
     assert not torch.is_autocast_enabled("cpu")
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_memory_is_measured_apart_where_an_allocator_may_keep_more(gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, str]] = []
+
+    def child(point: Point, plan: ScalePlan, mapped: dict[str, str]) -> dict[str, Any]:
+        asked.append(mapped)
+        return {"peak": 5.0} if mapped else {"peak": 9.0, "gpu": gpu}
+
+    monkeypatch.setattr(scale, "_child", child)
+    monkeypatch.setattr("platform.libc_ver", lambda: ("glibc", "2.36"))
+    made = run_point(BASE, ScalePlan(BASE, {}))
+    assert (made["peak"], made["resident"]) == ((9.0, None) if gpu else (5.0, 9.0))
+    assert asked == [{}] if gpu else [{}, MAPPED]
+
+
+def test_what_is_held_is_of_an_update_alone() -> None:
+    """As the process that is asked for memory alone makes it."""
+    assert held(replace(BASE, rows=2, drawn=4), None)["peak"] >= 0

@@ -13,7 +13,7 @@ from rlmm.batch import batch_equations
 from rlmm.cli import app
 from rlmm.config.recipe import RecipeError, read_recipe, validate_recipe
 from rlmm.installation import recipes_dir
-from rlmm.memory import memory_plans
+from rlmm.memory import memory_plans, plan_lines
 from rlmm.plan_table import plan_table
 
 TINY = Path(__file__).parents[1] / "recipes" / "tiny.yaml"
@@ -96,8 +96,15 @@ def test_check_prints_the_config_the_batch_equation_and_a_memory_plan() -> None:
 def test_a_plan_names_the_allocator_that_may_hold_more(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(allocator, "here", lambda: name)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    output = CliRunner().invoke(app, ["check", str(TINY)]).output
-    assert ("LD_PRELOAD=libjemalloc.so.2" in output) == (name == "glibc 2.36")
+    answer = CliRunner().invoke(app, ["check", str(TINY)])
+    assert answer.exit_code == 0 and "Memory plan" in answer.output
+    assert ("LD_PRELOAD=libjemalloc.so.2" in answer.output) == (name == "glibc 2.36")
+
+
+def test_a_run_says_its_plan_and_what_there_is_to_say_of_it() -> None:
+    recipe = read_recipe(TINY, [])
+    *stages, note = plan_lines(recipe, 1, ["more"])
+    assert [line.split(":")[0] for line in stages] == [plan.stage for plan in memory_plans(recipe)] and note == "more"
 
 
 def test_the_rows_of_a_plan_are_those_a_machine_has(monkeypatch: pytest.MonkeyPatch) -> None:

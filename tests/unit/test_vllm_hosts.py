@@ -108,8 +108,26 @@ def test_an_interrupted_notebook_leaves_no_rows_on_its_server(servers: list[Draw
     interrupt_when(servers[0].asked)
     with pytest.raises(KeyboardInterrupt):
         in_a_loop(lambda: ask(engine, guided=False))
-    for thread in rollout_threads(before):
-        thread.join(5)
+    assert servers[0].given_up == 1 and not rollout_threads(before)
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_an_interrupt_before_a_notebooks_rows_were_sent_ends_them(
+    servers: list[Drawing], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    servers += [Drawing()]
+    sends, started = ServerHost._abandonable, threading.Event()
+
+    async def late(self: ServerHost, rows: Sequence[Row]) -> list[list[int]]:
+        started.set()
+        await asyncio.sleep(0.5)
+        return await sends(self, rows)
+
+    monkeypatch.setattr(ServerHost, "_abandonable", late)
+    engine, before = over(servers), set(threading.enumerate())
+    interrupt_when(started)
+    with pytest.raises(KeyboardInterrupt):
+        in_a_loop(lambda: ask(engine, guided=False))
     assert servers[0].given_up == 1 and not rollout_threads(before)
 
 
