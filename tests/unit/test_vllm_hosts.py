@@ -119,6 +119,7 @@ def test_an_interrupt_before_a_notebooks_rows_were_sent_ends_them(
     sends, started = ServerHost._abandonable, threading.Event()
 
     async def late(self: ServerHost, rows: Sequence[Row]) -> list[list[int]]:
+        await asyncio.sleep(0.2)  # until the main thread waits for this one
         started.set()
         await asyncio.sleep(0.5)
         return await sends(self, rows)
