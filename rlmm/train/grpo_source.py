@@ -74,7 +74,7 @@ class GrpoSource:
     def _count(self) -> None:
         """Rows and micro-batches of this process's updates. Raises ValueError where they do not come out even."""
         self.updates = self.config.objective.updates_per_rollout
-        mine = len(range(self.config.rollouts)[share(self.config.rollouts, "prompts_per_step x samples_per_prompt")])
+        mine = (rows := share(self.config.rollouts, "prompts_per_step x samples_per_prompt")).stop - rows.start
         self.rows_an_update = mine // self.updates
         self.micro_batches_per_step = self.rows_an_update // self.config.micro_batch_size
         if self.micro_batches_per_step * self.config.micro_batch_size != self.rows_an_update:

@@ -9,12 +9,13 @@ import pytest
 import torch
 from matplotlib.axes import Axes
 
-from rlmm.bench import scale, scale_problem
+from rlmm.bench import scale, scale_child, scale_problem
 from rlmm.bench.scale import MAPPED, ScalePlan, ScaleRow, along, bench_scale, growth, run_point, scale_plan, table
 from rlmm.bench.scale_child import held, measured
 from rlmm.bench.scale_plot import write_plot
 from rlmm.bench.scale_problem import Point, bytes_a_step, engine_config, make_policy, micro_batches, stage
 from rlmm.config.engines import VllmEngineConfig
+from rlmm.policies.transformer import TransformerPolicy
 from rollouts.vllm_engine.host import BLOCK
 
 LISTS = {"model": "tiny,quickstart", "rows": "8,2,32", "tokens": "16", "processes": "1,2", "zero": "0"}
@@ -161,6 +162,14 @@ def test_memory_is_measured_apart_where_an_allocator_may_keep_more(gpu: bool, mo
     assert asked == [{}] if gpu else [{}, MAPPED]
 
 
-def test_what_is_held_is_of_an_update_alone() -> None:
-    """As the process that is asked for memory alone makes it."""
-    assert held(replace(BASE, rows=2, drawn=4), None)["peak"] >= 0
+def test_what_is_held_is_of_two_updates_and_no_rollout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second update has the optimizer's state from its start, as those after it do."""
+    steps: list[int] = []
+
+    def update(point: Point, policy: TransformerPolicy, count: int, deepspeed: str | None) -> dict[str, Any]:
+        steps.append(count)
+        return {"update_s": [1.0], "peak": 7.0}
+
+    monkeypatch.setattr(scale_child, "update", update)
+    monkeypatch.setattr(scale_child, "roll_out", lambda *_: pytest.fail("keys and values would be held, too"))
+    assert held(BASE, None) == {"peak": 7.0} and steps == [2]
