@@ -61,7 +61,7 @@ def run(
     recipe = read_recipe(config, overrides)
     files = deepspeed_files(recipe)
     if os.environ.get("RANK", "0") == "0":
-        note = allocator.plan_note(allocator.here(), torch.cuda.is_available())
+        note = allocator.prepare(torch.cuda.is_available())
         for line in plan_lines(recipe, int(os.environ.get("WORLD_SIZE", "1")), note):
             say(line)
     with processes(deepspeed=bool(files)), listening():
@@ -104,7 +104,7 @@ def check(
         say(no_dry_run(error))
         return
     console.print(plan_table(plans, nproc))
-    for line in allocator.plan_note(allocator.here(), torch.cuda.is_available()):
+    for line in allocator.prepare(torch.cuda.is_available()):
         say(line)
 
 

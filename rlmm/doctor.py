@@ -23,6 +23,7 @@ from rlmm import allocator, diagnosis
 from rlmm.bench.threads import check_thread_choice, measured_apart
 from rlmm.diagnosis import Check
 from rlmm.installation import ROOMS, room_path
+from rollouts.kernels.building import find_compiler
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
@@ -57,7 +58,7 @@ def _machine() -> list[Check]:
         diagnosis.check_threads(threads, visible_cores(), all_cores, os.getloadavg()[0]),
         *_thread_choice(),
         diagnosis.check_bf16(_read("/proc/cpuinfo")),
-        allocator.check_allocator(allocator.here()),
+        allocator.check_allocator(allocator.here(), find_compiler()),
         diagnosis.check_browser(next(filter(None, map(shutil.which, BROWSERS)), None)),
         diagnosis.check_disk(shutil.disk_usage(".").free),
     ]

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from transformers.utils import logging as hf_logging
 
+from rlmm.allocator import prepare
 from rlmm.batch import batch_equations
 from rlmm.config.preference import DpoStage
 from rlmm.config.recipe import Recipe
@@ -57,6 +58,7 @@ def run_recipe(recipe: Recipe, say: Callable[[str], None]) -> RunFolder:
 
     Raises Stopped where the run was asked to stop (`rlmm.train.signals`), FolderInUse where another run has its folder.
     """
+    prepare(torch.cuda.is_available())
     folder = run_folder(recipe)
     lock = FolderLock(folder.path, say)
     try:

@@ -5,7 +5,6 @@ One axis is changed at a time, from a base point; every point is a process of it
 
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -54,17 +53,12 @@ class ScalePlan:
         return list(dict.fromkeys(found))
 
 
-MAPPED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "LD_PRELOAD": ""}
-"""With which glibc maps each tensor alone, so that what is resident is what is held (rlmm/allocator.py). Updates take
-half as long again, so they are timed in another process. Other C libraries' processes are measured as they are."""
-
-
 @dataclass(frozen=True)
 class ScaleRow:
     """Medians over repeats and counted updates. Bytes of one process: `peak` that it holds above the loaded policy,
-    what is `planned` for it, the whole `weights`, and the peak that was `resident` with the allocator of the timed
-    process, None on a GPU. `share`: of a decode step's time, what reading its weights and cache once would take at the
-    speed of a copy."""
+    what is `planned` for it, the whole `weights`, and the peak `after_rollout`, whose freed memory an update of the
+    same process has first; None on a GPU. `share`: of a decode step's time, what reading its weights and cache once
+    would take at the speed of a copy."""
 
     point: Point
     parameters: int
@@ -77,7 +71,7 @@ class ScaleRow:
     planned: float
     weights: float
     copied_bytes_a_second: float
-    resident: float | None
+    after_rollout: float | None
 
 
 def scale_plan(lists: Mapping[str, str], fixed: Mapping[str, Any], **settings: int) -> ScalePlan:
@@ -130,17 +124,16 @@ def bench_scale(plan: ScalePlan, json_file: Path | None, plot_file: Path | None)
 
 
 def run_point(point: Point, plan: ScalePlan) -> dict[str, Any]:
-    """What the point's first process found. Raises RuntimeError with its last words where it fails."""
-    timed = _child(point, plan, {})
+    """What the point's processes found: one that is timed, and on a CPU one that does nothing but the updates. Raises
+    RuntimeError with the last words of one that fails."""
+    timed = _child(point, plan, only_memory=False)
     if timed["gpu"]:
-        return timed | {"resident": None}
-    glibc = platform.libc_ver()[0] == "glibc"
-    held = _child(point, plan, MAPPED)["peak"] if glibc else timed["peak"]
-    return timed | {"resident": timed["peak"], "peak": held}
+        return timed | {"after_rollout": None}
+    return timed | {"after_rollout": timed["peak"], "peak": _child(point, plan, only_memory=True)["peak"]}
 
 
-def _child(point: Point, plan: ScalePlan, mapped: dict[str, str]) -> dict[str, Any]:
-    order = {"point": asdict(point), "steps": plan.steps, "threads": plan.threads, "only_memory": bool(mapped)}
+def _child(point: Point, plan: ScalePlan, *, only_memory: bool) -> dict[str, Any]:
+    order = {"point": asdict(point), "steps": plan.steps, "threads": plan.threads, "only_memory": only_memory}
     launched = ["-m", "torch.distributed.run", *on_this_machine(point.processes)]
     with tempfile.TemporaryDirectory() as folder:
         asked, answer = Path(folder) / "order.json", Path(folder) / "result.json"
@@ -148,7 +141,7 @@ def _child(point: Point, plan: ScalePlan, mapped: dict[str, str]) -> dict[str, A
         own = ["-m", "rlmm.bench.scale_child", str(asked), str(answer)]
         done = subprocess.run(
             [sys.executable, *(launched if point.processes > 1 else []), *own],
-            env=os.environ | {"OMP_NUM_THREADS": str(plan.threads), "HF_HUB_OFFLINE": "1"} | mapped,
+            env=os.environ | {"OMP_NUM_THREADS": str(plan.threads), "HF_HUB_OFFLINE": "1"},
             capture_output=True,
             text=True,
         )
@@ -182,7 +175,7 @@ def row_of(point: Point, made: Sequence[dict[str, Any]]) -> ScaleRow:
         planned=made[0]["planned"],
         weights=made[0]["weights"],
         copied_bytes_a_second=copied,
-        resident=None if made[0]["gpu"] else median(one["resident"] for one in made),
+        after_rollout=None if made[0]["gpu"] else median(one["after_rollout"] for one in made),
     )
 
 
@@ -213,7 +206,7 @@ def table(rows: Sequence[ScaleRow], threads: int) -> Table:
     shown = Table(title=f"A rollout and an update ({threads} thread(s) a process)")
     columns = (
         "model", "rows", "tokens", "processes", "ZeRO", "rollout s", "tokens/s", "of bandwidth", "update s", "tokens/s",
-        "peak", "planned", "resident",
+        "peak", "planned", "after rollout",
     )  # fmt: skip
     for column in columns:
         shown.add_column(column, justify="left" if column == "model" else "right")
@@ -223,6 +216,6 @@ def table(rows: Sequence[ScaleRow], threads: int) -> Table:
             Path(point.model).name, str(point.rows), str(point.tokens), str(point.processes), str(point.zero or "-"),
             f"{row.rollout_s:.3g}", f"{row.tokens_a_second:.0f}", f"{row.share:.2f}", f"{row.update_s:.3g}",
             f"{row.trained_tokens_a_second:.0f}", readable(int(row.peak)), readable(int(row.planned)),
-            "-" if row.resident is None else readable(int(row.resident)),
+            "-" if row.after_rollout is None else readable(int(row.after_rollout)),
         )  # fmt: skip
     return shown

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from rlmm.allocator import prepare
 from rlmm.bench.machine import copied_bytes_a_second, timed
 from rlmm.bench.scale_problem import (
     Point,
@@ -117,6 +118,7 @@ def measured(point: Point, steps: int, deepspeed: str | None) -> dict[str, Any]:
 def main(order: Path, result: Path) -> None:
     given = json.loads(order.read_text())
     torch.set_num_threads(given["threads"])
+    prepare(torch.cuda.is_available())
     point = Point(**given["point"])
     with processes(deepspeed=point.zero > 0), tempfile.TemporaryDirectory() as folder:
         file = zero_file(point, Path(folder))

@@ -6,16 +6,12 @@ rounded otherwise and slower.
 
 import ctypes
 import functools
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from rollouts.kernels.building import NoKernels, built
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("vectors.h", "decode.cpp", "paged.cpp"))
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fno-math-errno", "-shared", "-fPIC")
@@ -26,10 +22,6 @@ GROUP = 32
 """A page's positions are a multiple of it."""
 LANES = 16
 """Positions in one block of keys, floats in one vector."""
-
-
-class NoKernels(RuntimeError):
-    """The kernels cannot be built or loaded here; the text says why."""
 
 
 class Kernels:
@@ -127,38 +119,8 @@ class Kernels:
 @functools.cache
 def load_kernels() -> Kernels:
     """The library of this processor, compiled if it is not in the cache. Raises NoKernels."""
-    compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("g++", "clang++", "c++"))), None)
-    if compiler is None:
-        raise NoKernels("no C++ compiler (g++, clang++ or $CXX) was found")
-    path = _folder() / f"kernels-{_key(compiler)}.so"
+    path = built("kernels", SOURCES, FLAGS)
     try:
-        if not path.is_file():
-            _compile(compiler, path)
         return Kernels(ctypes.CDLL(str(path)))
     except OSError as error:
-        raise NoKernels(f"{path} cannot be written or loaded ({error})") from error
-
-
-def _folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rlmm"
-
-
-def _key(compiler: str) -> str:
-    """Of the source, the flags and the processor: another machine on the same home folder compiles its own."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else [platform.processor(), platform.machine()]
-    kind = [line for line in lines if line.startswith(("model name", "flags", "Features"))][:2] or lines[:2]
-    sources = [source.read_text() for source in SOURCES]
-    return hashlib.sha256("\n".join([*sources, *FLAGS, compiler, *kind]).encode()).hexdigest()[:16]
-
-
-def _compile(compiler: str, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        built = Path(folder, path.name)
-        command = [*compiler.split(), *FLAGS, "-o", str(built), *(str(source) for source in SOURCES[1:])]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            said = (done.stderr.strip().splitlines() or ["no message"])[0]
-            raise NoKernels(f"{compiler} cannot compile them ({said})")
-        built.replace(path)
+        raise NoKernels(f"{path} cannot be loaded ({error})") from error

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rollouts.kernels.native import HEAD_SIZES, LANES, Kernels, NoKernels, load_kernels
+from rollouts.kernels.building import NoKernels
+from rollouts.kernels.native import HEAD_SIZES, LANES, Kernels, load_kernels
 from rollouts.torch_engine.graphs import Graphs
 from rollouts.torch_engine.llama import LlamaShape
 from rollouts.torch_engine.weights import Layer, LlamaWeights, take_weights

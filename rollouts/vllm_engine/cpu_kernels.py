@@ -23,7 +23,8 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-from rollouts.kernels.native import GROUP, LANES, PAGED_HEAD_SIZES, NoKernels, load_kernels
+from rollouts.kernels.building import NoKernels
+from rollouts.kernels.native import GROUP, LANES, PAGED_HEAD_SIZES, load_kernels
 
 DTYPES = (torch.float32, torch.bfloat16)
 LAYOUT = "vec"

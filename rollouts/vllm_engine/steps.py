@@ -20,7 +20,8 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from rollouts.kernels.native import NoKernels, load_kernels
+from rollouts.kernels.building import NoKernels
+from rollouts.kernels.native import load_kernels
 from rollouts.vllm_engine.cpu_kernels import KernelImpl
 from rollouts.vllm_engine.flat import FlatLlama, is_flat
 

@@ -14,7 +14,8 @@ import torch
 
 from rlmm.train.gates import TOLERANCE
 from rollouts.contract import Grid, Layout
-from rollouts.kernels.native import NoKernels, load_kernels
+from rollouts.kernels.building import NoKernels
+from rollouts.kernels.native import load_kernels
 from rollouts.vllm_engine import plugin
 from rollouts.vllm_engine.local import LocalHost
 from tests.integration.programs import answer_of

@@ -20,7 +20,8 @@ from rlmm.policies.families.llama import build
 from rlmm.train.engines import build_engine
 from rlmm.train.gates import check_mismatch, measure_mismatch
 from rollouts.fingerprint import weights_fingerprint
-from rollouts.kernels.native import NoKernels, load_kernels
+from rollouts.kernels.building import NoKernels
+from rollouts.kernels.native import load_kernels
 from rollouts.law import Law
 from rollouts.torch_engine import graphs
 from rollouts.torch_engine.causal import TorchEngine

@@ -10,7 +10,7 @@ import torch
 from matplotlib.axes import Axes
 
 from rlmm.bench import scale, scale_child, scale_problem
-from rlmm.bench.scale import MAPPED, ScalePlan, ScaleRow, along, bench_scale, growth, run_point, scale_plan, table
+from rlmm.bench.scale import ScalePlan, ScaleRow, along, bench_scale, growth, run_point, scale_plan, table
 from rlmm.bench.scale_child import held, measured
 from rlmm.bench.scale_plot import write_plot
 from rlmm.bench.scale_problem import Point, bytes_a_step, engine_config, make_policy, micro_batches, stage
@@ -148,18 +148,17 @@ def test_a_point_is_measured() -> None:
 
 
 @pytest.mark.parametrize("gpu", [False, True])
-def test_memory_is_measured_apart_where_an_allocator_may_keep_more(gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[dict[str, str]] = []
+def test_memory_of_an_update_alone_is_measured_apart_on_a_cpu(gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
 
-    def child(point: Point, plan: ScalePlan, mapped: dict[str, str]) -> dict[str, Any]:
-        asked.append(mapped)
-        return {"peak": 5.0} if mapped else {"peak": 9.0, "gpu": gpu}
+    def child(point: Point, plan: ScalePlan, *, only_memory: bool) -> dict[str, Any]:
+        asked.append(only_memory)
+        return {"peak": 5.0} if only_memory else {"peak": 9.0, "gpu": gpu}
 
     monkeypatch.setattr(scale, "_child", child)
-    monkeypatch.setattr("platform.libc_ver", lambda: ("glibc", "2.36"))
     made = run_point(BASE, ScalePlan(BASE, {}))
-    assert (made["peak"], made["resident"]) == ((9.0, None) if gpu else (5.0, 9.0))
-    assert asked == [{}] if gpu else [{}, MAPPED]
+    assert (made["peak"], made["after_rollout"]) == ((9.0, None) if gpu else (5.0, 9.0))
+    assert asked == [False] if gpu else [False, True]
 
 
 def test_what_is_held_is_of_two_updates_and_no_rollout(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rollouts.kernels.native import PAGED_HEAD_SIZES, Kernels, NoKernels, load_kernels
+from rollouts.kernels.building import NoKernels
+from rollouts.kernels.native import PAGED_HEAD_SIZES, Kernels, load_kernels
 
 ROOT = Path(__file__).parents[2]
 
