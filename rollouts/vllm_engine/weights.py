@@ -26,7 +26,8 @@ def running_fingerprint(model: nn.Module) -> str:
 
 def reload_all(reload: Callable[..., Any], weights: Iterable[tuple[str, Tensor]]) -> None:
     """vLLM's `reload_weights` of weights that may break off. They then seem to end, so that vLLM puts its layers
-    together again before the error is raised: left in the middle of a pass, it would take no other one."""
+    together again before the error is raised: left in the middle of a pass, it would take no other one. Raises
+    RuntimeError where vLLM itself refuses a weight, which does leave it there."""
     broke: list[BaseException] = []
 
     def until_broken() -> Iterator[tuple[str, Tensor]]:
@@ -37,9 +38,13 @@ def reload_all(reload: Callable[..., Any], weights: Iterable[tuple[str, Tensor]]
 
     try:
         reload(weights_iterator=until_broken())
-    finally:
-        if broke:  # also where vLLM misses what did not come
-            raise broke[0]
+    except Exception as error:
+        if broke:  # vLLM misses what did not come
+            raise broke[0] from None
+        said = f"vLLM cannot load the weights it was sent ({error}), and is left in the middle of them; start it anew"
+        raise RuntimeError(f"{said} for the checkpoint that is trained") from error
+    if broke:
+        raise broke[0]
 
 
 def refresh_tied_head(model: Any) -> None:

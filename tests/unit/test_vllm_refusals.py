@@ -1,6 +1,7 @@
 """What this project's parts of vLLM cannot do is said by them. vLLM is imported here, and not started."""
 
 import importlib.util
+from collections.abc import Iterable, Iterator
 from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
@@ -114,3 +115,22 @@ def test_prompts_of_these_are_not_embeddings(named: str, says: str) -> None:
     model = getattr(import_module(f"rollouts.vllm_engine.{module}"), name)
     with pytest.raises(NotImplementedError, match=says):
         model.forward(None, None, torch.zeros(1), None)
+
+
+def test_weights_that_vllm_refuses_are_told_from_weights_that_stop_coming() -> None:
+    from rollouts.vllm_engine.weights import reload_all
+
+    def stops() -> Iterator[tuple[str, torch.Tensor]]:
+        yield "head", torch.zeros(2)
+        raise EOFError("the trainer is gone")
+
+    def load(weights_iterator: Iterable[tuple[str, torch.Tensor]]) -> None:
+        found = dict(weights_iterator)
+        if found.keys() != {"head", "norm"} or found["norm"].shape != (2,):
+            raise ValueError(f"norm does not fit: {sorted(found)}")
+
+    reload_all(load, {"head": torch.zeros(2), "norm": torch.zeros(2)}.items())
+    with pytest.raises(RuntimeError, match=r"norm does not fit: \['head', 'norm'\].* start it anew for the checkpoint"):
+        reload_all(load, {"head": torch.zeros(2), "norm": torch.zeros(3)}.items())
+    with pytest.raises(EOFError, match="the trainer is gone"):
+        reload_all(load, stops())
