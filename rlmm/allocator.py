@@ -8,7 +8,10 @@ activations then lie beside the holes of those before them: up to 2.2 times thei
 
 import ctypes
 import functools
+import importlib.util
+import os
 import platform
+from importlib.metadata import version
 from pathlib import Path
 
 from rlmm.diagnosis import Check
@@ -50,51 +53,56 @@ def leaves_holes(name: str) -> bool:
     return is_plain(name) and tuple(map(int, name.split()[1].split(".")[:2])) < MERGES
 
 
-@functools.cache
-def pad_tensors() -> str:
-    """From now on this process's tensors in main memory are padded, where they are glibc's. Returns why they are not.
-
-    Compiled on first use, in a second or two; without a compiler torch's own stays."""
-    if not is_plain(here()):
-        return ""
+def not_padded() -> str:
+    """Why tensors that are glibc's cannot be padded here; "" where they can. Compiles on first use, in a second."""
+    if os.environ.get("THP_MEM_ALLOC_ENABLE", "0") != "0":
+        return "THP_MEM_ALLOC_ENABLE asks for torch's own blocks"
     try:
-        path = built(SOURCE.stem, [SOURCE], *_against_torch())
-        ctypes.CDLL(str(path)).rlmm_pad()
-    except (NoKernels, OSError) as error:
+        _library()
+    except NoKernels as error:
         return str(error)
     return ""
 
 
-def _against_torch() -> tuple[list[str], list[str]]:
-    """Flags and libraries. Another torch has another allocator's interface, and its own build of the library."""
-    import torch
+@functools.cache
+def pad_tensors() -> str:
+    """From now on this process's tensors in main memory are padded, where they are glibc's. Returns why they are not:
+    torch's own stay then."""
+    if not is_plain(here()) or (why := not_padded()):
+        return why
+    import torch  # noqa: F401 (whose library is asked for the allocator's place)
 
-    package = Path(torch.__file__).parent
-    flags = ["-O2", "-std=c++20", "-shared", "-fPIC", f"-I{package / 'include'}", f"-DRLMM_TORCH={torch.__version__}"]
-    return flags, [f"-L{package / 'lib'}", "-lc10"]
+    try:
+        ctypes.CDLL(str(_library())).rlmm_pad()
+    except OSError as error:
+        return f"{_library()} cannot be loaded ({error})"
+    return ""
 
 
-def check_allocator(name: str, compiler: str | None) -> Check:
-    """Whether a run on a CPU holds what the memory plan says, as far as that was measured."""
-    if is_plain(name) and compiler is not None:
+def _library() -> Path:
+    """Another torch has another allocator's interface, and its own build. torch is not imported: doctor asks, too."""
+    if (found := importlib.util.find_spec("torch")) is None or found.origin is None:
+        raise NoKernels("torch is not installed")
+    package = Path(found.origin).parent
+    flags = ["-O2", "-std=c++20", "-shared", "-fPIC", f"-I{package / 'include'}"]
+    return built(SOURCE.stem, [SOURCE], [*flags, f"-DRLMM_TORCH={version('torch')}"], [f"-L{package / 'lib'}", "-lc10"])
+
+
+def check_allocator(name: str, why: str) -> Check:
+    """Whether a run on a CPU holds what the memory plan says, as far as that was measured. `why` glibc's tensors cannot
+    be padded."""
+    if is_plain(name) and not why:
         return Check("allocator", "ok", f"{name}; runs on a CPU pad their tensors, so that freed ones leave no holes")
     if leaves_holes(name):
-        found = f"{name}: an update on a CPU may hold twice its memory plan, in holes that freed tensors left"
-        return Check("allocator", "warn", found, f"install a C++ compiler, or start with {PRELOAD}")
+        found = f"{name}: an update on a CPU may hold twice its memory plan, in holes that freed tensors left ({why})"
+        return Check("allocator", "warn", found, f"mend that, or start with {PRELOAD}")
     seen = any(one in name for one in SEEN)
     return Check("allocator", "ok", name if seen else f"{name or 'unknown'}; what updates hold by it was not measured")
 
 
-def plan_note(name: str, why: str) -> list[str]:
-    """A line beside a memory plan of main memory, where the allocator may hold more. `why` tensors are not padded."""
-    if not leaves_holes(name):
+def prepare(gpu: bool) -> list[str]:
+    """Pads this process's tensors where it trains in main memory. Returns a line for beside its memory plan, where the
+    allocator may hold more."""
+    if gpu or not (why := pad_tensors()) or not leaves_holes(name := here()):
         return []
     return [f"{name} may hold twice that, in holes that freed tensors left: {why}; mend it, or start with {PRELOAD}"]
-
-
-def prepare(gpu: bool) -> list[str]:
-    """Pads this process's tensors where it trains in main memory. Returns the note for its memory plan."""
-    if gpu:
-        return []
-    why = pad_tensors()
-    return plan_note(here(), why)

@@ -49,9 +49,7 @@ def run(
     if nproc is not None:
         launch(nproc, config, overrides or [])
         return
-    import torch
 
-    from rlmm import allocator
     from rlmm.config.recipe import read_recipe
     from rlmm.memory import plan_lines
     from rlmm.pipeline import run_recipe
@@ -61,8 +59,7 @@ def run(
     recipe = read_recipe(config, overrides)
     files = deepspeed_files(recipe)
     if os.environ.get("RANK", "0") == "0":
-        note = allocator.prepare(torch.cuda.is_available())
-        for line in plan_lines(recipe, int(os.environ.get("WORLD_SIZE", "1")), note):
+        for line in plan_lines(recipe, int(os.environ.get("WORLD_SIZE", "1"))):
             say(line)
     with processes(deepspeed=bool(files)), listening():
         folder = run_recipe(recipe, say)

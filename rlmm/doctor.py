@@ -23,13 +23,12 @@ from rlmm import allocator, diagnosis
 from rlmm.bench.threads import check_thread_choice, measured_apart
 from rlmm.diagnosis import Check
 from rlmm.installation import ROOMS, room_path
-from rollouts.kernels.building import find_compiler
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
 
 def checks() -> list[Check]:
-    """Every check of this machine and installation; changes nothing."""
+    """Every check of this machine and installation; changes nothing but the cache of what is compiled here."""
     if installed_version("rlmm") is None:
         fix = "`make install` in the checkout, or pip install --no-deps -e ."
         return [Check("rlmm", "fail", "runs from a folder, not installed", fix)]
@@ -58,10 +57,15 @@ def _machine() -> list[Check]:
         diagnosis.check_threads(threads, visible_cores(), all_cores, os.getloadavg()[0]),
         *_thread_choice(),
         diagnosis.check_bf16(_read("/proc/cpuinfo")),
-        allocator.check_allocator(allocator.here(), find_compiler()),
+        _allocator(),
         diagnosis.check_browser(next(filter(None, map(shutil.which, BROWSERS)), None)),
         diagnosis.check_disk(shutil.disk_usage(".").free),
     ]
+
+
+def _allocator() -> Check:
+    name = allocator.here()
+    return allocator.check_allocator(name, allocator.not_padded() if allocator.is_plain(name) else "")
 
 
 def _thread_choice() -> list[Check]:

@@ -3,7 +3,7 @@
 An update's part and what sampling holds are those of dry runs (`rlmm.dry_run`, `rlmm.dry_sampling`).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -84,8 +84,8 @@ def memory_plans(recipe: Recipe, processes: int = 1) -> list[MemoryPlan]:
     ]
 
 
-def plan_lines(recipe: Recipe, processes: int = 1, note: Sequence[str] = ()) -> list[str]:
-    """What a run says of its memory before it begins: a line a policy stage and `note`, or why there is no plan."""
+def plan_lines(recipe: Recipe, processes: int = 1) -> list[str]:
+    """What a run says of its memory before it begins: a line a policy stage, or why there is no plan."""
     if isinstance(recipe.policy, CheckpointPolicy) and (absent := not_here(recipe.policy)) is not None:
         return [f"no memory plan: {recipe.policy.path} is not here: {absent}"]
     try:
@@ -96,7 +96,7 @@ def plan_lines(recipe: Recipe, processes: int = 1, note: Sequence[str] = ()) -> 
         f"{plan.stage}: about {readable(plan.total)} of memory{' a process' * (processes > 1)}, "
         f"{readable(plan.weights)} of them the weights"
         for plan in plans
-    ] + [*note]
+    ]
 
 
 def no_dry_run(error: Exception) -> str:

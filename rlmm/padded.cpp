@@ -11,11 +11,14 @@ namespace {
 constexpr std::uintptr_t ALIGNMENT = 64;  // torch's own
 constexpr std::size_t ROOM = sizeof(void*) + ALIGNMENT - 1;
 
-// What `malloc` gave stands before the tensor.
+// What `malloc` gave stands before the tensor. oneDNN frees by whatever allocator there is then, so a block may be older
+// than this one: what glibc has before it is its size, which is no address beside the block.
 void give_back(void* data) {
     if (!data) return;
     c10::profiledCPUMemoryReporter().Delete(data);
-    std::free(static_cast<void**>(data)[-1]);
+    void* whole = static_cast<void**>(data)[-1];
+    const auto before = reinterpret_cast<std::uintptr_t>(data) - reinterpret_cast<std::uintptr_t>(whole);
+    std::free(before <= ROOM ? whole : data);
 }
 
 struct Padded final : c10::Allocator {
@@ -23,9 +26,11 @@ struct Padded final : c10::Allocator {
         const c10::Device cpu(c10::DeviceType::CPU);
         if (!bytes) return {nullptr, nullptr, &give_back, cpu};
         void* whole = bytes <= PTRDIFF_MAX - ROOM ? std::malloc(bytes + ROOM) : nullptr;
-        TORCH_CHECK(whole, "can't allocate memory: ", bytes, " bytes of main memory were asked for");
-        const auto first = reinterpret_cast<std::uintptr_t>(whole) + ROOM;
-        void* data = reinterpret_cast<void*>(first - first % ALIGNMENT);
+        if (!whole) c10::profiledCPUMemoryReporter().OutOfMemory(bytes);
+        // The words by which accelerate and others know torch's own error.
+        TORCH_CHECK(whole, "DefaultCPUAllocator: can't allocate memory: you tried to allocate ", bytes, " bytes.");
+        const auto last = reinterpret_cast<std::uintptr_t>(whole) + ROOM;
+        void* data = reinterpret_cast<void*>(last - last % ALIGNMENT);
         static_cast<void**>(data)[-1] = whole;
         c10::profiledCPUMemoryReporter().New(data, bytes);
         return {data, data, &give_back, cpu};
@@ -33,7 +38,6 @@ struct Padded final : c10::Allocator {
     c10::DeleterFnPtr raw_deleter() const override { return &give_back; }
     void copy_data(void* to, const void* from, std::size_t bytes) const override { std::memcpy(to, from, bytes); }
 };
-
 }  // namespace
 
 extern "C" void rlmm_pad() {

@@ -1,5 +1,6 @@
 """Runs a recipe's stages in order. A second call goes on where the first one stopped."""
 
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -58,7 +59,9 @@ def run_recipe(recipe: Recipe, say: Callable[[str], None]) -> RunFolder:
 
     Raises Stopped where the run was asked to stop (`rlmm.train.signals`), FolderInUse where another run has its folder.
     """
-    prepare(torch.cuda.is_available())
+    for line in prepare(torch.cuda.is_available()):
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # of each machine
+            say(line)
     folder = run_folder(recipe)
     lock = FolderLock(folder.path, say)
     try:

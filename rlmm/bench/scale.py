@@ -15,10 +15,12 @@ from statistics import median
 from typing import Any, get_args
 
 import numpy as np
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from rlmm.allocator import prepare
 from rlmm.bench.machine import setting, write_json
 from rlmm.bench.rollout_problem import SIZES, known_sizes
 from rlmm.bench.scale_plot import NAMES, write_plot
@@ -116,6 +118,8 @@ def bench_scale(plan: ScalePlan, json_file: Path | None, plot_file: Path | None)
                 figures = {"rows": [asdict(row) for row in rows], "growth": growth(rows, plan)}
                 write_json(json_file, {"setting": around, "plan": asdict(plan), **figures})
     console.print(table(rows, plan.threads))
+    for line in prepare(torch.cuda.is_available()):  # as each process was
+        console.print(line)
     for name, found in growth(rows, plan).items():
         console.print(f"with {NAMES[name]}: " + ", ".join(f"{what} to the power {e:.2f}" for what, e in found.items()))
     if plot_file is not None:

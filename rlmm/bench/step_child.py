@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from rlmm.allocator import prepare
 from rlmm.bench.step_problem import Side, StepProblem
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -71,7 +72,10 @@ def read_peak() -> float:
 
 
 def run_side(side: Side, problem: StepProblem, steps: int, callback: TrainerCallback) -> None:
-    """Make `steps` updates; the callback sees them begin and end. Each side imports its own framework alone."""
+    """Make `steps` updates; the callback sees them begin and end. Each side imports its own framework alone.
+
+    Both sides' tensors are padded, so that the peaks are those of what is held."""
+    prepare(torch.cuda.is_available())
     with tempfile.TemporaryDirectory() as folder:
         if side.framework == "rlmm":
             from rlmm.bench.step_rlmm import run_rlmm

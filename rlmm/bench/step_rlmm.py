@@ -5,7 +5,6 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback
 
-from rlmm.allocator import prepare
 from rlmm.bench.step_problem import (
     LEARNING_RATE,
     Sampled,
@@ -40,7 +39,6 @@ class FixedSource:
 
 def run_rlmm(side: Side, problem: StepProblem, steps: int, callback: TrainerCallback, folder: Path) -> None:
     """Make `steps` updates; the callback sees them begin and end."""
-    prepare(torch.cuda.is_available())
     config = GrpoStage.model_validate(
         {
             "steps": steps,
