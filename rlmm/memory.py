@@ -9,13 +9,13 @@ from functools import partial
 
 import torch
 
-from rlmm.config.data import Data, RowsData, ScenesData
 from rlmm.config.engines import TorchEngineConfig, VllmServerConfig, VllmSizes
 from rlmm.config.policy import CheckpointPolicy, NewPolicy
 from rlmm.config.recipe import Recipe
 from rlmm.config.stages import DpoStage, GrpoStage, PolicyStage, SftStage
 from rlmm.dry_run import NO_DRY_RUN, Held, Update, dry_run
 from rlmm.dry_sampling import Drawing, packed_shape, sampled
+from rlmm.planned_prompts import Asked, asked_of
 from rlmm.policies.families import llama
 from rlmm.policies.families.loading import find_family, not_here, outline
 from rlmm.policies.transformer import TransformerPolicy
@@ -25,8 +25,6 @@ from rollouts.contract import Layout
 from rollouts.law import Law
 
 FLOAT_BYTES = 4
-PROMPT_TOKENS = 32
-"""What a prompt is taken to need."""
 
 
 @dataclass(frozen=True)
@@ -76,9 +74,11 @@ def memory_plans(recipe: Recipe, processes: int = 1) -> list[MemoryPlan]:
         )
     else:
         make = partial(outline, recipe.policy)
-    sources = has_sources(recipe.data)
+    with torch.device("meta"):
+        spelling = make().spelling
+    asked = asked_of(recipe.data, spelling, recipe.seed)
     return [
-        _plan(name, stage, make, sources, processes)
+        _plan(name, stage, make, asked, processes)
         for name, stage in recipe.stages.items()
         if isinstance(stage, PolicyStage)
     ]
@@ -104,19 +104,12 @@ def no_dry_run(error: Exception) -> str:
     return f"no memory plan: the policy's forward cannot run on tensors without values ({error})"
 
 
-def has_sources(data: Data) -> bool:
-    """Whether prompts hold an image; one is counted."""
-    if isinstance(data, RowsData):
-        return data.sources_column is not None
-    return isinstance(data, ScenesData) and data.variant != "text_to_image"
-
-
-def _length(stage: PolicyStage, layout: Layout, sources: bool) -> int:
+def _length(stage: PolicyStage, layout: Layout, asked: Asked) -> int:
     """Positions of a sequence: prompt, source image, text at its longest, image."""
     text = _written(stage)
     # Before a text a source image may be seen through an encoder, with features of its own number.
     source = layout.seeing.length if layout.seeing is not None and text else layout.grid.length
-    return PROMPT_TOKENS + text + sources * source + _draws(stage) * layout.grid.length
+    return asked.prompt + text + asked.sources * source + _draws(stage) * layout.grid.length
 
 
 def _draws(stage: PolicyStage) -> bool:
@@ -130,20 +123,20 @@ def _written(stage: PolicyStage) -> int:
     return 0 if written is None else written.length_limit
 
 
-def _text(stage: PolicyStage, layout: Layout, positions: int) -> int:
+def _text(stage: PolicyStage, layout: Layout, prompt: int, positions: int) -> int:
     """Decisions of text in a micro-batch: what the policy writes, or what it learns of prompts."""
     if isinstance(stage, SftStage) and layout.decides_text:
         share = 1.0 if layout.mask is None else supervised_share(stage, positions) * (stage.text_weight > 0)
-        return round(stage.micro_batch_size * PROMPT_TOKENS * share)
+        return round(stage.micro_batch_size * prompt * share)
     return stage.micro_batch_size * _written(stage)
 
 
-def _plan(name: str, stage: PolicyStage, make: Make, sources: bool, processes: int) -> MemoryPlan:
+def _plan(name: str, stage: PolicyStage, make: Make, asked: Asked, processes: int) -> MemoryPlan:
     with torch.device("meta"):
         policy = make()
-    layout, length = policy.layout, _length(stage, policy.layout, sources)
+    layout, length = policy.layout, _length(stage, policy.layout, asked)
     adapted = partial(_adapted, make, stage)
-    held = dry_run(adapted, _law(stage, layout), _update(stage, layout, length, processes))
+    held = dry_run(adapted, _law(stage, layout), _update(stage, layout, asked, processes))
     sharing = read_sharing(stage.deepspeed, processes, policy.sizes.hidden_size)
     share = shared(held, sharing)
     total = sum(weight.numel() for weight in policy.model.parameters())
@@ -181,7 +174,7 @@ def _law(stage: PolicyStage, layout: Layout) -> Law:
     return stage.sampling.law(layout.image) if isinstance(stage, GrpoStage) else Law(layout.image)
 
 
-def _update(stage: PolicyStage, layout: Layout, length: int, processes: int) -> Update:
+def _update(stage: PolicyStage, layout: Layout, asked: Asked, processes: int) -> Update:
     streams = len(_law(stage, layout).streams(replay=True))
     accumulated = _rows(stage) > stage.micro_batch_size * processes
     positions = len(layout.grid.decided())
@@ -189,7 +182,7 @@ def _update(stage: PolicyStage, layout: Layout, length: int, processes: int) -> 
     return Update(
         rows=streams * (_sequences(stage) if read is None else read.states),
         streams=streams,
-        length=length,
+        length=_length(stage, layout, asked),
         decided=positions if _draws(stage) else 0,
         again=accumulated,
         precision=stage.precision,
@@ -197,7 +190,7 @@ def _update(stage: PolicyStage, layout: Layout, length: int, processes: int) -> 
         image_rows=isinstance(stage, GrpoStage) and stage.trains_image_rows(processes, cuda=torch.cuda.is_available()),
         read=read,
         gate=None if layout.mask is None else gate_reading(stage, positions),
-        text=_text(stage, layout, positions),
+        text=_text(stage, layout, asked.prompt, positions),
         entropy=isinstance(stage, GrpoStage) and stage.objective.entropy.coefficient > 0,
     )
 

@@ -10,6 +10,7 @@ from rlmm.config.recipe import read_recipe
 from rlmm.config.stages import PolicyStage
 from rlmm.dry_run import dry_run
 from rlmm.memory import Make, _law, _length, _update
+from rlmm.planned_prompts import Asked
 from rlmm.policies.families import llama
 from rlmm.policies.layout_io import Supervised
 from rlmm.policies.transformer import TransformerPolicy
@@ -29,17 +30,22 @@ def sizes(hidden: int = 64, intermediate: int = 128, family: str = "causal", att
 
 @dataclass(frozen=True)
 class Planned:
-    """A stage, a policy for it, and the `length` of its sequences."""
+    """A stage, a policy for it, and what stands before its images."""
 
     stage: PolicyStage
     make: Make
     policy: TransformerPolicy
-    length: int
+    asked: Asked
+
+    @property
+    def length(self) -> int:
+        """Of a sequence."""
+        return _length(self.stage, self.policy.layout, self.asked)
 
     @property
     def passing(self) -> int:
         """Bytes that an update is planned to hold beside weights and the optimizer's state."""
-        update = _update(self.stage, self.policy.layout, self.length, 1)
+        update = _update(self.stage, self.policy.layout, self.asked, 1)
         return dry_run(self.make, _law(self.stage, self.policy.layout), update).passing
 
     def requests(self, prompts: int, samples: int, names: tuple[str, ...], edits: bool) -> list[Request]:
@@ -68,4 +74,4 @@ def planned(recipe: str, stage: str, *overrides: str) -> Planned:
     found, policy = made.stages[stage], make()
     assert isinstance(found, PolicyStage)
     edits = "source_scale" in " ".join(overrides)
-    return Planned(found, make, policy, _length(found, policy.layout, edits))
+    return Planned(found, make, policy, Asked(32, edits))

@@ -44,7 +44,7 @@ def test_text_that_is_learnt_counts() -> None:
     """By its logits at least, which the backward pass needs."""
     made = planned(RECIPE["causal"], "sft", sizes(family="causal"))
     layout = made.policy.layout
-    law, update = _law(made.stage, layout), _update(made.stage, layout, made.length, 1)
+    law, update = _law(made.stage, layout), _update(made.stage, layout, made.asked, 1)
     bare = dry_run(made.make, law, replace(update, text=0)).passing
     text = dry_run(made.make, law, replace(update, text=10_000)).passing
     assert text - bare > 10_000 * (layout.text[1] - layout.text[0]) * 4
