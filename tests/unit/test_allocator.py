@@ -179,7 +179,7 @@ needs_padding = pytest.mark.skipif(
 def test_what_a_padded_tensor_frees_is_used_again() -> None:
     assert float(said(FREED, "padded")) == pytest.approx(1.0, abs=0.1)
     if leaves_holes(allocator.allocator("", platform.libc_ver())):
-        assert float(said(FREED, "torch's own")) > 1.5
+        assert float(said(FREED, "torch's own")) > 1.2  # 1.46 to 1.96 were seen, by where the heap happens to lie
 
 
 @needs_padding
