@@ -104,11 +104,15 @@ if sys.argv[1] == "padded":
     assert pad_tensors() == ""
 large = torch.zeros(1 << 21)
 del large  # from now on glibc maps no block below its size
-kept, freed, anew = [], [], []
+beside = ctypes.CDLL(None).malloc
+for _ in range(20_000):  # what lies free already, so that the next small blocks lie beside tensors
+    beside(24)
+freed, anew = [], []
 start = resident()
 for _ in range(100):
     freed.append(torch.zeros(1 << 18))
-    kept.append(torch.zeros(1 << 9))
+    for _ in range(10):
+        beside(24)
 for _ in range(100):  # the update after: what is freed makes room for its like
     freed.pop(0)
     anew.append(torch.zeros(1 << 18))
