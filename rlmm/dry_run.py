@@ -44,8 +44,8 @@ class Reading:
 
 @dataclass(frozen=True)
 class Update:
-    """A stage's update. rows: sequences of a micro-batch, `streams` for each decision. decided: positions at a
-    sequence's end that the head reads. again: whether a second micro-batch follows in the same step."""
+    """A stage's update. rows: sequences of a micro-batch, `streams` for each decision. decided: positions at the end of
+    an image's sequence that the head reads. again: whether a second micro-batch follows in the same step."""
 
     rows: int
     streams: int
@@ -62,6 +62,8 @@ class Update:
     """What a masked policy reads without gradient before the loss."""
     text: int = 0
     """Decisions of text in a micro-batch, beside those of images."""
+    drawn: int | None = None
+    """Sequences of a stream that end in an image; None: all."""
     entropy: bool = False
     """Whether the decisions' entropies have a gradient."""
 
@@ -226,7 +228,8 @@ def _loss(policy: TransformerPolicy, law: Law, update: Update) -> Tensor:
     if update.read is not None:
         parts += _read(policy, law, hidden_BTH, update.read, update)
     elif update.decided:
-        hidden_KNH = hidden_BTH[:, -update.decided - 1 : -1].unflatten(0, (update.streams, -1)).flatten(1, 2)
+        hidden_KBTH = hidden_BTH.unflatten(0, (update.streams, -1))[:, : update.drawn]
+        hidden_KNH = hidden_KBTH[:, :, -update.decided - 1 : -1].flatten(1, 2)
         parts += _decided(policy, law, hidden_KNH, update.entropy)
     return torch.stack([part.sum() for part in parts]).sum()
 

@@ -3,7 +3,7 @@
 An update's part and what sampling holds are those of dry runs (`rlmm.dry_run`, `rlmm.dry_sampling`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,17 +12,18 @@ import torch
 from rlmm.config.engines import TorchEngineConfig, VllmServerConfig, VllmSizes
 from rlmm.config.policy import CheckpointPolicy, NewPolicy
 from rlmm.config.recipe import Recipe
-from rlmm.config.stages import DpoStage, GrpoStage, PolicyStage, SftStage
-from rlmm.dry_run import NO_DRY_RUN, Held, Update, dry_run
+from rlmm.config.stages import DpoStage, GrpoStage, PolicyStage
+from rlmm.dry_run import NO_DRY_RUN, Held, dry_run
 from rlmm.dry_sampling import Drawing, packed_shape, sampled
-from rlmm.planned_prompts import Asked, asked_of
+from rlmm.planned_data import ASSUMED, read_data
+from rlmm.planned_rows import Rows, rows_of
+from rlmm.planned_update import law_of, update_of
 from rlmm.policies.families import llama
 from rlmm.policies.families.loading import find_family, not_here, outline
 from rlmm.policies.transformer import TransformerPolicy
-from rlmm.readings import gate_reading, supervised_share, update_reading, widest_step
+from rlmm.readings import widest_step
 from rlmm.sharing import Sharing, gathered, libraries, read_sharing, shared
 from rollouts.contract import Layout
-from rollouts.law import Law
 
 FLOAT_BYTES = 4
 
@@ -52,6 +53,8 @@ class MemoryPlan:
     """Of the CPU's memory, and not in the total."""
     libraries: int = 0
     """What a process holds beside its tensors (`sharing.libraries`)."""
+    assumed: str = ""
+    """Why prompts are taken to be of `ASSUMED` positions, where they are."""
 
     @property
     def total(self) -> int:
@@ -76,9 +79,9 @@ def memory_plans(recipe: Recipe, processes: int = 1) -> list[MemoryPlan]:
         make = partial(outline, recipe.policy)
     with torch.device("meta"):
         spelling = make().spelling
-    asked = asked_of(recipe.data, spelling, recipe.seed)
+    data = read_data(recipe.data, recipe.seed)
     return [
-        _plan(name, stage, make, asked, processes)
+        _plan(name, stage, make, rows_of(recipe, stage, spelling, data), processes)
         for name, stage in recipe.stages.items()
         if isinstance(stage, PolicyStage)
     ]
@@ -96,7 +99,16 @@ def plan_lines(recipe: Recipe, processes: int = 1) -> list[str]:
         f"{plan.stage}: about {readable(plan.total)} of memory{' a process' * (processes > 1)}, "
         f"{readable(plan.weights)} of them the weights"
         for plan in plans
-    ]
+    ] + assumptions(plans)
+
+
+def assumptions(plans: Sequence[MemoryPlan]) -> list[str]:
+    """What is said beside plans that could not be made of the rows themselves."""
+    stages: dict[str, list[str]] = {}
+    for plan in plans:
+        if plan.assumed:
+            stages.setdefault(plan.assumed, []).append(plan.stage)
+    return [f"prompts of {', '.join(of)} are taken to be {ASSUMED} positions: {why}" for why, of in stages.items()]
 
 
 def no_dry_run(error: Exception) -> str:
@@ -104,45 +116,17 @@ def no_dry_run(error: Exception) -> str:
     return f"no memory plan: the policy's forward cannot run on tensors without values ({error})"
 
 
-def _length(stage: PolicyStage, layout: Layout, asked: Asked) -> int:
-    """Positions of a sequence: prompt, source image, text at its longest, image."""
-    text = _written(stage)
-    # Before a text a source image may be seen through an encoder, with features of its own number.
-    source = layout.seeing.length if layout.seeing is not None and text else layout.grid.length
-    return asked.prompt + text + asked.sources * source + _draws(stage) * layout.grid.length
-
-
-def _draws(stage: PolicyStage) -> bool:
-    """Whether its sequences end in an image."""
-    return not isinstance(stage, GrpoStage) or stage.sampling.answer is None
-
-
-def _written(stage: PolicyStage) -> int:
-    """Positions of text that the policy writes, at its longest."""
-    written = stage.sampling.written if isinstance(stage, GrpoStage) else None
-    return 0 if written is None else written.length_limit
-
-
-def _text(stage: PolicyStage, layout: Layout, prompt: int, positions: int) -> int:
-    """Decisions of text in a micro-batch: what the policy writes, or what it learns of prompts."""
-    if isinstance(stage, SftStage) and layout.decides_text:
-        share = 1.0 if layout.mask is None else supervised_share(stage, positions) * (stage.text_weight > 0)
-        return round(stage.micro_batch_size * prompt * share)
-    return stage.micro_batch_size * _written(stage)
-
-
-def _plan(name: str, stage: PolicyStage, make: Make, asked: Asked, processes: int) -> MemoryPlan:
+def _plan(name: str, stage: PolicyStage, make: Make, rows: Rows, processes: int) -> MemoryPlan:
     with torch.device("meta"):
         policy = make()
-    layout, length = policy.layout, _length(stage, policy.layout, asked)
-    adapted = partial(_adapted, make, stage)
-    held = dry_run(adapted, _law(stage, layout), _update(stage, layout, asked, processes))
+    layout, adapted = policy.layout, partial(_adapted, make, stage)
+    held = dry_run(adapted, law_of(stage, layout), update_of(stage, layout, rows, processes))
     sharing = read_sharing(stage.deepspeed, processes, policy.sizes.hidden_size)
     share = shared(held, sharing)
     total = sum(weight.numel() for weight in policy.model.parameters())
     sampling = 0
     if isinstance(stage, GrpoStage):
-        sampling = _sampling(stage, adapted, length, processes) + _whole(stage, adapted, held, sharing)
+        sampling = _sampling(stage, adapted, rows.own.length, processes) + _whole(stage, adapted, held, sharing)
     ahead = isinstance(stage, GrpoStage) and stage.max_staleness > 0
     still = held.weights if stage.lora is None else held.gradients
     gradients = share.gradients * _gradients(stage)
@@ -159,6 +143,7 @@ def _plan(name: str, stage: PolicyStage, make: Make, asked: Asked, processes: in
         exchange=share.exchange,
         offloaded=share.offloaded,
         libraries=libraries(),
+        assumed=rows.assumed,
     )
 
 
@@ -168,44 +153,6 @@ def _adapted(make: Make, stage: PolicyStage) -> TransformerPolicy:
     if stage.lora is not None:
         policy.add_lora(stage.lora, seed=0)
     return policy
-
-
-def _law(stage: PolicyStage, layout: Layout) -> Law:
-    return stage.sampling.law(layout.image) if isinstance(stage, GrpoStage) else Law(layout.image)
-
-
-def _update(stage: PolicyStage, layout: Layout, asked: Asked, processes: int) -> Update:
-    streams = len(_law(stage, layout).streams(replay=True))
-    accumulated = _rows(stage) > stage.micro_batch_size * processes
-    positions = len(layout.grid.decided())
-    read = None if layout.mask is None else update_reading(stage, positions)
-    return Update(
-        rows=streams * (_sequences(stage) if read is None else read.states),
-        streams=streams,
-        length=_length(stage, layout, asked),
-        decided=positions if _draws(stage) else 0,
-        again=accumulated,
-        precision=stage.precision,
-        checkpointing=stage.gradient_checkpointing,
-        image_rows=isinstance(stage, GrpoStage) and stage.trains_image_rows(processes, cuda=torch.cuda.is_available()),
-        read=read,
-        gate=None if layout.mask is None else gate_reading(stage, positions),
-        text=_text(stage, layout, asked.prompt, positions),
-        entropy=isinstance(stage, GrpoStage) and stage.objective.entropy.coefficient > 0,
-    )
-
-
-def _rows(stage: PolicyStage) -> int:
-    """Of a step, over all processes."""
-    if isinstance(stage, GrpoStage):
-        return stage.rollouts // stage.objective.updates_per_rollout
-    assert isinstance(stage, SftStage | DpoStage), "no other stage trains a policy"
-    return stage.batch_size
-
-
-def _sequences(stage: PolicyStage) -> int:
-    """Sequences of a next-token policy's micro-batch."""
-    return stage.micro_batch_size * (2 if isinstance(stage, DpoStage) and stage.loss != "kto" else 1)
 
 
 def _holds_reference(stage: PolicyStage, layout: Layout) -> bool:
@@ -243,7 +190,7 @@ def _whole(stage: GrpoStage, make: Make, held: Held, sharing: Sharing) -> int:
     with torch.device("meta"):
         policy = make()
     draws = isinstance(stage.engine, TorchEngineConfig) and packed_shape(policy) is None
-    decodes = _draws(stage) and find_family(policy.layout.family).reads_hidden
+    decodes = stage.sampling.answer is None and find_family(policy.layout.family).reads_hidden
     return held.weights if draws or decodes else 0
 
 
@@ -255,11 +202,12 @@ def _sampling(stage: GrpoStage, make: Make, length: int, processes: int) -> int:
     with torch.device("meta"):
         layout = make().layout
     answer = stage.sampling.answer
-    law = _law(stage, layout) if answer is None else answer.span(layout, ()).law
+    law = law_of(stage, layout) if answer is None else answer.span(layout, ()).law
     return sampled(make, law, _drawing(stage, layout, len(law.streams()), length, processes))
 
 
 def _drawing(stage: GrpoStage, layout: Layout, streams: int, length: int, processes: int) -> Drawing:
+    answer = stage.sampling.answer
     prompts = stage.prompts_per_step // processes
     prompts = min(prompts, stage.score_chunk or prompts)
     masked, positions = layout.mask is not None, len(layout.grid.decided())
@@ -268,7 +216,7 @@ def _drawing(stage: GrpoStage, layout: Layout, streams: int, length: int, proces
     requests = prompts * stage.samples_per_prompt // each
     held = min(requests, max(1, stage.engine.max_rows // (streams * each)))
     unmasking = None if stage.sampling.unmasking is None else stage.sampling.unmasking.record()
-    span = layout.grid.length if _draws(stage) else _written(stage)
+    span = layout.grid.length if answer is None else answer.length_limit
     return Drawing(
         streams=streams,
         prefixes=streams * (prompts if masked else held),

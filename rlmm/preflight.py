@@ -9,7 +9,7 @@ from rlmm.config.policy import CheckpointPolicy
 from rlmm.config.recipe import Recipe
 from rlmm.config.sampling import Sampled, Written
 from rlmm.config.stages import GrpoStage, PairsStage, SftStage, Stage
-from rlmm.planned_prompts import has_sources
+from rlmm.planned_data import has_sources
 from rlmm.policies.families.loading import load_spelling, not_here
 from rlmm.policies.responses import stop_tokens
 from rlmm.train.engines import check_gpus

@@ -2,7 +2,9 @@
 here."""
 
 import glob
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -49,31 +51,79 @@ def load_raw(config: RowsData, path: str, split: str) -> RawRows:
     kept in memory with their images still encoded. Raises ValueError, naming the path, for what cannot be
     found or read.
     """
-    if config.format == "hub":
-        builder, files, root = path, [], None
-        arguments: dict[str, Any] = {"name": config.subset, "revision": config.revision}
-    else:
-        builder, files, root = _locate(path, config.format)
-        arguments = {"data_files": {"train": files}}
-        if builder == "csv":
-            arguments |= {"keep_default_na": False, "na_values": [""]}  # a prompt may be the word "null"
-    if config.image_root is not None:
-        root = Path(config.image_root)
-    try:
-        arguments |= {"split": split, "cache_dir": config.cache_dir}
+    place = _place(config, path)
+    with _said(place, config, split):
         if config.streaming:
-            rows = _streamed(datasets.load_dataset(builder, streaming=True, **arguments), config.limit or 0)
+            rows = _streamed(place.load(config, split, streaming=True), config.limit or 0)
         else:
-            rows = _undecoded_table(datasets.load_dataset(builder, **arguments), config.limit)
-    except (DatasetsError, OSError, ValueError, pa.ArrowInvalid) as error:
-        cause, reader = error.__cause__ or error, "hub dataset" if config.format == "hub" else builder
-        torn = _unreadable(builder, files) if len(files) > 1 else None
-        raise ValueError(
-            f"{path if torn is None else f'{torn}, a file of {path},'} (split {split!r}) cannot be read as {reader}: "
-            f"{type(cause).__name__}: {cause}. Check the file, or set data.format"
-        ) from error
+            rows = _undecoded_table(place.load(config, split, streaming=False), config.limit)
     columns = rows.column_names if isinstance(rows, datasets.Dataset) else list(rows[0]) if rows else []
-    return RawRows(rows, columns, root, path)
+    return RawRows(rows, columns, place.root, path)
+
+
+class FirstRows:
+    """The first `count` rows of `config.path`, at most `config.limit`, one at a time and undecoded; files are read only
+    so far. A column that a row lacks is null in it.
+
+    Raises ValueError, as `load_raw` does, for what cannot be found, and while it is read for what cannot be.
+    """
+
+    def __init__(self, config: RowsData, count: int) -> None:
+        self._config, self._place = config, _place(config, config.path)
+        self._count = min(count, config.limit or count)
+
+    @property
+    def root(self) -> Path | None:
+        """Where relative image paths start."""
+        return self._place.root
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        with _said(self._place, self._config, self._config.split):
+            stream = self._place.load(self._config, self._config.split, streaming=True)
+            for row in _undecoded_stream(stream).take(self._count):
+                yield defaultdict(lambda: None, row)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A data set's files, or its name on the hub, and what `datasets` reads it with."""
+
+    path: str
+    builder: str
+    files: list[str]
+    root: Path | None
+    arguments: dict[str, Any]
+
+    def load(self, config: RowsData, split: str, *, streaming: bool) -> Any:
+        return datasets.load_dataset(
+            self.builder, streaming=streaming, split=split, cache_dir=config.cache_dir, **self.arguments
+        )
+
+
+def _place(config: RowsData, path: str) -> _Place:
+    own = None if config.image_root is None else Path(config.image_root)
+    if config.format == "hub":
+        return _Place(path, path, [], own, {"name": config.subset, "revision": config.revision})
+    builder, files, root = _locate(path, config.format)
+    arguments: dict[str, Any] = {"data_files": {"train": files}}
+    if builder == "csv":
+        arguments |= {"keep_default_na": False, "na_values": [""]}  # a prompt may be the word "null"
+    return _Place(path, builder, files, own or root, arguments)
+
+
+@contextmanager
+def _said(place: _Place, config: RowsData, split: str) -> Iterator[None]:
+    """What `datasets` finds wrong as a ValueError that names the file and says what to do."""
+    try:
+        yield
+    except (DatasetsError, OSError, ValueError, pa.ArrowInvalid) as error:
+        cause = error.__cause__ or error
+        reader = "hub dataset" if config.format == "hub" else place.builder
+        torn = _unreadable(place.builder, place.files) if len(place.files) > 1 else None
+        raise ValueError(
+            f"{place.path if torn is None else f'{torn}, a file of {place.path},'} (split {split!r}) cannot be read as "
+            f"{reader}: {type(cause).__name__}: {cause}. Check the file, or set data.format"
+        ) from error
 
 
 def _unreadable(builder: str, files: Sequence[str]) -> str | None:
@@ -133,10 +183,13 @@ def _locate_images(folder: Path, format: str) -> tuple[str, list[str], Path]:
 
 
 def _streamed(loaded: datasets.IterableDataset, limit: int) -> list[dict[str, Any]]:
-    stream = loaded if loaded.features is None else loaded.cast(_undecoded(loaded.features))
-    rows = [dict(row) for row in stream.take(limit)]
+    rows = [dict(row) for row in _undecoded_stream(loaded).take(limit)]
     columns = dict.fromkeys(column for row in rows for column in row)
     return [{column: row.get(column) for column in columns} for row in rows]
+
+
+def _undecoded_stream(loaded: datasets.IterableDataset) -> datasets.IterableDataset:
+    return loaded if loaded.features is None else loaded.cast(_undecoded(loaded.features))
 
 
 def _undecoded_table(loaded: datasets.Dataset, limit: int | None) -> datasets.Dataset:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -111,6 +112,21 @@ def parse_asked(raw: Mapping[str, Any], reader: ImageReader) -> RawPreference:
     if chosen == rejected:
         raise UnusableRow(IDENTICAL, "the answers are")
     return RawPreference(str(raw["question"]), (chosen, rejected), sources=(reader.read(raw["picture"]),))
+
+
+def answers_of(raw: Mapping[str, Any], config: PreferenceData, root: Path | None) -> list[tuple[str, bool]]:
+    """The text of each answer, "" without one, and whether an image is drawn; none is decoded. Raises UnusableRow."""
+    reader = ImageReader(root)
+    if config.completion_column is not None:
+        columns = {"completion": config.completion_column}
+    else:
+        columns = dict(zip(SIDES, (config.chosen_column, config.rejected_column), strict=True))
+    found = []
+    for side, column in columns.items():
+        coded = raw.get(f"{side}_codes") is not None
+        said, image = (None, None) if coded else _answer(raw.get(column), column, reader)
+        found.append((said or raw.get(f"{side}_text") or "", coded or image is not None))
+    return found
 
 
 def _side(raw: Mapping[str, Any], side: str, column: str, reader: ImageReader) -> RawSide:

@@ -1,6 +1,7 @@
 """How a policy spells a prompt, and which prompts it cannot take."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -79,11 +80,19 @@ class Spelling:
         assert seeing is not None, "asked for where images are seen"
         return replace(self, layout=replace(self.layout, template=seeing.template, lead=seeing.lead))
 
+    def length(self, ids: Sequence[int], sources: int) -> int:
+        """Positions of a whole sequence: a prompt's ids with what stands around them, the source images, text at its
+        longest, the image."""
+        image, seeing = self.layout.grid.length, self.layout.seeing
+        source = [self.layout.pad] * (seeing.length if seeing is not None and self.sees else image)
+        layout = self.about(sources).layout
+        drawn = self.draws * (len(layout.boi) + image)
+        return len(layout.question(ids, [source] * sources)) + self.text + drawn
+
     def fault(self, prompt: str, sources: int) -> UnusablePrompt | None:
         """Why the policy cannot answer this prompt with that many source images; None where it can."""
-        asked, seeing = self.about(sources), self.layout.seeing
         try:
-            ids = asked.encode(prompt)
+            ids = self.about(sources).encode(prompt)
         except UnusablePrompt as error:
             return error
         if sources and not self.layout.takes_sources:
@@ -93,11 +102,9 @@ class Spelling:
                 "text alone here: use rows without them, or a family that edits (emu3, chameleon, janus, "
                 "glm_image_edit)",
             )
-        image, what = self.layout.grid.length, "the image" if self.draws else "the answer"
-        source = [self.layout.pad] * (seeing.length if seeing is not None and self.sees else image)
-        length = len(asked.layout.prefix(ids, [source] * sources)) + self.text + self.draws * image
-        if length <= self.positions:
+        if (length := self.length(ids, sources)) <= self.positions:
             return None
+        what = "the image" if self.draws else "the answer"
         return UnusablePrompt(
             TOO_LONG,
             f"prompt {prompt!r:.200} makes {length} tokens with {what} and {sources} source images, and the model "

@@ -9,8 +9,10 @@ from rlmm.config.policy import NewPolicy
 from rlmm.config.recipe import read_recipe
 from rlmm.config.stages import PolicyStage
 from rlmm.dry_run import dry_run
-from rlmm.memory import Make, _law, _length, _update
-from rlmm.planned_prompts import Asked
+from rlmm.memory import Make
+from rlmm.planned_data import ASSUMED
+from rlmm.planned_rows import Row, Rows
+from rlmm.planned_update import law_of, update_of
 from rlmm.policies.families import llama
 from rlmm.policies.layout_io import Supervised
 from rlmm.policies.transformer import TransformerPolicy
@@ -35,18 +37,18 @@ class Planned:
     stage: PolicyStage
     make: Make
     policy: TransformerPolicy
-    asked: Asked
+    rows: Rows
 
     @property
     def length(self) -> int:
         """Of a sequence."""
-        return _length(self.stage, self.policy.layout, self.asked)
+        return self.rows.own.length
 
     @property
     def passing(self) -> int:
         """Bytes that an update is planned to hold beside weights and the optimizer's state."""
-        update = _update(self.stage, self.policy.layout, self.asked, 1)
-        return dry_run(self.make, _law(self.stage, self.policy.layout), update).passing
+        update = update_of(self.stage, self.policy.layout, self.rows, 1)
+        return dry_run(self.make, law_of(self.stage, self.policy.layout), update).passing
 
     def requests(self, prompts: int, samples: int, names: tuple[str, ...], edits: bool) -> list[Request]:
         """Prompts as long as planned, but one, so that rows are padded."""
@@ -74,4 +76,5 @@ def planned(recipe: str, stage: str, *overrides: str) -> Planned:
     found, policy = made.stages[stage], make()
     assert isinstance(found, PolicyStage)
     edits = "source_scale" in " ".join(overrides)
-    return Planned(found, make, policy, Asked(32, edits))
+    length = ASSUMED + (1 + edits) * policy.layout.grid.length
+    return Planned(found, make, policy, Rows(Row(length, ASSUMED)))

@@ -7,7 +7,8 @@ from rlmm.config.recipe import read_recipe
 from rlmm.config.stages import GrpoStage
 from rlmm.dry_run import Live
 from rlmm.dry_sampling import sampled
-from rlmm.memory import _drawing, _law, memory_plans
+from rlmm.memory import _drawing, memory_plans
+from rlmm.planned_update import law_of
 from rlmm.train.grpo import grpo_loss
 from rlmm.train.grpo_batch import GrpoBatch
 from rlmm.train.metrics import Meter
@@ -115,7 +116,7 @@ def test_sampling_holds_what_is_planned(settings: tuple[str, ...]) -> None:
     made = planned("tiny_masked.yaml", "grpo", *settings)
     stage, layout = made.stage, made.policy.layout
     assert isinstance(stage, GrpoStage)
-    law = _law(stage, layout)
+    law = law_of(stage, layout)
     found = sampled(made.make, law, _drawing(stage, layout, len(law.streams()), made.length, 1))
     with Live() as live:
         drawn(made, stage.prompts_per_step, stage.samples_per_prompt)

@@ -7,7 +7,8 @@ from rlmm import dry_sampling
 from rlmm.config.stages import GrpoStage
 from rlmm.dry_run import Live
 from rlmm.dry_sampling import sampled
-from rlmm.memory import _drawing, _law
+from rlmm.memory import _drawing
+from rlmm.planned_update import law_of
 from rollouts.torch_engine.causal import TorchEngine
 from rollouts.torch_engine.llama import llama_shape
 from rollouts.torch_engine.packed import PackedLlama
@@ -34,7 +35,7 @@ def test_sampling_holds_what_is_planned(name: str, packed: bool, monkeypatch: py
     policy.precision = stage.precision
     if not packed:
         monkeypatch.setattr(dry_sampling, "packed_shape", lambda policy: None)
-    law = _law(stage, policy.layout)
+    law = law_of(stage, policy.layout)
     found = sampled(made.make, law, _drawing(stage, policy.layout, len(law.streams()), made.length, 1))
     dtype = torch.bfloat16 if stage.precision == "bfloat16" else torch.float32
     decoder = PackedLlama(llama_shape(policy.base), dtype, use_kernels=False) if packed else None
