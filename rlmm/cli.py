@@ -80,7 +80,7 @@ def check(
     from rlmm.config.policy import CheckpointPolicy
     from rlmm.config.recipe import read_recipe
     from rlmm.dry_run import NO_DRY_RUN
-    from rlmm.memory import assumptions, memory_plans, no_dry_run
+    from rlmm.memory import memory_plans, no_dry_run, notes
     from rlmm.plan_table import plan_table
     from rlmm.policies.families.loading import not_here
     from rlmm.preflight import check_stages
@@ -101,7 +101,7 @@ def check(
         say(no_dry_run(error))
         return
     console.print(plan_table(plans, nproc))
-    for line in assumptions(plans) + allocator.prepare(torch.cuda.is_available()):
+    for line in notes(plans) + allocator.prepare(torch.cuda.is_available()):
         say(line)
 
 

@@ -145,7 +145,7 @@ def bare(make: Callable[[], TransformerPolicy], precision: str) -> Iterator[Tran
     with warnings.catch_warnings(), FakeTensorMode():
         # Whether the head's trained rows still are its own is asked by address, which means nothing here and is equal.
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
-        _onto_cpu(policy.model)
+        onto_cpu(policy.model)
         yield policy
 
 
@@ -196,7 +196,7 @@ def _state(optimizer: torch.optim.Optimizer) -> int:
     return _bytes([leaf for leaf in tree_leaves(dict(optimizer.state)) if isinstance(leaf, Tensor)])
 
 
-def _onto_cpu(model: nn.Module) -> None:
+def onto_cpu(model: nn.Module) -> None:
     """Tensors that operations take for a processor's, in place of those on the meta device; tied ones stay tied."""
     made: dict[Tensor, Tensor] = {}
     for module in model.modules():

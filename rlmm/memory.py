@@ -15,7 +15,9 @@ from rlmm.config.recipe import Recipe
 from rlmm.config.stages import DpoStage, GrpoStage, PolicyStage
 from rlmm.dry_run import NO_DRY_RUN, Held, dry_run
 from rlmm.dry_sampling import Drawing, packed_shape, sampled
-from rlmm.planned_data import ASSUMED, read_data
+from rlmm.planned_codec import CodecPlan, codec_plan
+from rlmm.planned_data import read_data
+from rlmm.planned_rewards import RewardPlan, reward_plan
 from rlmm.planned_rows import Rows, rows_of
 from rlmm.planned_update import law_of, update_of
 from rlmm.policies.families import llama
@@ -41,7 +43,8 @@ class MemoryPlan:
     """What an update holds beside these at its widest point: activations and logits."""
     sampling: int
     """What sampling holds in their place, and in that of gradients and gathered weights: keys and values, the forward
-    of a masked policy, logits; of weights in parts all, where it reads the policy's own."""
+    of a masked policy, logits; of weights in parts all, where it reads the policy's own. Or what making pictures of
+    codes holds, or codes of pictures, where that is more; beside vLLM's cache, which stays."""
     engine: int
     """The rollout engine's own copy of the weights, and the copy of what is trained that rollouts are drawn ahead
     with."""
@@ -53,15 +56,27 @@ class MemoryPlan:
     """Of the CPU's memory, and not in the total."""
     libraries: int = 0
     """What a process holds beside its tensors (`sharing.libraries`)."""
-    assumed: str = ""
-    """Why prompts are taken to be of `ASSUMED` positions, where they are."""
+    codec: int = 0
+    """The image tokenizer's weights."""
+    rewards: int = 0
+    """Models and OCR engines of rewards that run in this process."""
+    notes: tuple[str, ...] = ()
+    """What was assumed, and what is not counted, with why."""
 
     @property
     def total(self) -> int:
         """Where sampling and updating take turns, the larger of their working sets counts."""
         held = self.weights + self.gradients + self.optimizer + self.reference + self.engine + self.exchange
-        held += self.libraries
+        held += self.libraries + self.codec + self.rewards
         return held + (self.working + self.sampling if self.at_once else max(self.working, self.sampling))
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What a stage's process holds beside the policy."""
+
+    codec: CodecPlan
+    rewards: RewardPlan
 
 
 Make = Callable[[], TransformerPolicy]
@@ -79,9 +94,9 @@ def memory_plans(recipe: Recipe, processes: int = 1) -> list[MemoryPlan]:
         make = partial(outline, recipe.policy)
     with torch.device("meta"):
         spelling = make().spelling
-    data = read_data(recipe.data, recipe.seed)
+    data, beside = read_data(recipe.data, recipe.seed), Beside(codec_plan(recipe), reward_plan(recipe))
     return [
-        _plan(name, stage, make, rows_of(recipe, stage, spelling, data), processes)
+        _plan(name, stage, make, rows_of(recipe, stage, spelling, data), processes, beside)
         for name, stage in recipe.stages.items()
         if isinstance(stage, PolicyStage)
     ]
@@ -99,16 +114,16 @@ def plan_lines(recipe: Recipe, processes: int = 1) -> list[str]:
         f"{plan.stage}: about {readable(plan.total)} of memory{' a process' * (processes > 1)}, "
         f"{readable(plan.weights)} of them the weights"
         for plan in plans
-    ] + assumptions(plans)
+    ] + notes(plans)
 
 
-def assumptions(plans: Sequence[MemoryPlan]) -> list[str]:
-    """What is said beside plans that could not be made of the rows themselves."""
+def notes(plans: Sequence[MemoryPlan]) -> list[str]:
+    """What plans assume and what they leave out, each with the stages that it is true of."""
     stages: dict[str, list[str]] = {}
     for plan in plans:
-        if plan.assumed:
-            stages.setdefault(plan.assumed, []).append(plan.stage)
-    return [f"prompts of {', '.join(of)} are taken to be {ASSUMED} positions: {why}" for why, of in stages.items()]
+        for note in plan.notes:
+            stages.setdefault(note, []).append(plan.stage)
+    return [f"of {', '.join(of)}: {note}" for note, of in stages.items()]
 
 
 def no_dry_run(error: Exception) -> str:
@@ -116,7 +131,7 @@ def no_dry_run(error: Exception) -> str:
     return f"no memory plan: the policy's forward cannot run on tensors without values ({error})"
 
 
-def _plan(name: str, stage: PolicyStage, make: Make, rows: Rows, processes: int) -> MemoryPlan:
+def _plan(name: str, stage: PolicyStage, make: Make, rows: Rows, processes: int, beside: Beside) -> MemoryPlan:
     with torch.device("meta"):
         policy = make()
     layout, adapted = policy.layout, partial(_adapted, make, stage)
@@ -124,9 +139,12 @@ def _plan(name: str, stage: PolicyStage, make: Make, rows: Rows, processes: int)
     sharing = read_sharing(stage.deepspeed, processes, policy.sizes.hidden_size)
     share = shared(held, sharing)
     total = sum(weight.numel() for weight in policy.model.parameters())
-    sampling = 0
+    codec, scores = beside.codec, isinstance(stage, GrpoStage)
+    sampling = codec.working(stage, processes)
     if isinstance(stage, GrpoStage):
-        sampling = _sampling(stage, adapted, rows.own.length, processes) + _whole(stage, adapted, held, sharing)
+        drawn = _sampling(stage, adapted, rows.own.length, processes) + _whole(stage, adapted, held, sharing)
+        # vLLM keeps what it reserves while pictures are made.
+        sampling = drawn + sampling if isinstance(stage.engine, VllmSizes) else max(drawn, sampling)
     ahead = isinstance(stage, GrpoStage) and stage.max_staleness > 0
     still = held.weights if stage.lora is None else held.gradients
     gradients = share.gradients * _gradients(stage)
@@ -143,7 +161,9 @@ def _plan(name: str, stage: PolicyStage, make: Make, rows: Rows, processes: int)
         exchange=share.exchange,
         offloaded=share.offloaded,
         libraries=libraries(),
-        assumed=rows.assumed,
+        codec=codec.weights,
+        rewards=beside.rewards.held if scores else 0,
+        notes=tuple(filter(None, (rows.assumed, codec.uncounted, *(beside.rewards.uncounted if scores else ())))),
     )
 
 

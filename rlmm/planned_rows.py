@@ -26,8 +26,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Rows:
-    """The longest row of a stage, and that of the answers about pictures that it learns beside. `assumed`: why prompts
-    are taken to be of so many positions, where they could not be read."""
+    """The longest row of a stage, and that of the answers about pictures that it learns beside. `assumed`: what is
+    taken of prompts that could not be read, and why."""
 
     own: Row
     beside: Row | None = None
@@ -85,7 +85,11 @@ def _longest(shown: Iterable[Shown], data: Read, spelling: Spelling, writing: Wr
         return Rows(max(made, key=lambda row: row.length))
     grid = spelling.layout.grid.length
     length = ASSUMED + text + grid * (data.sources + image)
-    return Rows(Row(length, ASSUMED, text, image), assumed=data.assumed or "the policy can take none of the first ones")
+    return Rows(Row(length, ASSUMED, text, image), assumed=_assumed(data.assumed))
+
+
+def _assumed(why: str) -> str:
+    return f"prompts are taken to be {ASSUMED} positions: {why or 'the policy can take none of the first ones'}"
 
 
 def _usable(shown: Iterable[Shown], spelling: Spelling, writing: Writing, text: int) -> Iterator[Row]:

@@ -5,6 +5,7 @@ hidden states of width D.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,9 @@ from transformers import PreTrainedConfig
 from rlmm.codecs.quantizers import Fsq, Lfq, Quantizer, Vq
 from rlmm.config.codec import FsqCodec, LfqCodec, StoredCodec, VqCodec
 
+PIXELS_AT_ONCE = 1 << 19
+"""Of the images that are encoded or decoded at a time: a published decoder holds hundreds or thousands of floats a
+pixel, Emu3's 20 GiB for one image of 720 x 720."""
 QUANTIZERS = {"fsq": Fsq, "vq": Vq, "lfq": Lfq}
 
 
@@ -66,17 +70,29 @@ class Codec(nn.Module, ABC):
         self.image_size, self.channels = settings.image_size, settings.channels
 
     @property
+    def at_once(self) -> int:
+        """Images that are encoded or decoded at a time."""
+        return max(1, PIXELS_AT_ONCE // (self.image_size[0] * self.image_size[1]))
+
+    @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
     def encode(self, images_BCHW: Tensor) -> Tensor:
         """Codes [B, N] int64 of images in [0, 1]; ValueError on another size, or where NaN or infinity turns up."""
         self._check(images_BCHW)
-        codes_BN, latents = self._encoded(images_BCHW.to(self.device))
+        return torch.cat([self._checked(part_BCHW) for part_BCHW in images_BCHW.split(self.at_once)])
+
+    def _checked(self, images_BCHW: Tensor) -> Tensor:
+        codes_BN, latents = self.codes(images_BCHW)
         if not latents.isfinite().all():
             whose = "the images" if not images_BCHW.isfinite().all() else "the weights: the codec's training diverged"
             raise ValueError(f"no codes: NaN or infinity in {whose}")
         return codes_BN
+
+    def codes(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes of images that are made of them all at once, and the latents that they were made of, unchecked."""
+        return self._encoded(images_BCHW.to(self.device))
 
     def decode(self, ids_BN: Tensor, hidden_BMD: Tensor | None = None) -> Tensor:
         """Images [B, C, H, W] float32 in [0, 1]; ValueError on codes outside [0, num_codes) or another count.
@@ -93,6 +109,15 @@ class Codec(nn.Module, ABC):
                 f"codes from {int(ids_BN.min())} to {int(ids_BN.max())} are outside [0, {self.num_codes}): they are no "
                 "image codes of this codec; check the layout's image slice"
             )
+        return self.draw(ids_BN, hidden_BMD)
+
+    def draw(self, ids_BN: Tensor, hidden_BMD: Tensor | None = None) -> Tensor:
+        """As `decode`, of codes that are known to be the codec's."""
+        parts = ids_BN.split(self.at_once)
+        hidden: Sequence[Tensor | None] = [None] * len(parts) if hidden_BMD is None else hidden_BMD.split(self.at_once)
+        return torch.cat([self._pictures(*part) for part in zip(parts, hidden, strict=True)])
+
+    def _pictures(self, ids_BN: Tensor, hidden_BMD: Tensor | None) -> Tensor:
         hidden = None if hidden_BMD is None else hidden_BMD.to(self.device)
         return self._drawn(ids_BN.to(self.device), hidden).clamp(0, 1).float()
 

@@ -28,20 +28,36 @@ def save_codec(codec: Codec, folder: Path) -> None:
 
 def load_codec(folder: Path) -> Codec:
     """The codec of a folder, in evaluation mode. Raises ValueError naming what is missing or does not fit."""
-    missing = [name for name in (WEIGHTS, CONFIG) if not (folder / name).is_file()]
-    if missing:
-        raise ValueError(f"{folder} holds no codec ({', '.join(missing)} missing); run the codec stage first")
+    codec = empty_codec(load_settings(folder))
     try:
-        config = TypeAdapter(StoredCodec).validate_json((folder / CONFIG).read_text())
         weights = load_file(folder / WEIGHTS)
-    except (ValidationError, SafetensorError, UnicodeDecodeError) as error:
-        raise ValueError(f"the codec in {folder} cannot be read ({error}); train or copy it again") from error
-    codec = NetworkCodec(config) if isinstance(config, PretrainedCodec) else build_codec(config)
+    except SafetensorError as error:
+        raise _unreadable(folder, error) from error
     try:
         codec.load_state_dict(weights)
     except RuntimeError as error:
         raise ValueError(f"{folder / WEIGHTS} does not fit {CONFIG} beside it ({error})") from error
     return codec.eval()
+
+
+def load_settings(folder: Path) -> StoredCodec:
+    """What a codec of a folder is like. Raises ValueError as `load_codec` does."""
+    missing = [name for name in (WEIGHTS, CONFIG) if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(f"{folder} holds no codec ({', '.join(missing)} missing); run the codec stage first")
+    try:
+        return TypeAdapter(StoredCodec).validate_json((folder / CONFIG).read_text())
+    except (ValidationError, UnicodeDecodeError) as error:
+        raise _unreadable(folder, error) from error
+
+
+def empty_codec(settings: StoredCodec) -> Codec:
+    """A codec whose weights nothing has filled."""
+    return NetworkCodec(settings) if isinstance(settings, PretrainedCodec) else build_codec(settings)
+
+
+def _unreadable(folder: Path, error: Exception) -> ValueError:
+    return ValueError(f"the codec in {folder} cannot be read ({error}); train or copy it again")
 
 
 def codec_hash(codec: Codec) -> str:

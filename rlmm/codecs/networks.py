@@ -31,7 +31,8 @@ class Emu3Network(nn.Module):
     def encode(self, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         """Codes [B, N] and the latents before quantization."""
         sizes = [pixels_BCHW.shape[-2:]] * len(pixels_BCHW)
-        output = self.vq.encode(pixels_BCHW, torch.tensor(sizes), return_dict=True)
+        # Numbers in place of a tensor of them, which could not be asked for any without values (`rlmm.planned_codec`).
+        output = self.vq.encode(pixels_BCHW, cast(Tensor, sizes), return_dict=True)
         return torch.stack(output.image_tokens).flatten(1), output.last_hidden_state
 
     def decode(self, codes_BRC: Tensor) -> Tensor:

@@ -95,7 +95,7 @@ def test_what_sampling_holds_by_hand() -> None:
     # Logits and what a draw makes of them are the rest.
     assert grpo.sampling + grpo.gradients == pytest.approx(cache + prompts + gathered, rel=0.03)
     sft = memory_plans(read_recipe(TINY, []))[0]
-    assert sft.stage == "sft" and sft.engine == sft.sampling == sft.reference == 0 < sft.gradients == sft.weights
+    assert sft.stage == "sft" and sft.engine == sft.reference == 0 < sft.gradients == sft.weights
 
 
 def test_the_total_takes_the_larger_of_sampling_and_updating() -> None:

@@ -41,6 +41,23 @@ def codec(kind: str, seed: int = 0) -> PatchCodec:
     return build_codec(CONFIGS[kind])
 
 
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_many_images_are_made_a_few_at_a_time(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, images = codec(kind), pictures(7)
+    with torch.no_grad():
+        codes, latents = made.codes(images)
+        whole = made.draw(codes)
+        monkeypatch.setattr("rlmm.codecs.base.PIXELS_AT_ONCE", 3 * 16 * 24 + 5)
+        encode, draw, sizes = made._encoded, made._drawn, list[int]()
+        monkeypatch.setattr(made, "_encoded", lambda part: sizes.append(len(part)) or encode(part))
+        monkeypatch.setattr(made, "_drawn", lambda part, hidden: sizes.append(len(part)) or draw(part, hidden))
+        assert made.encode(images).equal(codes)
+        torch.testing.assert_close(made.decode(codes), whole)
+        assert sizes == [3, 3, 1, 3, 3, 1]
+        monkeypatch.setattr("rlmm.codecs.base.PIXELS_AT_ONCE", 5)
+        assert made.at_once == 1
+
+
 def pictures(count: int = 6) -> torch.Tensor:
     """Dark rectangles on white."""
     images = torch.ones(count, 1, 16, 24)

@@ -14,7 +14,7 @@ from rlmm import planned_data
 from rlmm.config.data import RowsData, ScenesData, WordsData
 from rlmm.config.preference import PreferenceData
 from rlmm.config.recipe import read_recipe
-from rlmm.memory import MemoryPlan, assumptions, plan_lines
+from rlmm.memory import MemoryPlan, notes, plan_lines
 from rlmm.planned_data import Read, Shown, read_data, read_preferences
 from tests.integration.planned import RECIPES
 
@@ -110,13 +110,10 @@ def test_preferences_with_two_columns_of_sources_are_assumed(tmp_path: Path) -> 
 
 def test_what_is_assumed_is_said_once_for_all_its_stages(tmp_path: Path) -> None:
     none = MemoryPlan("", 0, 0, 0, 0, 0, 0, 0)
-    why = {"a": "x", "b": "", "c": "x", "d": "y"}
-    plans = [replace(none, stage=stage, assumed=one) for stage, one in why.items()]
-    assert assumptions(plans) == [
-        "prompts of a, c are taken to be 32 positions: x",
-        "prompts of d are taken to be 32 positions: y",
-    ]
+    why = {"a": "x", "b": "", "c": "xy"}
+    plans = [replace(none, stage=stage, notes=tuple(one)) for stage, one in why.items()]
+    assert notes(plans) == ["of a, c: x", "of c: y"]
     recipe = read_recipe(RECIPES / "tiny.yaml", ["data={kind: rows, path: nowhere.jsonl}"])
-    assert plan_lines(recipe)[-1].startswith("prompts of sft, grpo are taken to be 32 positions: there is no file")
+    assert plan_lines(recipe)[-1].startswith("of sft, grpo: prompts are taken to be 32 positions: there is no file")
     there = read_recipe(RECIPES / "tiny.yaml", [f"data={{kind: rows, path: {lines(tmp_path, {'prompt': 'a'})}}}"])
     assert [line.split(":")[0] for line in plan_lines(there)] == ["sft", "grpo"]

@@ -15,6 +15,7 @@ from tests.integration.planned import RECIPES
 LAYOUT = Layout(vocab_size=200, text=(0, 100), image=(100, 200), bos=1, pad=0, boi=(4, 5), grid=Grid(2, 2))
 SPELLING = Spelling(character_tokenizer(), LAYOUT, positions=64)
 THOUGHT = "stages.grpo.sampling={thought: {length_limit: 7, template: 'on {prompt}'}}"
+TAKEN = "prompts are taken to be 32 positions"
 ANSWER = "stages.grpo.sampling={answer: {length_limit: 7}}"
 
 
@@ -52,12 +53,12 @@ def test_what_a_run_leaves_out_does_not_count() -> None:
     usable = [Shown("a dog"), Shown("a long prompt in 中文"), Shown("x" * 60)]
     assert longest(Read(usable)).own == Row(12, 5)
     found = longest(Read(usable[1:]))
-    assert found == Rows(Row(ASSUMED + 4, ASSUMED), assumed="the policy can take none of the first ones")
+    assert found == Rows(Row(ASSUMED + 4, ASSUMED), assumed=f"{TAKEN}: the policy can take none of the first ones")
 
 
 def test_what_is_assumed_counts_as_what_it_is() -> None:
     read = Read((), 1, "it is away")
-    assert longest(read) == Rows(Row(ASSUMED + 2 * 4, ASSUMED), assumed="it is away")
+    assert longest(read) == Rows(Row(ASSUMED + 2 * 4, ASSUMED), assumed=f"{TAKEN}: it is away")
     assert longest(read, ANSWER, stage="grpo").own == Row(ASSUMED + 7 + 4, ASSUMED, 7, image=False)
 
 
