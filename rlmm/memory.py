@@ -43,8 +43,7 @@ class MemoryPlan:
     """What an update holds beside these at its widest point: activations and logits."""
     sampling: int
     """What sampling holds in their place, and in that of gradients and gathered weights: keys and values, the forward
-    of a masked policy, logits; of weights in parts all, where it reads the policy's own. Or what making pictures of
-    codes holds, or codes of pictures, where that is more; beside vLLM's cache, which stays."""
+    of a masked policy, logits; of weights in parts all, where it reads the policy's own."""
     engine: int
     """The rollout engine's own copy of the weights, and the copy of what is trained that rollouts are drawn ahead
     with."""
@@ -56,6 +55,9 @@ class MemoryPlan:
     """Of the CPU's memory, and not in the total."""
     libraries: int = 0
     """What a process holds beside its tensors (`sharing.libraries`)."""
+    pictures: int = 0
+    """What making pictures of codes holds in the place of sampling, beside what vLLM reserves; or before the first step
+    codes of pictures, in the optimizer's place too."""
     codec: int = 0
     """The image tokenizer's weights."""
     rewards: int = 0
@@ -68,7 +70,8 @@ class MemoryPlan:
         """Where sampling and updating take turns, the larger of their working sets counts."""
         held = self.weights + self.gradients + self.optimizer + self.reference + self.engine + self.exchange
         held += self.libraries + self.codec + self.rewards
-        return held + (self.working + self.sampling if self.at_once else max(self.working, self.sampling))
+        drawing = max(self.sampling, self.pictures)
+        return held + (self.working + drawing if self.at_once else max(self.working, drawing))
 
 
 @dataclass(frozen=True)
@@ -140,14 +143,15 @@ def _plan(name: str, stage: PolicyStage, make: Make, rows: Rows, processes: int,
     share = shared(held, sharing)
     total = sum(weight.numel() for weight in policy.model.parameters())
     codec, scores = beside.codec, isinstance(stage, GrpoStage)
-    sampling = codec.working(stage, processes)
+    sampling, pictures = 0, codec.working(stage, processes, rows.data)
     if isinstance(stage, GrpoStage):
-        drawn = _sampling(stage, adapted, rows.own.length, processes) + _whole(stage, adapted, held, sharing)
+        sampling = _sampling(stage, adapted, rows.own.length, processes) + _whole(stage, adapted, held, sharing)
         # vLLM keeps what it reserves while pictures are made.
-        sampling = drawn + sampling if isinstance(stage.engine, VllmSizes) else max(drawn, sampling)
+        pictures += sampling if isinstance(stage.engine, VllmSizes) else 0
     ahead = isinstance(stage, GrpoStage) and stage.max_staleness > 0
     still = held.weights if stage.lora is None else held.gradients
     gradients = share.gradients * _gradients(stage)
+    gone = 0 if ahead else gradients + (0 if scores else share.optimizer)
     return MemoryPlan(
         stage=name,
         weights=share.weights,
@@ -163,7 +167,8 @@ def _plan(name: str, stage: PolicyStage, make: Make, rows: Rows, processes: int,
         libraries=libraries(),
         codec=codec.weights,
         rewards=beside.rewards.held if scores else 0,
-        notes=tuple(filter(None, (rows.assumed, codec.uncounted, *(beside.rewards.uncounted if scores else ())))),
+        pictures=max(0, pictures - gone),
+        notes=(*filter(None, [rows.assumed]), *codec.notes(stage), *(beside.rewards.uncounted if scores else ())),
     )
 
 

@@ -6,7 +6,18 @@ from rich.table import Table
 
 from rlmm.memory import MemoryPlan, readable
 
-PARTS = ("weights", "gradients", "optimizer", "reference", "engine", "codec", "exchange", "working", "sampling")
+PARTS = (
+    "weights",
+    "gradients",
+    "optimizer",
+    "reference",
+    "engine",
+    "codec",
+    "exchange",
+    "working",
+    "sampling",
+    "pictures",
+)
 
 
 def plan_table(plans: Sequence[MemoryPlan], processes: int) -> Table:

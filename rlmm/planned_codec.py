@@ -14,56 +14,83 @@ from rlmm.config.policy import CheckpointPolicy
 from rlmm.config.recipe import Recipe
 from rlmm.config.stages import DpoStage, GrpoStage, PolicyStage
 from rlmm.dry_run import NO_DRY_RUN, Live, onto_cpu
+from rlmm.planned_data import Read
 from rlmm.policies.families.loading import checkpoint_codec, own_folder
 from rlmm.train.tokens import BATCH
+
+FLOAT_BYTES, CODE_BYTES = 4, 8
+CHUNKS = 3
+"""Parts of a rollout that are drawn for a plan; each one after them adds its finished pictures alone."""
+UNDRAWN = "what draws pictures, a model that is read with the first one, is not counted"
 
 
 @dataclass(frozen=True)
 class CodecPlan:
     """Bytes of an image tokenizer's weights, and what makes one without any memory, where it can be run so.
-    `uncounted`: why something of it is not in the plan."""
+    `uncounted`: why something of it is not in the plan; `undrawn`: that of stages which draw."""
 
     weights: int = 0
     make: Callable[[], Codec] | None = None
     uncounted: str = ""
+    undrawn: str = ""
 
-    def working(self, stage: PolicyStage, processes: int) -> int:
-        """The most bytes that a stage holds while it makes codes of pictures, or pictures of codes."""
-        made_before = isinstance(stage, DpoStage) and stage.pairs is not None
-        if self.make is None or made_before:
+    def working(self, stage: PolicyStage, processes: int, data: Read) -> int:
+        """The most bytes that a stage holds while it makes codes of pictures, or pictures of codes. `data`: what it
+        learns from."""
+        if self.make is None:
             return 0
         if not isinstance(stage, GrpoStage):
-            return encoding(self.make, BATCH)
-        if stage.sampling.answer is not None:
+            count = max(_encoded(stage, data), data.most_sources)
+            return encoding(self.make, count) if count else 0
+        if stage.sampling.answer is not None or self.undrawn:
             return 0
         prompts = stage.prompts_per_step // processes
         return decoding(self.make, min(prompts, stage.score_chunk or prompts) * stage.samples_per_prompt)
+
+    def notes(self, stage: PolicyStage) -> tuple[str, ...]:
+        """What is said of a stage."""
+        draws = isinstance(stage, GrpoStage) and stage.sampling.answer is None
+        return tuple(filter(None, (self.uncounted, self.undrawn if draws else "")))
+
+
+def _encoded(stage: PolicyStage, data: Read) -> int:
+    """Pictures, of rows that are read together."""
+    if isinstance(stage, DpoStage) and stage.pairs is not None:
+        return 0  # their codes are stored with them
+    most = BATCH * (2 if isinstance(stage, DpoStage) else 1)
+    return most if data.encoded is None else min(most, data.encoded)
 
 
 def codec_plan(recipe: Recipe) -> CodecPlan:
     """Of the recipe's image tokenizer. Of a published one the weights are read, for their shapes."""
     try:
         make = _outline(recipe)
-    except ValueError as error:  # at which a run stops
+    except (ValueError, OSError, ImportError) as error:  # at which a run stops
         return CodecPlan(uncounted=f"the image tokenizer is not counted: {error}")
     with torch.device("meta"):
         codec = make()
     weights = sum(one.numel() * one.element_size() for one in (*codec.parameters(), *codec.buffers()))
-    if codec.reads_hidden:
-        return CodecPlan(weights, uncounted="what draws pictures of hidden states is not counted")
+    undrawn = UNDRAWN if codec.loads_decoder else ""
     try:
-        decoding(make, 1)
         encoding(make, 1)
+        if not undrawn:
+            decoding(make, 1)
     except NO_DRY_RUN as error:
-        return CodecPlan(weights, uncounted=f"making codes and pictures is not counted ({error})")
-    return CodecPlan(weights, make)
+        return CodecPlan(weights, None, f"making codes and pictures is not counted ({error})", undrawn)
+    except ValueError as error:  # of a checkpoint that lacks its encoder
+        return CodecPlan(weights, None, f"making codes of pictures is not counted: {error}", undrawn)
+    return CodecPlan(weights, make, "", undrawn)
 
 
 def decoding(make: Callable[[], Codec], images: int) -> int:
     """The most bytes held while codes of so many images become pictures, both among them."""
     with _bare(make) as codec, Live() as live:
-        codec.draw(torch.zeros(images, codec.tokens, dtype=torch.long))
-    return live.peak
+        few = min(images, CHUNKS * codec.at_once)
+        codec.draw(torch.zeros(few, codec.tokens, dtype=torch.long))
+    height, width = codec.image_size
+    picture, codes = codec.channels * height * width * FLOAT_BYTES, codec.tokens * CODE_BYTES
+    # At the end finished parts stand beside what they are joined to.
+    return max(live.peak + (images - few) * (picture + codes), images * (2 * picture + codes))
 
 
 def encoding(make: Callable[[], Codec], images: int) -> int:

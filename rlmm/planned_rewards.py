@@ -15,12 +15,23 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
 from rewards import REWARDS
+from rewards.builders.models import DETECTORS
+from rlmm.config.base import nearest
 from rlmm.config.recipe import Recipe
 from rlmm.config.rewards import RewardTerm
 
-ENGINES = {"tesseract": (64 << 20, 14 << 20), "letter_forms": (64 << 20, 14 << 20), "ocr": (92 << 20, 44 << 20)}
+ENGINES = {
+    "tesseract": (64 << 20, 14 << 20),
+    "letter_forms": (64 << 20, 14 << 20),
+    "ocr": (92 << 20, 44 << 20),
+    "no_painted_text": (92 << 20, 44 << 20),
+}
 """OCR engines, which are in main memory: bytes that a process's first one was seen to hold, with its libraries, and
 each one after it."""
+
+
+WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""Bytes of a weight, by the precision of a reward."""
 
 
 @dataclass(frozen=True)
@@ -32,30 +43,36 @@ class RewardPlan:
 
 
 def reward_plan(recipe: Recipe) -> RewardPlan:
-    """Of a stage that scores: the recipe's rewards and held-out judges."""
+    """Of a stage that scores: the recipe's rewards and held-out judges. Raises ValueError for an unknown precision."""
     gpu = torch.cuda.is_available()
     terms = [term for part in (recipe.rewards, recipe.held_out) for term in part.terms if term.serve is None]
     engines = Counter() if gpu else Counter(term.name for term in terms if term.name in ENGINES)
     held = sum(ENGINES[name][0] + (count - 1) * ENGINES[name][1] for name, count in engines.items())
     away = []
     for term in terms:
-        model, device, width = _model(term)
-        if not model or (gpu and not device.startswith("cuda")):
-            continue
-        weights = _weights(model)
-        if weights is None:
-            away.append(f"the model of reward {term.key} ({model}) is not counted: it is not here, or not readable")
-        held += (weights or 0) * width
+        models, device, width = _models(term)
+        for model in models if device.startswith("cuda") or not gpu else []:
+            weights = _weights(model)
+            if weights is None:
+                away.append(f"the model of reward {term.key} ({model}) is not counted: it is not here, or not readable")
+            held += (weights or 0) * width
     return RewardPlan(held, tuple(away))
 
 
-def _model(term: RewardTerm) -> tuple[str, str, int]:
-    """The published model of a term, "" without one, its device, and the bytes of a weight."""
+def _models(term: RewardTerm) -> tuple[list[str], str, int]:
+    """The published models of a term, their device, and the bytes of a weight."""
     known = inspect.signature(REWARDS[term.name]).parameters if term.name in REWARDS else {}
     if "precision" not in known:  # it runs none through torch
-        return "", "cpu", 0
+        return [], "cpu", 0
     options: dict[str, Any] = {name: one.default for name, one in known.items()} | term.options
-    return options["model"], options["device"], getattr(torch, options["precision"]).itemsize
+    precision, device = str(options["precision"]), str(options["device"])
+    if precision not in WIDTHS:
+        raise ValueError(
+            f"reward {term.key}: precision {precision!r} is none of {', '.join(WIDTHS)}."
+            f"{nearest(precision, list(WIDTHS))}"
+        )
+    named = [options["model"] or DETECTORS.get(str(options.get("detector")), ""), options.get("colours", "")]
+    return [str(model) for model in named if model], device, WIDTHS[precision]
 
 
 def _weights(source: str) -> int | None:

@@ -1,7 +1,7 @@
 """How long the sequences of a stage are, for its memory plan: the longest that the first rows of its data spell."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from rlmm.config.pairs import Asked, PairsStage
 from rlmm.config.preference import DpoStage
@@ -32,6 +32,8 @@ class Rows:
     own: Row
     beside: Row | None = None
     assumed: str = ""
+    data: Read = field(default=Read(), compare=False)
+    """What they are of."""
 
 
 def rows_of(recipe: Recipe, stage: PolicyStage, spelling: Spelling, data: Read) -> Rows:
@@ -41,12 +43,12 @@ def rows_of(recipe: Recipe, stage: PolicyStage, spelling: Spelling, data: Read) 
     if isinstance(stage, DpoStage):
         return _preferred(recipe, stage, spelling, data)
     assert isinstance(stage, SftStage), "no other stage trains a policy"
-    made = _taught(data, spelling, stage.writing)
+    made = _taught(data, spelling, stage.writing, spelling.layout.decides_text)
     if recipe.understanding is None or not stage.understanding_share:
         return made
     asked = recipe.understanding
-    beside = _taught(read_data(asked.data, recipe.seed), spelling, asked.answer)
-    return Rows(made.own, beside.own, made.assumed or beside.assumed)
+    beside = _taught(read_data(asked.data, recipe.seed), spelling, asked.answer, True)
+    return replace(made, beside=beside.own, assumed=made.assumed or beside.assumed)
 
 
 def _sampled(data: Read, spelling: Spelling, sampling: Sampling, writing: Writing | None) -> Rows:
@@ -56,13 +58,16 @@ def _sampled(data: Read, spelling: Spelling, sampling: Sampling, writing: Writin
     return _longest(shown, data, spelling, writing or Writing(), text, sampling.answer is None)
 
 
-def _taught(data: Read, spelling: Spelling, writing: Writing) -> Rows:
-    return _longest(data.shown, data, spelling, writing, 0, True)
+def _taught(data: Read, spelling: Spelling, writing: Writing, writes: bool) -> Rows:
+    """Of what rows hold. A run leaves out those that lead to nothing, and texts where the policy writes none."""
+    shown = [one for one in data.shown if (one.text and writes) or (one.image and not one.text)]
+    return _longest(shown, data, spelling, writing, 0, True)
 
 
 def _preferred(recipe: Recipe, stage: DpoStage, spelling: Spelling, data: Read) -> Rows:
     if stage.data is not None:
-        return _taught(read_preferences(stage.data), spelling, stage.writing)
+        writes = spelling.layout.decides_text and spelling.layout.mask is None
+        return _taught(read_preferences(stage.data), spelling, stage.writing, writes)
     pairs = recipe.stages[stage.pairs or ""]
     assert isinstance(pairs, PairsStage), "the recipe was checked"
     drawn = pairs if pairs.rollouts is None else recipe.stages[pairs.rollouts]
@@ -82,10 +87,10 @@ def _answered(asked: Asked, spelling: Spelling, writing: Writing | None) -> Row:
 def _longest(shown: Iterable[Shown], data: Read, spelling: Spelling, writing: Writing, text: int, image: bool) -> Rows:
     made = list(_usable(shown, spelling, writing, text))
     if made:
-        return Rows(max(made, key=lambda row: row.length))
+        return Rows(max(made, key=lambda row: row.length), data=data)
     grid = spelling.layout.grid.length
     length = ASSUMED + text + grid * (data.sources + image)
-    return Rows(Row(length, ASSUMED, text, image), assumed=_assumed(data.assumed))
+    return Rows(Row(length, ASSUMED, text, image), assumed=_assumed(data.assumed), data=data)
 
 
 def _assumed(why: str) -> str:

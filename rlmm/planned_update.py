@@ -55,7 +55,7 @@ def _micro_batch(stage: PolicyStage, rows: Rows) -> Iterator[tuple[int, Row]]:
             yield sides, rows.beside
     elif isinstance(stage, SftStage) and rows.beside is not None:
         # A step's rows are sorted by their length, and its last micro-batch has the longest.
-        others = round(stage.understanding_share * stage.batch_size)
+        others = stage.rows_beside * stage.rows_each
         kinds = [(stage.batch_size - others, rows.own), (others, rows.beside)]
         (most, longer), (_, shorter) = sorted(kinds, key=lambda kind: -kind[1].length)
         yield min(size, most), longer

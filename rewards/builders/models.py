@@ -9,6 +9,8 @@ if TYPE_CHECKING:
 
 Precision = Literal["float32", "bfloat16", "float16"]
 HPSV2 = "adams-story/HPSv2-hf"
+DETECTORS = {"owl": "google/owlv2-base-patch16-ensemble", "grounding_dino": "IDEA-Research/grounding-dino-base"}
+"""Detector -> its model where none is named."""
 LAION_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
 
@@ -127,12 +129,11 @@ def objects(
     from rewards.detection import ObjectsReward
     from rewards.names import nearest
 
-    known = {"owl": "google/owlv2-base-patch16-ensemble", "grounding_dino": "IDEA-Research/grounding-dino-base"}
-    if detector not in (*known, "scenes"):
-        raise ValueError(f"objects has no detector {detector!r}. {nearest(detector, (*known, 'scenes'))}")
+    if detector not in (*DETECTORS, "scenes"):
+        raise ValueError(f"objects has no detector {detector!r}. {nearest(detector, (*DETECTORS, 'scenes'))}")
     if detector == "scenes" and (model or colours):
         raise ValueError("the scenes detector tells shapes and colours exactly; leave out model and colours")
-    found, named = _detection(detector, model or known.get(detector, ""), colours, device, precision, batch_size)
+    found, named = _detection(detector, model or DETECTORS.get(detector, ""), colours, device, precision, batch_size)
     return ObjectsReward(
         found,
         colours=named,

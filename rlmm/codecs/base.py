@@ -63,6 +63,9 @@ class Codec(nn.Module, ABC):
     reads_hidden = False
     """Whether pixels are drawn of what the policy's last layer holds at the codes, and not of the codes alone."""
 
+    loads_decoder = False
+    """Whether a model of its own is loaded with the first picture that is drawn."""
+
     def __init__(self, settings: StoredCodec) -> None:
         super().__init__()
         self.settings = settings

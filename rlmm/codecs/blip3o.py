@@ -29,7 +29,7 @@ class Blip3oNetwork(nn.Module):
     The diffusion model (1.6 B weights) is read when it is first needed, and is not kept with the codec.
     """
 
-    reads_hidden = True
+    reads_hidden = loads_decoder = True
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()

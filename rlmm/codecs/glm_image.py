@@ -22,6 +22,8 @@ class GlmImageNetwork(nn.Module):
     image), `mean` and `std` of its pixels, `decoder`, `steps` and `guidance_scale` of the diffusion.
     """
 
+    loads_decoder = True
+
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
         self.config = config

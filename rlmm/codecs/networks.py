@@ -106,6 +106,7 @@ class NetworkCodec(Codec):
             raise ValueError(f"codec network {settings.network!r} is unknown.{near}")
         self.network: Any = NETWORKS[settings.network](settings.config)
         self.reads_hidden = getattr(self.network, "reads_hidden", False)
+        self.loads_decoder = getattr(self.network, "loads_decoder", False)
         self.mean_C11: Tensor
         self.std_C11: Tensor
         self.register_buffer("mean_C11", torch.tensor(settings.mean).view(-1, 1, 1), persistent=False)

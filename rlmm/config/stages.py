@@ -67,6 +67,16 @@ class SftStage(Optimization):
             raise ValueError("image_weight and text_weight are both 0: nothing would be trained; raise one of them")
         return self
 
+    @property
+    def rows_beside(self) -> int:
+        """Of a batch's pictures and questions, each of which fills `rows_each` rows: those of `understanding`."""
+        return round(self.understanding_share * (self.batch_size // self.rows_each))
+
+    @property
+    def rows_each(self) -> int:
+        """2 under complementary noise: a mask and its complement of the same row."""
+        return 2 if self.noise is not None and self.noise.complementary else 1
+
 
 class Gates(Strict):
     """What stops a run. Shares are of one rollout; a ceiling stops after `patience` rollouts in a row above it."""

@@ -2,8 +2,9 @@
 here."""
 
 import glob
+import zlib
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +17,8 @@ from datasets.exceptions import DatasetsError
 from rlmm.config.data import RowsData
 
 FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".txt": "text"}
+FAULTS = (DatasetsError, OSError, ValueError, TypeError, EOFError, zlib.error, pa.ArrowInvalid)
+"""What `datasets` and the readers below it raise for files that are torn, or are not of one kind."""
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
 
@@ -68,8 +71,12 @@ class FirstRows:
     Raises ValueError, as `load_raw` does, for what cannot be found, and while it is read for what cannot be.
     """
 
-    def __init__(self, config: RowsData, count: int) -> None:
-        self._config, self._place = config, _place(config, config.path)
+    def __init__(self, config: RowsData, count: int, columns: Collection[str] = ()) -> None:
+        """`columns`: of parquet, what is read alone, where it says any."""
+        place = _place(config, config.path)
+        if columns and place.builder == "parquet":
+            place = replace(place, arguments=place.arguments | {"columns": sorted(columns)})
+        self._config, self._place = config, place
         self._count = min(count, config.limit or count)
 
     @property
@@ -116,7 +123,7 @@ def _said(place: _Place, config: RowsData, split: str) -> Iterator[None]:
     """What `datasets` finds wrong as a ValueError that names the file and says what to do."""
     try:
         yield
-    except (DatasetsError, OSError, ValueError, pa.ArrowInvalid) as error:
+    except FAULTS as error:
         cause = error.__cause__ or error
         reader = "hub dataset" if config.format == "hub" else place.builder
         torn = _unreadable(place.builder, place.files) if len(place.files) > 1 else None
@@ -133,7 +140,7 @@ def _unreadable(builder: str, files: Sequence[str]) -> str | None:
             alone = datasets.load_dataset(builder, data_files={"train": [file]}, split="train", streaming=True)
             for _ in alone.with_format("arrow").iter(1000):  # undecoded
                 pass
-        except (DatasetsError, OSError, ValueError, pa.ArrowInvalid):
+        except FAULTS:
             return file
     return None
 

@@ -114,8 +114,9 @@ def parse_asked(raw: Mapping[str, Any], reader: ImageReader) -> RawPreference:
     return RawPreference(str(raw["question"]), (chosen, rejected), sources=(reader.read(raw["picture"]),))
 
 
-def answers_of(raw: Mapping[str, Any], config: PreferenceData, root: Path | None) -> list[tuple[str, bool]]:
-    """The text of each answer, "" without one, and whether an image is drawn; none is decoded. Raises UnusableRow."""
+def answers_of(raw: Mapping[str, Any], config: PreferenceData, root: Path | None) -> list[tuple[str, bool, bool]]:
+    """The text of each answer, "" without one, whether an image is drawn, and whether its codes are there; none is
+    decoded. Raises UnusableRow."""
     reader = ImageReader(root)
     if config.completion_column is not None:
         columns = {"completion": config.completion_column}
@@ -125,12 +126,12 @@ def answers_of(raw: Mapping[str, Any], config: PreferenceData, root: Path | None
     for side, column in columns.items():
         coded = raw.get(f"{side}_codes") is not None
         said, image = (None, None) if coded else _answer(raw.get(column), column, reader)
-        found.append((said or raw.get(f"{side}_text") or "", coded or image is not None))
+        found.append((said or _text(raw, side) or "", coded or image is not None, coded))
     return found
 
 
 def _side(raw: Mapping[str, Any], side: str, column: str, reader: ImageReader) -> RawSide:
-    text, codes = raw.get(f"{side}_text"), raw.get(f"{side}_codes")
+    text, codes = _text(raw, side), raw.get(f"{side}_codes")
     if codes is not None:
         return RawSide(codes=codes_of(codes, f"{side}_codes"), text=text)
     said, image = _answer(raw.get(column), column, reader)
@@ -140,6 +141,13 @@ def _side(raw: Mapping[str, Any], side: str, column: str, reader: ImageReader) -
     if image is None and text is None:
         raise UnusableRow("missing image", f"{column} is null")
     return RawSide(None if image is None else reader.read(image), text=text)
+
+
+def _text(raw: Mapping[str, Any], side: str) -> str | None:
+    text = raw.get(f"{side}_text")
+    if text is not None and not isinstance(text, str):
+        raise UnusableRow("text that is none", f"{side}_text is {text!r:.60}")
+    return text
 
 
 def _answer(value: Any, column: str, reader: ImageReader) -> tuple[str | None, Any]:

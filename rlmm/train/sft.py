@@ -56,16 +56,15 @@ class SftSource:
         mine = share(config.batch_size, "batch_size")
         self.micro_batches_per_step = _whole(mine.stop - mine.start, config.micro_batch_size)
 
-    @property
-    def each(self) -> int:
-        """Rows of a picture."""
-        return 2 if self.config.noise is not None and self.config.noise.complementary else 1
-
     def micro_batches(self, step: int) -> list[SftBatch]:
         config = self.config
         picked = self._picked(step)
         # Both masks of one picture have one prompt, or what one leaves the other would not fill.
-        luck = generator(self.seed, "prompt dropout", step).random(len(picked) // self.each).repeat(self.each)
+        luck = (
+            generator(self.seed, "prompt dropout", step)
+            .random(len(picked) // self.config.rows_each)
+            .repeat(self.config.rows_each)
+        )
         dropped = luck < config.prompt_dropout
         # Half of the dropped prompts lose their source images too: guidance has a stream with them and one without.
         bare = luck < config.prompt_dropout / 2
@@ -79,13 +78,13 @@ class SftSource:
 
     def _picked(self, step: int) -> list[int]:
         """Row numbers of a step; under complementary noise each twice in a row."""
-        size, share = self.config.batch_size // self.each, self.config.understanding_share
-        others = round(share * size)
+        each, others = self.config.rows_each, self.config.rows_beside
+        size = self.config.batch_size // each
         rows = epoch_indices(self.own, step * (size - others), size - others, self.seed)
         if others:
             more = epoch_indices(len(self.rows) - self.own, step * others, others, self.seed, "understanding")
             rows += [self.own + row for row in more]
-        return [row for row in rows for _ in range(self.each)]
+        return [row for row in rows for _ in range(each)]
 
     def _row(self, number: int, dropped: bool, bare: bool) -> Supervised:
         """A row, or what the unconditional stream sees of it: no prompt, no thought. A text alone has none."""
@@ -96,15 +95,15 @@ class SftSource:
 
     def _weighed(self, whole: SequenceBatch, step: int) -> tuple[SequenceBatch, Tensor]:
         """The step's sequences, masked where the policy learns so, and the weight of each target in its loss."""
-        config, count_BT, factor_BT = self.config, whole.target_BT, None
+        config, each, count_BT, factor_BT = self.config, self.config.rows_each, whole.target_BT, None
         if self.layout.mask is not None:
             noise = config.noise or NoiseConfig()
             taught_BT = whole.target_BT & ((whole.modality_BT == IMAGE) | (config.text_weight > 0))
             taught_BT &= (whole.modality_BT == TEXT) | (config.image_weight > 0)
             places = range(len(taught_BT))
             noised_BT, factor_BT = training_noise(
-                taught_BT, [derive(self.seed, "noise", step, place // self.each) for place in places], noise.schedule,
-                noise.weighting, complement=[place % 2 == 1 for place in places] if self.each == 2 else None,
+                taught_BT, [derive(self.seed, "noise", step, place // each) for place in places], noise.schedule,
+                noise.weighting, complement=[place % 2 == 1 for place in places] if each == 2 else None,
             )  # fmt: skip
             whole = replace(whole, noised_BT=noised_BT)
             count_BT = noised_BT if noise.weighting == "mean" else whole.target_BT

@@ -12,11 +12,12 @@ from rlmm.codecs import Codec, empty_codec, save_codec
 from rlmm.config.codec import FsqCodec, PretrainedCodec
 from rlmm.config.policy import CheckpointPolicy
 from rlmm.config.recipe import read_recipe
-from rlmm.config.stages import DpoStage
+from rlmm.config.stages import DpoStage, GrpoStage, SftStage
 from rlmm.dry_run import NO_DRY_RUN, Live
 from rlmm.memory import MemoryPlan, memory_plans, plan_lines
-from rlmm.planned_codec import codec_plan, decoding, encoding
-from tests.families.checkpoints import tiny
+from rlmm.planned_codec import UNDRAWN, codec_plan, decoding, encoding
+from rlmm.planned_data import Read, Shown
+from tests.families.checkpoints import SIZES, tiny
 from tests.integration.planned import RECIPES
 
 SMALL = FsqCodec(image_size=(64, 64), channels=3, patch=4, width=64, blocks=2, levels=(4, 4, 4))
@@ -64,35 +65,66 @@ def plans(*overrides: str, recipe: str = "tiny.yaml") -> dict[str, MemoryPlan]:
     return {one.stage: one for one in memory_plans(read_recipe(RECIPES / recipe, [given, *overrides]))}
 
 
+def test_a_rollout_s_further_pictures_add_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlmm.codecs.base.PIXELS_AT_ONCE", 2 * 64 * 64)
+    make = partial(empty_codec, SMALL)
+    codec = make().eval()
+    with torch.no_grad(), Live() as live:
+        codec.decode(torch.zeros(40, 256, dtype=torch.long))
+    assert decoding(make, 40) > 1.5 * decoding(make, 6)
+    assert decoding(make, 40) == pytest.approx(live.peak, rel=0.05)
+
+
 def test_a_stage_holds_it_and_what_it_works_with() -> None:
     made, draws = plans("stages.grpo.lora=null"), decoding(wide, 8)
     weights = sum(one.nbytes for one in (*wide().parameters(), *wide().buffers()))
     assert made["sft"].codec == made["grpo"].codec == weights > 1 << 20
     assert replace(made["sft"], codec=0).total == made["sft"].total - weights
-    assert made["sft"].sampling == encoding(wide, 256) - made["sft"].gradients
-    assert made["grpo"].sampling == draws - made["grpo"].gradients
+    sft, grpo = made["sft"], made["grpo"]
+    # Codes are made before there are gradients and an optimizer: of the 48 pictures that there are.
+    assert sft.pictures + sft.gradients + sft.optimizer == encoding(wide, 48) and sft.sampling == 0
+    assert grpo.pictures + grpo.gradients == draws
     vllm = plans("stages.grpo.engine={kind: vllm, kv_megabytes: 64}")["grpo"]
-    assert vllm.sampling == draws + (64 << 20) - vllm.gradients  # which stays reserved
+    assert vllm.pictures == draws + (64 << 20) - vllm.gradients  # which stays reserved
     few = plans("stages.grpo.score_chunk=1")["grpo"]
-    assert few.sampling == decoding(wide, 4) - few.gradients
+    assert few.pictures == decoding(wide, 4) - few.gradients
+    ahead = plans("stages.grpo.max_staleness=1", "stages.grpo.objective.mismatch={kind: truncate}")["grpo"]
+    assert ahead.pictures == draws  # beside the gradients of the update that goes on meanwhile
+    dear = replace(grpo, working=5 << 20, sampling=6 << 20, pictures=7 << 20)
+    assert dear.total - replace(dear, pictures=0).total == 1 << 20
+    both = replace(dear, at_once=True)
+    assert both.total - dear.total == 5 << 20
 
 
 def test_what_makes_no_picture_holds_none() -> None:
     words = read_recipe(RECIPES / "tiny_thought.yaml", ["stages.grpo.sampling={answer: {length_limit: 4}}"])
-    plan = codec_plan(words)
-    assert plan.working(words.stages["grpo"], 1) == 0 < plan.working(words.stages["sft"], 1)  # pyrefly: ignore
+    plan, drawn = codec_plan(words), Read([Shown("a")] * 9)
+    sft, grpo = words.stages["sft"], words.stages["grpo"]
     pairs = read_recipe(RECIPES / "tiny_pair_dpo.yaml", []).stages["dpo"]
-    assert isinstance(pairs, DpoStage) and plan.working(pairs, 1) == 0
-    assert plan.working(pairs.model_copy(update={"pairs": None}), 1) == plan.working(words.stages["sft"], 1)  # pyrefly: ignore
+    assert isinstance(sft, SftStage) and isinstance(grpo, GrpoStage) and isinstance(pairs, DpoStage) and plan.make
+    assert plan.working(grpo, 1, drawn) == 0 < plan.working(sft, 1, drawn) == encoding(plan.make, 9)
+    assert plan.working(sft, 1, Read([Shown("a", text="b", image=False), Shown("a", coded=True)])) == 0
+    assert plan.working(sft, 1, Read([Shown("a", 3, "b", image=False)])) == encoding(plan.make, 3)
+    assert plan.working(sft, 1, Read((), 0, "away")) == encoding(plan.make, 256)
+    assert plan.working(pairs, 1, drawn) == 0
+    loose = pairs.model_copy(update={"pairs": None})
+    assert plan.working(loose, 1, Read([Shown("a")] * 900)) == encoding(plan.make, 2 * 256)
 
 
-@pytest.mark.parametrize("name", ["janus", "emu3", "blip3o_next"])
+@pytest.mark.parametrize("name", [*SIZES, "show_o", "mmada", "lumina_dimoo"])
 def test_of_a_checkpoint(name: str) -> None:
-    policy = tiny(name)
-    plan = codec_plan(read_recipe(RECIPES / "tiny.yaml", []).model_copy(update={"policy": policy, "codec": None}))
+    recipe = read_recipe(RECIPES / "tiny.yaml", [])
+    policy = CheckpointPolicy(path="none", family=name, tiny=True)
+    plan = codec_plan(recipe.model_copy(update={"policy": policy, "codec": None}))
     held = planned_codec.checkpoint_codec(policy).state_dict()
-    assert plan.weights >= sum(one.numel() * one.element_size() for one in held.values()) > 0
-    assert (plan.make is None) == (name == "blip3o_next") == bool(plan.uncounted)
+    assert plan.weights >= sum(one.nbytes for one in held.values()) > 0
+    loads = name in ("blip3o_next", "glm_image", "glm_image_edit")
+    grpo, sft = recipe.stages["grpo"], recipe.stages["sft"]
+    assert isinstance(grpo, GrpoStage) and isinstance(sft, SftStage)
+    asks = name.startswith("glm_image")  # its encoder asks for values
+    drawn, said = Read([Shown("a")] * 3), plan.notes(sft)
+    assert len(said) == asks and plan.notes(grpo) == (*said, *[UNDRAWN] * loads)
+    assert (plan.working(sft, 1, drawn) == 0) == asks and (plan.working(grpo, 1, drawn) == 0) == loads
 
 
 def test_of_an_own_folder_no_weight_is_read(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What a memory plan reads of data: of files their first rows, and where it cannot what is assumed and why."""
 
+import gzip
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -14,6 +15,7 @@ from rlmm import planned_data
 from rlmm.config.data import RowsData, ScenesData, WordsData
 from rlmm.config.preference import PreferenceData
 from rlmm.config.recipe import read_recipe
+from rlmm.data.loading import load_raw
 from rlmm.memory import MemoryPlan, notes, plan_lines
 from rlmm.planned_data import Read, Shown, read_data, read_preferences
 from tests.integration.planned import RECIPES
@@ -38,7 +40,7 @@ def test_rows_of_every_kind(tmp_path: Path) -> None:
     )
     assert read(path).shown == [Shown("plain", image=False), Shown("coded", image=False)]
     assert read(path, target_column="image").shown[1] == Shown("coded")  # no image is opened
-    assert read(path, codes_column="codes").shown == [Shown("coded")]
+    assert read(path, codes_column="codes").shown == [Shown("coded", coded=True)]
     several = read(path, sources_column="about", text_column="text", target_column="image")
     assert several == Read([Shown("plain", 2, "said"), Shown("coded", 0, "more")])
 
@@ -69,6 +71,30 @@ def test_generated_rows() -> None:
     assert {one.sources for one in read_data(ScenesData(variant="edit"), 0).shown} == {1}
 
 
+def test_of_a_table_only_columns_that_matter_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = datasets.Dataset.from_list([{"prompt": "a", "picture": Image.new("RGB", (4, 4)), "more": "x"}])
+    table.to_parquet(tmp_path / "rows.parquet")
+    path, seen = str(tmp_path / "rows.parquet"), list[set[str]]()
+    parse = planned_data.parse_row
+    monkeypatch.setattr(planned_data, "parse_row", lambda row, data: seen.append(set(row)) or parse(row, data))
+    assert read(path, target_column="picture").shown == [Shown("a")] and seen == [{"prompt"}]
+    assert read(path, sources_column="picture").shown == [Shown("a", 1, image=False)]
+
+
+def test_files_of_two_kinds_and_torn_ones_are_told_as_a_run_does(tmp_path: Path) -> None:
+    datasets.Dataset.from_list([{"prompt": "a"}]).to_parquet(tmp_path / "a.parquet")
+    datasets.Dataset.from_list([{"prompt": [{"role": "user", "content": "a"}]}]).to_parquet(tmp_path / "b.parquet")
+    packed = gzip.compress(b'{"prompt": "a"}\n' * 5000)
+    (tmp_path / "torn.jsonl.gz").write_bytes(packed[: len(packed) // 2])
+    (tmp_path / "bad.jsonl.gz").write_bytes(packed[:20] + bytes(20) + packed[40:])
+    for name in ("*.parquet", "torn.jsonl.gz", "bad.jsonl.gz"):
+        data = RowsData(path=str(tmp_path / name), cache_dir=str(tmp_path / "cache"))
+        found = read_data(data, 0)
+        assert not found.shown and "cannot be read as" in found.assumed and name in found.assumed
+        with pytest.raises(ValueError, match="cannot be read as"):
+            load_raw(data, data.path, data.split)
+
+
 @pytest.mark.parametrize(
     ("settings", "why"),
     [
@@ -92,12 +118,16 @@ def preferences(folder: Path, row: Mapping[str, Any], **settings: Any) -> Sequen
 
 def test_preferences_of_every_kind(tmp_path: Path) -> None:
     drawn = {"prompt": "a", "chosen": "good.png", "rejected": "bad.png"}
-    assert preferences(tmp_path, drawn) == [Shown("a")]
-    assert preferences(tmp_path, drawn | {"chosen_text": "well", "rejected_text": ""}) == [Shown("a", text="well")]
+    assert preferences(tmp_path, drawn) == [Shown("a")] * 2
+    assert preferences(tmp_path, drawn | {"chosen_text": "well", "rejected_text": ""}) == [
+        Shown("a", text="well"),
+        Shown("a"),
+    ]
     coded = {"prompt": "a", "chosen_codes": [1], "rejected_codes": [2], "sources": ["s.png"]}
-    assert preferences(tmp_path, coded) == [Shown("a", 1)]
+    assert preferences(tmp_path, coded) == [Shown("a", 1, coded=True)] * 2
     said = {"prompt": "a", "chosen": "yes", "rejected": "not at all", "images": ["s.png", "t.png"]}
-    assert preferences(tmp_path, said) == [Shown("a", 2, "not at all", image=False)]
+    assert preferences(tmp_path, said) == [Shown("a", 2, text, image=False) for text in ("yes", "not at all")]
+    assert not preferences(tmp_path, drawn | {"chosen_text": 5})  # which a run leaves out, and counts
     single = {"prompt": "a", "answer": "good.png", "label": True}
     assert preferences(tmp_path, single, completion_column="answer") == [Shown("a")]
 
@@ -115,5 +145,6 @@ def test_what_is_assumed_is_said_once_for_all_its_stages(tmp_path: Path) -> None
     assert notes(plans) == ["of a, c: x", "of c: y"]
     recipe = read_recipe(RECIPES / "tiny.yaml", ["data={kind: rows, path: nowhere.jsonl}"])
     assert plan_lines(recipe)[-1].startswith("of sft, grpo: prompts are taken to be 32 positions: there is no file")
-    there = read_recipe(RECIPES / "tiny.yaml", [f"data={{kind: rows, path: {lines(tmp_path, {'prompt': 'a'})}}}"])
+    rows = lines(tmp_path, {"prompt": "a", "image": "a.png"})
+    there = read_recipe(RECIPES / "tiny.yaml", [f"data={{kind: rows, path: {rows}, target_column: image}}"])
     assert [line.split(":")[0] for line in plan_lines(there)] == ["sft", "grpo"]

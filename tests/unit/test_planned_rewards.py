@@ -69,6 +69,20 @@ def test_a_gpu_holds_what_is_on_it(clip: Path, monkeypatch: pytest.MonkeyPatch) 
     assert reward_plan(recipe(there)).held == numbers(clip) * 4
 
 
+def test_a_detector_and_who_names_its_colours_count(clip: Path) -> None:
+    term = f"{{name: objects, options: {{detector: owl, model: {clip}, colours: {clip}}}}}"
+    assert reward_plan(recipe(term)).held == 2 * numbers(clip) * 4
+    (named,) = reward_plan(recipe("{name: objects, options: {detector: owl}}")).uncounted
+    assert "google/owlv2-base-patch16-ensemble" in named
+    assert reward_plan(recipe("{name: objects, options: {detector: scenes}}")) == RewardPlan()
+
+
+@pytest.mark.parametrize("given", ["fp16", "null"])
+def test_a_precision_that_there_is_not_is_named(given: str) -> None:
+    with pytest.raises(ValueError, match="reward clip_score: precision '.*' is none of float32, bfloat16, float16"):
+        reward_plan(recipe(f"{{name: clip_score, options: {{precision: {given}}}}}"))
+
+
 @pytest.mark.parametrize("broken", ["no folder", "a torn file", "a lost file"])
 def test_a_model_that_is_not_here_is_said(broken: str, clip: Path, tmp_path: Path) -> None:
     if broken != "no folder":

@@ -1,5 +1,7 @@
 """The longest sequence of a stage, and what of it is decided, counted by hand."""
 
+from dataclasses import replace
+
 import pytest
 
 from rlmm.config.recipe import read_recipe
@@ -52,8 +54,17 @@ def test_what_is_written_counts_at_its_longest() -> None:
 def test_what_a_run_leaves_out_does_not_count() -> None:
     usable = [Shown("a dog"), Shown("a long prompt in 中文"), Shown("x" * 60)]
     assert longest(Read(usable)).own == Row(12, 5)
+    bare = [*usable, Shown("a cat and a dog", image=False)]  # which leads to nothing
+    assert longest(Read(bare)).own == Row(12, 5)
     found = longest(Read(usable[1:]))
     assert found == Rows(Row(ASSUMED + 4, ASSUMED), assumed=f"{TAKEN}: the policy can take none of the first ones")
+
+
+def test_texts_do_not_count_where_none_are_learnt() -> None:
+    taught = [Shown("a dog"), Shown("a dog", text="a red one", image=False)]
+    mute = replace(SPELLING, layout=replace(LAYOUT, decides_text=False))
+    recipe = read_recipe(RECIPES / "tiny.yaml", [])
+    assert rows_of(recipe, recipe.stages["sft"], mute, Read(taught)).own == Row(12, 5)  # pyrefly: ignore[bad-argument-type]
 
 
 def test_what_is_assumed_counts_as_what_it_is() -> None:
