@@ -93,15 +93,13 @@ def test_this_process_has_one() -> None:
 OWN = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"} | {"OMP_NUM_THREADS": "1"}
 FREED = """
 import ctypes
-import sys
 import torch
 from rlmm.allocator import pad_tensors
 
 def resident() -> int:
     return int(open("/proc/self/statm").read().split()[1]) * 4096
 
-if sys.argv[1] == "padded":
-    assert pad_tensors() == ""
+assert pad_tensors() == ""
 large = torch.zeros(1 << 21)
 del large  # from now on glibc maps no block below its size
 beside = ctypes.CDLL(None).malloc
@@ -167,8 +165,8 @@ print("ends")
 """
 
 
-def said(program: str, *arguments: str, env: dict[str, str] | None = None) -> str:
-    command = [sys.executable, "-c", program, *arguments]
+def said(program: str, env: dict[str, str] | None = None) -> str:
+    command = [sys.executable, "-c", program]
     done = subprocess.run(command, env=OWN | (env or {}), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout.split("\n")[0]
@@ -181,9 +179,8 @@ needs_padding = pytest.mark.skipif(
 
 @needs_padding
 def test_what_a_padded_tensor_frees_is_used_again() -> None:
-    assert float(said(FREED, "padded")) == pytest.approx(1.0, abs=0.1)
-    if leaves_holes(allocator.allocator("", platform.libc_ver())):
-        assert float(said(FREED, "torch's own")) > 1.2  # 1.46 to 1.96 were seen, by where the heap happens to lie
+    """Of torch's own blocks, beside small ones, 1.1 to 2.0 times as much was resident: how much depends on the heap."""
+    assert float(said(FREED)) == pytest.approx(1.0, abs=0.05)
 
 
 @needs_padding

@@ -107,9 +107,11 @@ def test_a_run_says_its_plan() -> None:
 def test_the_rows_of_a_plan_are_those_a_machine_has(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = memory_plans(read_recipe(TINY, []))[0]
     assert [*plan_table([plan], 1).columns[0].cells][-2:] == ["libraries", "total"]
+    scores = replace(plan, rewards=1)
+    assert [*plan_table([plan, scores], 1).columns[0].cells][-3:] == ["rewards", "libraries", "total"]
     bare = replace(plan, libraries=0, offloaded=1)
     assert [*plan_table([plan, bare], 1).columns[0].cells][-3:] == ["libraries", "total", "offloaded"]
-    assert [*plan_table([bare], 2).columns[0].cells][-3:] == ["sampling", "total", "offloaded"]
+    assert [*plan_table([bare], 2).columns[0].cells][-3:] == ["pictures", "total", "offloaded"]
 
 
 def test_a_codecs_batch_that_processes_cannot_share_is_refused_before_anything_runs() -> None:
