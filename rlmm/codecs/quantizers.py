@@ -80,7 +80,10 @@ class Vq(nn.Module):
         chosen = book[ids_BN]
         loss = (chosen - latents.detach()).square().mean()
         loss = loss + self.commitment * (latents - chosen.detach()).square().mean()
-        count_C, nearest_C = torch.bincount(ids_BN.flatten(), minlength=len(book)), cosine_BNC.flatten(0, 1).amax(0)
+        ids = ids_BN.flatten()
+        # As bincount, which tensors without values have not (`rlmm.planned_codec`).
+        count_C = ids.new_zeros(len(book)).index_add(0, ids, torch.ones_like(ids))
+        nearest_C = cosine_BNC.flatten(0, 1).amax(0)
         if self.training and torch.is_grad_enabled():  # of a batch that all processes share
             count_C, nearest_C = summed(count_C), of_all(nearest_C).amax(0)
         loss = loss + ((1 - nearest_C) * (count_C == 0)).mean()
