@@ -4,13 +4,16 @@ from dataclasses import replace
 
 import pytest
 
+from rlmm.config.masked import NoiseConfig
 from rlmm.config.recipe import read_recipe
 from rlmm.config.stages import SftStage
 from rlmm.planned_data import ASSUMED, Read, Shown
 from rlmm.planned_rows import Row, Rows, rows_of
 from rlmm.planned_update import update_of
+from rlmm.policies.layout_io import Supervised
 from rlmm.policies.spelling import Spelling
 from rlmm.policies.tokenizer import character_tokenizer
+from rlmm.train.sft import SftSource
 from rollouts.contract import Grid, Layout
 from tests.integration.planned import RECIPES
 
@@ -82,3 +85,15 @@ def test_a_widest_micro_batch_has_the_longer_kind(length: int, drawn: int, text:
     update = update_of(stage, LAYOUT, Rows(Row(20, prompt=5), Row(length, 6, text=9, image=False)), 1)
     assert (update.rows, update.length, update.decided) == (4, max(length, 20), 4)
     assert (update.drawn, update.text) == (drawn, text)
+
+
+def test_under_complementary_noise_as_many_answers_are_planned_as_are_drawn() -> None:
+    recipe = read_recipe(RECIPES / "tiny_thought.yaml", ["stages.sft.batch_size=12"])
+    made = recipe.stages["sft"]
+    assert isinstance(made, SftStage)
+    stage = made.model_copy(update={"noise": NoiseConfig(complementary=True), "text_weight": 0.0})
+    source = SftSource(LAYOUT, [Supervised((5,))] * 20, stage, 0, [Supervised((6,))] * 20)
+    drawn = sum(number >= 20 for number in source._picked(0))
+    assert drawn == stage.rows_beside * stage.rows_each == 4  # pairs of a mask and its complement, 2 of 6
+    update = update_of(stage, LAYOUT, Rows(Row(20, 5), Row(30, 6, text=9, image=False)), 1)
+    assert (update.rows, update.drawn) == (4, 0)
